@@ -171,7 +171,7 @@ class ViTScratchConfig(PreTrainedConfig):
         self._output_attentions = value
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save `config.json` and this file; the `auto_map` names the code files saved, not the repository once loaded."""
+        """Save `config.json` and this file; `auto_map` then names the files saved, not another repository."""
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
 
@@ -263,7 +263,8 @@ def _require_number(name: str, value, minimum: float, maximum: float = math.inf)
 def _require_choice(name: str, value, choices: tuple[str, ...]):
     if value not in choices:
         raise ValueError(
-            f"{name} ({value!r}) is unknown; the nearest is {nearest(str(value), choices)!r}. Known: {', '.join(choices)}."
+            f"{name} ({value!r}) is unknown; the nearest is {nearest(str(value), choices)!r}. "
+            f"Known: {', '.join(choices)}."
         )
 
 

@@ -82,7 +82,7 @@ class ViTScratchEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def sincos_positions(self) -> torch.Tensor:
-        """Fixed 2-D positions (1, 1 + N, D) or (1, N, D): sine and cosine of x, then of y (MoCo v3; MAE); class token 0."""
+        """Fixed 2-D positions (1, 1 + N, D) or (1, N, D): sine and cosine of x, then y (MAE); class token 0."""
         _, length, D = self.position_embeddings.shape
         h, w = self.grid_hw
         omega = 10000 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))
@@ -188,7 +188,7 @@ class ViTScratchMLP(nn.Module):
 
 
 class ViTScratchDropPath(nn.Module):
-    """Stochastic depth: drop a residual branch for whole samples, scale the others by 1 / (1 - p) (Huang et al., 2016)."""
+    """Stochastic depth: drop a residual branch of whole samples, scale others by 1 / (1 - p) (Huang et al., 2016)."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -257,7 +257,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config: ViTScratchConfig, *args, **kwargs):
-        config.validate()  # fields may have been changed since the config was made, e.g. by from_pretrained(..., field=)
+        config.validate()  # fields may have changed since it was made, e.g. by from_pretrained(..., field=)
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
