@@ -408,7 +408,6 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        label_smoothing: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """Classify pictures.
@@ -416,8 +415,10 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         Args:
             pixel_values: As in `ViTScratchModel.forward`, like the other arguments not listed here.
             labels: As in `image_classification_loss`.
-            label_smoothing: In [0, 1]; the share of each label spread evenly over all classes.
+            **kwargs: `label_smoothing` and `num_items_in_batch` go to the loss, all else to the encoder.
         """
+        # No named parameters: Trainer takes every parameter with "label" in its name for a column of the batch.
+        label_smoothing = kwargs.pop("label_smoothing", 0.0)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.vit(pixel_values, interpolate_pos_encoding, **kwargs)
         logits = self.classifier(self.pre_logits(outputs.pooler_output))  # (B, classes)

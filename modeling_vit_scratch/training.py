@@ -1,0 +1,588 @@
+"""Training: data and model meet in transformers' Trainer.
+
+`finetune` is a whole run: it loads the data, makes the model, says what will happen, trains, measures, and leaves a
+folder that is a Hub repository. `ImageTrainer` adds to Trainer what image batches need and nothing else.
+"""
+
+import csv
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import torch
+import transformers
+import yaml
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoImageProcessor, Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil, set_seed
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import hub, plots
+from .augmentation import Augmentation, normalize
+from .configuration_vit_scratch import PRESETS, ViTScratchConfig
+from .data import ImageSplits, LazyImages, collate, load_splits
+from .metrics import ImageClassificationMetrics
+from .modeling_vit_scratch import ViTScratchForImageClassification, image_classification_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train."""
+
+    _argument_group_name = "model"
+
+    preset: str = field(
+        default="showcase", metadata={"help": f"Architecture to train from scratch: {', '.join(PRESETS)}."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Fields of the config to change, e.g. 'num_hidden_layers=4,pooling=mean'."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a trained model to start from, instead of a preset."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels; a trained model's positions are interpolated to it."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where models and datasets from the Hub are kept."})
+    token: str | None = field(
+        default=None, metadata={"help": "Hub token; the one `hf auth login` stored if not given."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which pictures to train on, and how."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, folder in the Hub's layout, folder with one directory per class, or 'digits'. "
+            "Default: CIFAR-10 from the Hub or its cache, else 'digits'."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Which configuration of a Hub dataset."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one directory per class to train on."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Likewise, to choose the best model by."})
+    test_dir: str | None = field(default=None, metadata={"help": "Likewise, to measure the best model on at the end."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the pictures; found if not given."}
+    )
+    label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; found if not given."})
+    train_val_split: float = field(
+        default=0.1, metadata={"help": "Share of train that becomes validation where the dataset has none."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many pictures only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on so many only."})
+    crop_padding: int | None = field(
+        default=None, metadata={"help": "Random shifts by up to so many pixels. Default: an eighth of the picture."}
+    )
+    crop_mode: str = field(
+        default="constant", metadata={"help": "What shifts uncover: 'constant' (black) or 'reflect'."}
+    )
+    crop_scale: float = field(
+        default=0.35,
+        metadata={"help": "Smallest share of the area that a random crop keeps; for pictures of different sizes."},
+    )
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of mirroring a picture."})
+
+
+@dataclass
+class ImageTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with the defaults of an image classifier that keeps its best epoch."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where everything goes. Default: a new folder below runs/."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train into a folder that already holds a run, replacing it."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, show the summary, and stop."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Pictures per step and process."})
+    per_device_eval_batch_size: int = field(default=250, metadata={"help": "Pictures per evaluation step and process."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: 'no', 'steps' or 'epoch'."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: 'no', 'steps', 'epoch' or 'best'."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the best one besides."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best model by validation."})
+    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What 'best' means."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two entries of the history."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "'none', or 'trackio', 'tensorboard', 'wandb', ..."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Has no use here: a batch has no others."})
+
+    def __post_init__(self):
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" or (
+            str(getattr(self.save_strategy, "value", self.save_strategy)) == "no"
+        ):
+            self.load_best_model_at_end = False
+        super().__post_init__()
+
+
+class ImageTrainer(Trainer):
+    """Trainer for batches of bytes: augments and normalises on the device, and splits the loss exactly.
+
+    Args:
+        augmentation: Applied to training batches; evaluation only normalises, with the same mean and std.
+        **kwargs: As for Trainer.
+    """
+
+    def __init__(self, augmentation: Augmentation, **kwargs):
+        super().__init__(data_collator=collate, compute_metrics=self._metrics, compute_loss_func=self._loss, **kwargs)
+        self.augmentation = augmentation
+        self.evaluation_cpu_seconds = 0.0
+        self._micro_step = 0
+
+    def _metrics(self, prediction) -> dict[str, float]:
+        result = ImageClassificationMetrics().compute(
+            predictions=prediction.predictions, references=prediction.label_ids
+        )
+        return {name: result[name] for name in ("accuracy", "top5_accuracy")}
+
+    def _loss(self, outputs, labels, num_items_in_batch=None):
+        # Evaluation reports the plain cross-entropy, so that losses compare across settings.
+        smoothing = self.args.label_smoothing_factor if torch.is_grad_enabled() else 0.0
+        return image_classification_loss(outputs.logits, labels, self.model.config, smoothing, num_items_in_batch)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = self._prepare_inputs(inputs)
+        step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
+        inputs["pixel_values"] = self.augmentation(inputs["pixel_values"], step, self.args.process_index)
+        self._micro_step = 0 if self.accelerator.sync_gradients else self._micro_step + 1
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        inputs["pixel_values"] = normalize(inputs["pixel_values"], self.augmentation.mean, self.augmentation.std)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def evaluate(self, *args, **kwargs):
+        start = time.process_time()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.evaluation_cpu_seconds += time.process_time() - start
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        excluded = model.no_weight_decay()
+        return [name for name, _ in model.named_parameters() if name not in excluded]
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Wall and CPU seconds of training without evaluation, over all parts of a run that was resumed."""
+
+    def __init__(self):
+        self.wall = self.cpu = 0.0
+        self._started = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.wall += time.perf_counter() - self._started[0]
+        self.cpu += time.process_time() - self._started[1]
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"wall": self.wall, "cpu": self.cpu}}
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, and leave. A second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.signal = None
+        self._previous = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nStopping after this step and saving a checkpoint; once more to leave at once.", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = self.signal is not None
+        if args.world_size > 1:  # all processes have to leave at the same step
+            flag = torch.tensor(float(stop), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            stop = bool(flag.item())
+            self.signal = self.signal or (signal.SIGTERM if stop else None)
+        if stop:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def make_config(arguments: ModelArguments, class_names: list[str]) -> ViTScratchConfig:
+    """The preset's config with its overrides, for these classes."""
+    overrides = {}
+    for item in filter(None, (arguments.config_overrides or "").split(",")):
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"config_overrides: {item!r} is not of the form field=value.")
+        overrides[name.strip()] = yaml.safe_load(value)
+    if arguments.image_size is not None:
+        overrides["image_size"] = arguments.image_size
+    labels = dict(enumerate(class_names))
+    return ViTScratchConfig.preset(
+        arguments.preset,
+        **{"problem_type": "single_label_classification", **overrides},
+        id2label=labels,
+        label2id={name: index for index, name in labels.items()},
+    )
+
+
+def make_processor(
+    config: ViTScratchConfig, mean: list[float] | None = None, std: list[float] | None = None
+) -> ViTImageProcessorPil:
+    """transformers' image processor for this model's size and pixels of this mean and standard deviation."""
+    height, width = config.image_hw
+    return ViTImageProcessorPil(
+        size={"height": height, "width": width}, image_mean=mean, image_std=std, resample=Image.Resampling.BICUBIC
+    )
+
+
+def load_trained(arguments: ModelArguments) -> tuple[ViTScratchForImageClassification, ViTImageProcessorPil]:
+    """A trained classifier of ours and its image processor, from a folder or the Hub."""
+    source = {"cache_dir": arguments.cache_dir, "token": arguments.token}
+    model = ViTScratchForImageClassification.from_pretrained(arguments.model_name_or_path, **source)
+    return model, AutoImageProcessor.from_pretrained(arguments.model_name_or_path, **source)
+
+
+def with_classes(model: ViTScratchForImageClassification, class_names: list[str]) -> ViTScratchForImageClassification:
+    """The model for these classes: unchanged if it knows them already, else with a new head (all zero)."""
+    if [model.config.id2label[index] for index in range(model.num_labels)] != class_names:
+        print(f"The head is new: {len(class_names)} classes instead of the {model.num_labels} it was trained for.")
+        model.config.id2label = dict(enumerate(class_names))
+        model.config.label2id = {name: index for index, name in enumerate(class_names)}
+        model.num_labels = len(class_names)
+        model.classifier = torch.nn.Linear(model.classifier.in_features, len(class_names))
+        torch.nn.init.zeros_(model.classifier.weight)
+        torch.nn.init.zeros_(model.classifier.bias)
+    model.config.problem_type = "single_label_classification"
+    return model
+
+
+def flops_per_image(model: ViTScratchForImageClassification) -> int:
+    """Floating-point operations (a multiplication and an addition are two) of a forward pass on one picture."""
+    config = model.config
+    pixels = torch.zeros(1, config.num_channels, *config.image_hw, device=model.device)
+    training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(pixels, output_attentions=True)  # eager attention: the counter knows matrix products
+    model.train(training)
+    return counter.get_total_flops()
+
+
+def _schedule(arguments: ImageTrainingArguments, batches: int) -> tuple[int, float | None]:
+    """Optimizer steps of the run, and the learning rate of its last one (None where it depends on validation)."""
+    per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    scheduler = transformers.get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate),
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    factors = getattr(scheduler, "lr_lambdas", None)
+    return steps, None if factors is None else arguments.learning_rate * factors[0](steps - 1)
+
+
+def hardware(device: torch.device) -> str:
+    """What this run computes on, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def _table(rows: dict[str, object]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: float | None) -> str:
+    args, config = trainer.args, trainer.model.config
+    sizes = [f"{len(part):,} {name}" for name, part in _parts(splits).items()]
+    global_batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    rate = "set by validation" if last_rate is None else f"{last_rate:.3g}"
+    height, width = config.image_hw
+    epochs = steps * args.gradient_accumulation_steps / len(trainer.get_train_dataloader())
+    rows = {
+        "model": f"ViT, {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} "
+        f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}",
+        "parameters": f"{trainer.model.num_parameters():,}",
+        "FLOPs per image": f"{flops_per_image(trainer.model):,} (forward)",
+        "data": f"{splits.name}: {', '.join(sizes)} images, {len(splits.class_names)} classes, {height}x{width} px",
+        "global batch": f"{global_batch} = {args.per_device_train_batch_size} per device x {args.world_size} "
+        f"process{'es' * (args.world_size > 1)} x {args.gradient_accumulation_steps} accumulated",
+        "steps": f"{steps:,} ({epochs:g} epochs)",
+        "learning rate": f"{args.learning_rate:.3g}, {args.lr_scheduler_type.value}, last step {rate}",
+        "optimizer": f"{args.optim.value}, weight decay {args.weight_decay:g}",
+        "device": f"{hardware(args.device)}, {_precision(args)}",
+        "output": args.output_dir,
+    }
+    return _table(rows)
+
+
+def _parts(splits: ImageSplits) -> dict[str, torch.utils.data.Dataset]:
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _precision(args: TrainingArguments) -> str:
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+
+
+def _settle_output(arguments: ImageTrainingArguments, model: ModelArguments, dataset: str):
+    """Name the output folder, and refuse one that is not empty or not writable before any work is done."""
+    if arguments.output_dir is None:
+        stem = f"{Path(model.model_name_or_path or model.preset).name}-{Path(dataset).name}"
+        candidates = (Path("runs") / f"{stem}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000))
+        arguments.output_dir = str(next(folder for folder in candidates if not folder.exists()))
+    folder = Path(arguments.output_dir)
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    if arguments.resume_from_checkpoint is not None:
+        if arguments.resume_from_checkpoint.lower() in ("true", "last", "latest"):
+            if last is None:
+                raise ValueError(f"there is no checkpoint in {folder}; name one with --resume_from_checkpoint FOLDER.")
+            arguments.resume_from_checkpoint = last
+        elif not (Path(arguments.resume_from_checkpoint) / "trainer_state.json").is_file():
+            raise ValueError(f"{arguments.resume_from_checkpoint} is no checkpoint: it has no trainer_state.json.")
+    elif (last or (folder / "model.safetensors").exists()) and not arguments.overwrite_output_dir:
+        raise ValueError(
+            f"{folder} already holds a run; continue it with --resume_from_checkpoint last, choose another "
+            "--output_dir, or replace it with --overwrite_output_dir."
+        )
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir.") from error
+
+
+def _write_history(folder: Path, log_history: list[dict]):
+    """One row per logged event, in the order of steps; empty where an event has no such number."""
+    names = ["step", "epoch", "learning_rate", "loss", "grad_norm", "eval_loss", "eval_accuracy", "eval_top5_accuracy"]
+    rows = [row for row in log_history if "loss" in row or "eval_loss" in row]
+    with open(folder / "history.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_predictions(folder: Path, split: str, logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, names):
+    """One row per picture: its row in the split, its class, the predicted class, and the model's confidence."""
+    probabilities = torch.from_numpy(logits).float().softmax(-1)
+    confidence, predicted = probabilities.max(-1)
+    with open(folder / f"predictions_{split}.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "label", "predicted", "confidence", "label_probability"])
+        own = probabilities[torch.arange(len(labels)), torch.from_numpy(labels)]
+        for row, label, guess, p, q in zip(rows, labels, predicted.tolist(), confidence, own, strict=True):
+            writer.writerow([row, names[label], names[guess], f"{p:.6f}", f"{q:.6f}"])
+
+
+def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments) -> dict:
+    """Train a classifier as the arguments say, and leave an output folder that is a Hub repository.
+
+    Returns:
+        What `metrics.json` holds; empty after a dry run or an interruption.
+
+    Raises:
+        ValueError: Something is wrong with the data, the options or the output folder; said before training.
+    """
+    is_main = args.process_index == 0
+    data_name = data_args.dataset_name or data_args.train_dir
+    _settle_output(args, model_args, data_name)
+    if args.device.type == "cuda" and torch.cuda.is_bf16_supported() and not args.fp16:
+        args.bf16 = True
+    set_seed(args.seed)
+
+    # A new model takes mean and std from the data; a trained one comes with the processor it was trained with.
+    trained = None if model_args.model_name_or_path is None else load_trained(model_args)
+    config = make_config(model_args, ["0", "1"]) if trained is None else trained[0].config
+    processor = make_processor(config) if trained is None else trained[1]
+    folders = {"train": data_args.train_dir, "validation": data_args.validation_dir, "test": data_args.test_dir}
+    with args.main_process_first(desc="loading the data"):
+        splits = load_splits(
+            data_name,
+            processor,
+            num_channels=config.num_channels,
+            config_name=data_args.dataset_config_name,
+            data_files={split: folder for split, folder in folders.items() if folder},
+            image_column=data_args.image_column_name,
+            label_column=data_args.label_column_name,
+            train_val_split=data_args.train_val_split,
+            max_train_samples=data_args.max_train_samples,
+            max_eval_samples=data_args.max_eval_samples,
+            crop_scale=data_args.crop_scale,
+            seed=args.seed,
+            cache_dir=model_args.cache_dir,
+            token=model_args.token,
+        )
+    if trained is None:
+        model = ViTScratchForImageClassification(make_config(model_args, splits.class_names))
+        processor = make_processor(config, splits.mean, splits.std)
+    else:
+        model = with_classes(trained[0], splits.class_names)
+    lazy = isinstance(splits.train, LazyImages)
+    padding = data_args.crop_padding
+    augmentation = Augmentation(
+        mean=processor.image_mean,
+        std=processor.image_std,
+        crop_padding=0 if lazy else min(model.config.image_hw) // 8 if padding is None else padding,
+        crop_mode=data_args.crop_mode,
+        horizontal_flip=data_args.horizontal_flip,
+        seed=args.seed,
+    )
+    if lazy and args.dataloader_num_workers == 0:
+        args.dataloader_num_workers = max((os.cpu_count() or 1) - 1, 1)
+    clock, stop = Clock(), StopOnSignal()
+    push, args.push_to_hub = args.push_to_hub, False  # hub.py pushes everything in one commit
+    trainer = ImageTrainer(
+        augmentation,
+        model=model,
+        args=args,
+        train_dataset=splits.train,
+        eval_dataset=splits.validation,
+        processing_class=processor,
+        callbacks=[clock, stop],
+    )
+    steps, last_rate = _schedule(args, len(trainer.get_train_dataloader()))
+    if is_main:
+        print(_summary(trainer, splits, steps, last_rate), flush=True)
+    if args.dry_run:
+        batch = collate([splits.train[index] for index in range(min(len(splits.train), 2))])
+        images = augmentation(batch["pixel_values"].to(args.device), 0, args.process_index)
+        model(images, labels=batch["labels"]).loss.backward()
+        if is_main:
+            print("Dry run: data, one batch and the output folder are in order.")
+        return {}
+
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if stop.signal is not None:
+        if is_main:
+            checkpoint = get_last_checkpoint(args.output_dir)
+            print(f"Stopped. To continue, repeat the command with --resume_from_checkpoint {checkpoint}")
+        return {}
+
+    trainer.save_model()
+    folder = Path(args.output_dir)
+    metrics = {
+        "task": "image-classification",
+        "dataset": {
+            "name": splits.name,
+            "splits": {name: len(part) for name, part in _parts(splits).items()},
+            "class_names": splits.class_names,
+        },
+        "model": {"parameters": model.num_parameters(), "flops_per_image": flops_per_image(model)},
+        "training": {
+            "epochs": trainer.state.epoch,
+            "steps": trainer.state.global_step,
+            "optimizer": args.optim.value,
+            "learning_rate": args.learning_rate,
+            "lr_scheduler_type": args.lr_scheduler_type.value,
+            "warmup_steps": args.get_warmup_steps(steps),
+            "weight_decay": args.weight_decay,
+            "global_batch_size": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "label_smoothing": args.label_smoothing_factor,
+            "seed": args.seed,
+            "precision": _precision(args),
+            "augmentation": {
+                "crop_padding": augmentation.crop_padding,
+                "crop_mode": augmentation.crop_mode,
+                "crop_scale": data_args.crop_scale if lazy else None,
+                "horizontal_flip": augmentation.horizontal_flip,
+            },
+        },
+    }
+    for split in [name for name in ("validation", "test") if name in _parts(splits)]:
+        prediction = trainer.predict(_parts(splits)[split], metric_key_prefix=split)
+        result = ImageClassificationMetrics().compute(
+            predictions=prediction.predictions, references=prediction.label_ids
+        )
+        metrics[split] = {
+            "examples": result["examples"],
+            "loss": prediction.metrics[f"{split}_loss"],
+            "accuracy": result["accuracy"],
+            "top5_accuracy": result["top5_accuracy"],
+            "per_class_accuracy": dict(zip(splits.class_names, result["per_class_accuracy"], strict=True)),
+            "confusion_matrix": result["confusion_matrix"],
+        }
+        if is_main:
+            rows = splits.records[split].rows
+            _write_predictions(folder, split, prediction.predictions, prediction.label_ids, rows, splits.class_names)
+    metrics["time"] = {"train_seconds": clock.wall, "train_cpu_seconds": clock.cpu}
+    metrics["environment"] = {
+        "hardware": hardware(args.device),
+        "processes": args.world_size,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+    metrics["command"] = shlex.join(["python", *sys.argv])
+    if is_main:
+        _finish(folder, metrics, trainer.state.log_history, push, args)
+    return metrics
+
+
+def _finish(folder: Path, metrics: dict, log_history: list[dict], push: bool, args: ImageTrainingArguments):
+    """Write what people look at: numbers, curves, card; say the result; push if asked."""
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    _write_history(folder, log_history)
+    final = "test" if "test" in metrics else "validation"
+    names, result = metrics["dataset"]["class_names"], metrics[final]
+    figures = {
+        "training_curves": plots.plot_training_curves(folder / "history.csv"),
+        "per_class_accuracy": plots.plot_per_class_accuracy(list(result["per_class_accuracy"].values()), names),
+        "confusion_matrix": plots.plot_confusion_matrix(result["confusion_matrix"], names),
+    }
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / "plots" / f"{name}.png", dpi=110)
+    hub.write_model_card(folder)
+    shown = {
+        f"{split} accuracy": f"{metrics[split]['accuracy']:.2%}  (top-5 {metrics[split]['top5_accuracy']:.2%}, "
+        f"loss {metrics[split]['loss']:.4f}, {metrics[split]['examples']:,} images)"
+        for split in ("validation", "test")
+        if split in metrics
+    }
+    shown["training time"] = (
+        f"{metrics['time']['train_seconds']:.0f} s ({metrics['time']['train_cpu_seconds']:.0f} CPU s)"
+    )
+    shown["everything is in"] = folder
+    print(_table(shown))
+    if push:
+        url = hub.push_folder(
+            folder, args.hub_model_id or folder.name, private=bool(args.hub_private_repo), token=args.hub_token
+        )
+        print(f"Pushed to {url}")
