@@ -7,7 +7,7 @@ plain `ValueError` when the config is made, when a model is built from it, and w
 import difflib
 import math
 
-from transformers import PreTrainedConfig
+from transformers import BackboneConfigMixin, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 # Every auto class that a saved folder serves. `save_pretrained` alone would only write the class that was saved.
@@ -15,6 +15,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_vit_scratch.ViTScratchConfig",
     "AutoModel": "modeling_vit_scratch.ViTScratchModel",
     "AutoModelForImageClassification": "modeling_vit_scratch.ViTScratchForImageClassification",
+    "AutoModelForMaskedImageModeling": "modeling_vit_scratch.ViTScratchForMaskedImageModeling",
+    "AutoBackbone": "modeling_vit_scratch.ViTScratchBackbone",
 }
 
 # ViT table 1; Ti and S from "Training data-efficient image transformers" (Touvron et al., 2021), table 1.
@@ -41,11 +43,12 @@ POSITION_EMBEDDING_TYPES = ("learned", "sincos")
 TRANSFORMERS_KEYWORDS = {
     "model_type", "auto_map", "num_labels", "name_or_path", "torch_dtype", "attn_implementation", "output_attentions",
     "experts_implementation", "per_layer_config", "quantization_config", "custom_pipelines", "task_specific_params",
-    "finetuning_task", "use_cache", "tie_word_embeddings", "pruned_heads", "is_decoder", "add_cross_attention",
+    "finetuning_task", "use_cache", "tie_word_embeddings", "tie_last_hidden_states", "pruned_heads", "is_decoder",
+    "add_cross_attention", "gradient_checkpointing", "torchscript",
 }  # fmt: skip
 
 
-class ViTScratchConfig(PreTrainedConfig):
+class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     """Everything that defines the architecture; `ViTScratchConfig()` is ViT-B/16 at 224 px.
 
     Args:
@@ -66,7 +69,7 @@ class ViTScratchConfig(PreTrainedConfig):
         patch_size: Pixels, one number or (height, width); must divide `image_size`.
         num_channels: Channels C of a picture.
         qkv_bias: Whether the query, key and value projections have biases.
-        encoder_stride: Pixels that one token decodes to in masked image modelling.
+        encoder_stride: Pixels that one token decodes to in masked image modelling, one number or (height, width).
         use_cls_token: Whether a learned class token leads the sequence (ViT, eq. 1).
         num_register_tokens: Learned tokens without a position, after the class token (Darcet et al., 2024).
         pooling: What the classifier sees: "cls", the class token (ViT, eq. 4), or "mean", the mean of the patch tokens.
@@ -75,6 +78,9 @@ class ViTScratchConfig(PreTrainedConfig):
         representation_size: Width of the pre-training head's linear + tanh before the classifier (ViT, sec. 3.1), or
             None for a single linear layer.
         layerscale_value: Starting value of LayerScale (Touvron et al., 2021b), or None for none.
+        out_features: Stages that a backbone returns, of "stem" (the embeddings), "stage1" to "stageL" (the blocks), in
+            that order; None for the last. `stage_names` lists them.
+        out_indices: The same by number, negative ones from the end.
 
     Raises:
         ValueError: A field is unknown, of a wrong type, out of range, or at odds with another.
@@ -99,7 +105,7 @@ class ViTScratchConfig(PreTrainedConfig):
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
     qkv_bias: bool = True
-    encoder_stride: int = 16
+    encoder_stride: int | list[int] | tuple[int, int] = 16
     use_cls_token: bool = True
     num_register_tokens: int = 0
     pooling: str = "cls"
@@ -109,18 +115,45 @@ class ViTScratchConfig(PreTrainedConfig):
     layerscale_value: float | int | None = None
 
     def __post_init__(self, **kwargs):
-        fields = [name for name in type(self).__dataclass_fields__ if not name.startswith("_")]
+        added = kwargs.pop("_added", {})
         for name in kwargs:
-            if name not in TRANSFORMERS_KEYWORDS and not name.startswith("_"):
+            if not self._is_known(name):
                 raise ValueError(
-                    f"{name!r} is not a field of {type(self).__name__}; the nearest is {nearest(name, fields)!r}."
+                    f"{name!r} is not a field of {type(self).__name__}; the nearest is {self._nearest(name)!r}."
                 )
+        if kwargs.get("num_labels") is not None:
+            _require_int("num_labels", kwargs["num_labels"], minimum=0)
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         # JSON has no tuples: one type in memory keeps save -> load the identity.
-        self.image_size = tuple(self.image_size) if isinstance(self.image_size, list) else self.image_size
-        self.patch_size = tuple(self.patch_size) if isinstance(self.patch_size, list) else self.patch_size
-        super().__post_init__(**kwargs)
+        for name in ("image_size", "patch_size", "encoder_stride"):
+            setattr(
+                self, name, tuple(getattr(self, name)) if isinstance(getattr(self, name), list) else getattr(self, name)
+            )
+        stages = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        super().__post_init__(**kwargs, **added)
+        self.set_output_features_output_indices(*stages)
         self.validate()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """The library's, save that names resembling no field stay attributes: users and libraries may have set them."""
+        added = {
+            name: value
+            for name, value in config_dict.items()
+            if not cls._is_known(name) and difflib.SequenceMatcher(None, name, cls._nearest(name)).ratio() < 0.8
+        }
+        known = {name: value for name, value in config_dict.items() if name not in added}
+        return super().from_dict({**known, "_added": added}, **kwargs)
+
+    @classmethod
+    def _is_known(cls, name: str) -> bool:
+        fields = {*cls.__dataclass_fields__, *TRANSFORMERS_KEYWORDS, "out_features", "out_indices"}
+        return name in fields or name.startswith("_")
+
+    @classmethod
+    def _nearest(cls, name: str) -> str:
+        fields = [field for field in cls.__dataclass_fields__ if not field.startswith("_")]
+        return nearest(name, [*fields, "num_labels", "out_features", "out_indices"])
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "ViTScratchConfig":
@@ -136,6 +169,7 @@ class ViTScratchConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}.")
         fields = {"num_labels": 1000, **PRESETS[name], **overrides}
+        fields.setdefault("encoder_stride", fields.get("patch_size", cls.patch_size))
         if overrides.get("id2label") is not None:
             fields.pop("num_labels")
         return cls(**fields)
@@ -157,9 +191,50 @@ class ViTScratchConfig(PreTrainedConfig):
         return height // patch_height, width // patch_width
 
     @property
+    def stride_hw(self) -> tuple[int, int]:
+        """Pixels (height, width) that one token decodes to in masked image modelling."""
+        return _pair(self.encoder_stride)
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the first patch: class token and registers."""
         return int(self.use_cls_token) + self.num_register_tokens
+
+    # The stages of a backbone. The library's mixin stores the names of all stages and of the last, and writes them to
+    # config.json, which then cannot be loaded with another number of layers. Here only a choice is stored.
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of a backbone's feature maps: the embeddings, then each block."""
+        return ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
+
+    @property
+    def _out_indices(self) -> list[int]:
+        return [self.num_hidden_layers] if self._out_stages is None else self._out_stages
+
+    @property
+    def _out_features(self) -> list[str]:
+        return [self.stage_names[index] for index in self._out_indices]
+
+    def set_output_features_output_indices(self, out_features: list[str] | None, out_indices: list[int] | None):
+        """Choose the stages that a backbone returns, by name or number; None for both is the last."""
+        if out_features is None and out_indices is None:
+            self._out_stages = None
+            return
+        names = self.stage_names
+        for feature in out_features or ():
+            _require_choice("out_features", feature, tuple(names))
+        by_name = [names.index(feature) for feature in out_features or ()]
+        self._out_stages = by_name if out_indices is None else list(out_indices)
+        self._validate_stages()
+        if out_features is not None and self._out_features != list(out_features):
+            raise ValueError(f"out_features {out_features} and out_indices {out_indices} differ; give one of them.")
+
+    def to_dict(self) -> dict:
+        """All fields; `out_indices` only where somebody chose them."""
+        output = super().to_dict()
+        stages = output.pop("_out_stages")
+        del output["out_features"], output["out_indices"]
+        return output if stages is None else {**output, "out_indices": stages}
 
     # transformers refuses `output_attentions` under any implementation but "eager"; this model has maps under each.
     @property
@@ -179,7 +254,6 @@ class ViTScratchConfig(PreTrainedConfig):
         """Raise a ValueError that says what is wrong, both numbers, and the mend."""
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
             _require_int(name, getattr(self, name), minimum=1)
-        _require_int("encoder_stride", self.encoder_stride, minimum=1)
         _require_int("num_register_tokens", self.num_register_tokens, minimum=0)
         if self.representation_size is not None:
             _require_int("representation_size", self.representation_size, minimum=1)
@@ -200,9 +274,10 @@ class ViTScratchConfig(PreTrainedConfig):
         _require_choice("pooling", self.pooling, POOLINGS)
         _require_choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         self._validate_geometry()
+        self._validate_stages()
 
     def _validate_geometry(self):
-        for name in ("image_size", "patch_size"):
+        for name in ("image_size", "patch_size", "encoder_stride"):
             size = getattr(self, name)
             if isinstance(size, (tuple, list)) and len(size) != 2:
                 raise ValueError(f"{name} must be one number or (height, width), got {len(size)} numbers: {size}.")
@@ -229,6 +304,19 @@ class ViTScratchConfig(PreTrainedConfig):
             )
         if self.pooling == "cls" and not self.use_cls_token:
             raise ValueError("pooling='cls' needs use_cls_token=True; use pooling='mean' without a class token.")
+
+    def _validate_stages(self):
+        count = self.num_hidden_layers + 1
+        for index in self._out_indices:
+            _require_int("out_indices", index, minimum=-count)
+            if index >= count:
+                raise ValueError(
+                    f"out_indices asks for stage {index}, but there are {count}: use {-count} to {count - 1}."
+                )
+        positions = [index % count for index in self._out_indices]
+        if positions != sorted(set(positions)):
+            fits = sorted(set(positions))
+            raise ValueError(f"out_indices {self._out_indices} must name each stage once, in order; use {fits}.")
 
 
 def nearest(name: str, choices) -> str:

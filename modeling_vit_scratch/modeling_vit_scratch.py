@@ -1,7 +1,7 @@
 """The Vision Transformer of "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021), from scratch.
 
-Read it top to bottom: patches, embeddings, attention, MLP, block, then the models that put them together. Equation
-numbers are those of the paper's section 3.1.
+Read it top to bottom: patches, embeddings, attention, MLP, block, the encoder that puts them together, and its heads.
+Equation numbers are those of the paper's section 3.1.
 
     z0 = [x_class; x1 E; ...; xN E] + E_pos      (eq. 1)  ViTScratchPatchEmbeddings, ViTScratchEmbeddings
     z' = MSA(LN(z)) + z                          (eq. 2)  ViTScratchAttention, ViTScratchLayer
@@ -12,16 +12,21 @@ Letters in shape comments: B batch, C channels, H height and W width in pixels, 
 T tokens (class token, registers, patches), D hidden size, A attention heads, d = D / A.
 
 Beyond the paper, each off by default: mean pooling, no class token, registers, LayerScale, stochastic depth, fixed
-2-D sine-cosine positions.
+2-D sine-cosine positions, a mask token.
 """
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BackboneMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -39,96 +44,86 @@ class ViTScratchPatchEmbeddings(nn.Module):
 
     def __init__(self, config: ViTScratchConfig):
         super().__init__()
-        self.num_channels = config.num_channels
         self.patch_height, self.patch_width = config.patch_hw
         self.projection = nn.Linear(config.num_channels * self.patch_height * self.patch_width, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        B, C, H, W = pixel_values.shape
-        if C != self.num_channels:
-            raise ValueError(f"pixel_values have {C} channels, but the model was made for {self.num_channels}.")
-        if H % self.patch_height or W % self.patch_width:
-            raise ValueError(
-                f"pixel_values of {H}x{W} cannot be cut into patches of {self.patch_height}x{self.patch_width}; "
-                "resize or crop to multiples of the patch."
-            )
-        h, w = H // self.patch_height, W // self.patch_width
-        patches = pixel_values.reshape(B, C, h, self.patch_height, w, self.patch_width)
-        patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, patch height, patch width)
-        patches = patches.reshape(B, h * w, -1)  # (B, N, C * patch height * patch width)
-        return self.projection(patches)
+        patches = pixel_values.unflatten(3, (-1, self.patch_width)).unflatten(2, (-1, self.patch_height))
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, C, h, patch height, w, patch width) -> (B, h, w, C, ...)
+        return self.projection(patches.flatten(3).flatten(1, 2))  # (B, N, C * patch height * patch width) -> (B, N, D)
+
+
+def sincos_positions(config: ViTScratchConfig) -> torch.Tensor:
+    """Fixed 2-D positions (1, 1 + N, D) or (1, N, D): sine and cosine of x, then of y (MAE); 0 for the class token."""
+    (h, w), D = config.grid_hw, config.hidden_size
+    omega = 10000 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")  # (h, w) each
+    angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]  # (N, D / 4) each
+    patches = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)  # (N, D)
+    cls = patches.new_zeros(int(config.use_cls_token), D)
+    return torch.cat([cls, patches]).unsqueeze(0).to(torch.get_default_dtype())
 
 
 class ViTScratchEmbeddings(nn.Module):
-    """Patches, class token, positions, registers: (B, C, H, W) -> (B, T, D). ViT, eq. 1.
+    """Patches, positions, class token, registers: (B, C, H, W) -> (B, T, D). ViT, eq. 1.
 
     Positions cover the class token and the patches; registers have none (Darcet et al., 2024).
     """
 
-    def __init__(self, config: ViTScratchConfig):
+    def __init__(self, config: ViTScratchConfig, use_mask_token: bool = False):
         super().__init__()
-        D, N = config.hidden_size, config.grid_hw[0] * config.grid_hw[1]
-        self.image_hw, self.grid_hw = config.image_hw, config.grid_hw
+        D, R = config.hidden_size, config.num_register_tokens
+        self.num_channels, self.num_cls_tokens = config.num_channels, int(config.use_cls_token)
+        self.image_hw, self.patch_hw, self.grid_hw = config.image_hw, config.patch_hw, config.grid_hw
         self.patch_embeddings = ViTScratchPatchEmbeddings(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D)) if config.use_cls_token else None
-        self.register_tokens = (
-            nn.Parameter(torch.empty(1, config.num_register_tokens, D)) if config.num_register_tokens else None
-        )
-        positions = torch.empty(1, int(config.use_cls_token) + N, D)
+        self.register_tokens = nn.Parameter(torch.empty(1, R, D)) if R else None
+        self.mask_token = nn.Parameter(torch.empty(1, 1, D)) if use_mask_token else None
+        positions = sincos_positions(config)
         if config.position_embedding_type == "learned":
-            self.position_embeddings = nn.Parameter(positions)
+            self.position_embeddings = nn.Parameter(torch.empty_like(positions))
         else:
             self.register_buffer("position_embeddings", positions, persistent=False)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def sincos_positions(self) -> torch.Tensor:
-        """Fixed 2-D positions (1, 1 + N, D) or (1, N, D): sine and cosine of x, then y (MAE); class token 0."""
-        _, length, D = self.position_embeddings.shape
-        h, w = self.grid_hw
-        omega = 10000 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))
-        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")  # (h, w) each
-        angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]  # (N, D / 4) each
-        patches = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)  # (N, D)
-        cls = patches.new_zeros(length - h * w, D)
-        return torch.cat([cls, patches]).unsqueeze(0).float()
-
     def interpolate_pos_encoding(self, grid_hw: tuple[int, int]) -> torch.Tensor:
-        """Positions resized (bicubic) from the training grid to another: (1, T, D) -> (1, T', D). ViT, sec. 3.2."""
-        h, w = self.grid_hw
-        cls, patches = self.position_embeddings.tensor_split([self.position_embeddings.shape[1] - h * w], dim=1)
-        patches = patches.reshape(1, h, w, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
+        """Positions resized (bicubic) to another grid: (1, 1 + N, D) -> (1, 1 + N', D). ViT, sec. 3.2."""
+        if grid_hw == self.grid_hw and not torch.jit.is_tracing():
+            return self.position_embeddings
+        cls, patches = self.position_embeddings.tensor_split([self.num_cls_tokens], dim=1)
+        patches = patches.unflatten(1, self.grid_hw).permute(0, 3, 1, 2)  # (1, D, h, w)
         patches = nn.functional.interpolate(patches, size=grid_hw, mode="bicubic", align_corners=False)
         return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
 
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        if pixel_values.ndim != 4:
-            raise ValueError(f"pixel_values must be (B, C, H, W), got {pixel_values.ndim} dimensions.")
+    def forward(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool
+    ) -> torch.Tensor:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(f"pixel_values must be (B, {self.num_channels}, H, W), got {tuple(pixel_values.shape)}.")
         if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values must be floating point, got {pixel_values.dtype}; "
-                "the image processor rescales and normalises integer pixels."
-            )
+            raise ValueError(f"pixel_values are {pixel_values.dtype}, not floating point; use the image processor.")
         B, _, H, W = pixel_values.shape
-        hidden_states = self.patch_embeddings(pixel_values.to(self.position_embeddings.dtype))  # (B, N, D)
-        if self.cls_token is not None:
-            hidden_states = torch.cat([self.cls_token.expand(B, -1, -1), hidden_states], dim=1)  # (B, 1 + N, D)
-        if interpolate_pos_encoding:
-            grid_hw = H // self.patch_embeddings.patch_height, W // self.patch_embeddings.patch_width
-            same = not torch.jit.is_tracing() and grid_hw == self.grid_hw
-            hidden_states = hidden_states + (
-                self.position_embeddings if same else self.interpolate_pos_encoding(grid_hw)
-            )
-        elif (H, W) != self.image_hw:
+        (height, width), (patch_height, patch_width) = self.image_hw, self.patch_hw
+        if (H, W) != (height, width) and (not interpolate_pos_encoding or H % patch_height or W % patch_width):
             raise ValueError(
-                f"pixel_values are {H}x{W}, but the model was made for {self.image_hw[0]}x{self.image_hw[1]}; "
-                "resize them, or pass interpolate_pos_encoding=True."
+                f"pixel_values are {H}x{W}, but the model was made for {height}x{width}; resize them, or pass "
+                f"interpolate_pos_encoding=True for a size that patches of {patch_height}x{patch_width} divide."
             )
-        else:
-            hidden_states = hidden_states + self.position_embeddings
-        if self.register_tokens is not None:
-            cls, patches = hidden_states.tensor_split([int(self.cls_token is not None)], dim=1)
-            hidden_states = torch.cat([cls, self.register_tokens.expand(B, -1, -1), patches], dim=1)  # (B, T, D)
-        return self.dropout(hidden_states)
+        patches = self.patch_embeddings(pixel_values.to(self.position_embeddings.dtype))  # (B, N, D)
+        if bool_masked_pos is not None:
+            if self.mask_token is None or bool_masked_pos.numel() != B * patches.shape[1]:
+                raise ValueError(
+                    f"bool_masked_pos of shape {tuple(bool_masked_pos.shape)} must be ({B}, {patches.shape[1]}), and "
+                    "needs a mask token: make the model with use_mask_token=True."
+                )
+            patches = torch.where(bool_masked_pos.reshape(B, -1, 1).bool(), self.mask_token, patches)
+        positions = self.position_embeddings
+        if interpolate_pos_encoding:
+            positions = self.interpolate_pos_encoding((H // patch_height, W // patch_width))
+        patches = patches + positions[:, self.num_cls_tokens :]
+        cls = None if self.cls_token is None else self.cls_token + positions[:, :1]
+        prefix = [token.expand(B, -1, -1) for token in (cls, self.register_tokens) if token is not None]
+        return self.dropout(torch.cat([*prefix, patches], dim=1))  # (B, T, D)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -159,7 +154,7 @@ class ViTScratchAttention(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool = False, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, output_attentions: bool, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, D = hidden_states.shape
         qkv = self.qkv(hidden_states).reshape(B, T, 3, -1, self.head_dim)  # (B, T, 3, A, d)
@@ -167,7 +162,7 @@ class ViTScratchAttention(nn.Module):
         implementation = "eager" if output_attentions else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        context, maps = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
+        context, maps = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
         hidden_states = self.dropout(self.proj(context.reshape(B, T, D)))  # (B, T, A, d) -> (B, T, D)
         return hidden_states, maps if output_attentions else None
 
@@ -200,9 +195,6 @@ class ViTScratchDropPath(nn.Module):
         keep = hidden_states.new_full((hidden_states.shape[0], 1, 1), 1 - self.p).bernoulli()
         return hidden_states * keep / max(1 - self.p, 1e-6)  # p = 1 keeps nothing: 0 / 1e-6, not 0 / 0
 
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
 
 class ViTScratchLayerScale(nn.Module):
     """A learned factor per channel on a residual branch (Touvron et al., 2021b, "Going deeper", eq. 4)."""
@@ -230,7 +222,7 @@ class ViTScratchLayer(GradientCheckpointingLayer):
         self.drop_path = ViTScratchDropPath(config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1))
 
     def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool = False, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, output_attentions: bool, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended, maps = self.attention(self.norm1(hidden_states), output_attentions, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(attended))
@@ -250,10 +242,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     _no_split_modules = ["ViTScratchEmbeddings", "ViTScratchLayer"]
     _input_embed_layer = "patch_embeddings"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
 
     def __init__(self, config: ViTScratchConfig, *args, **kwargs):
@@ -272,17 +261,20 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         | bias                                              | 0                                        |
         | LayerNorm                                         | weight 1, bias 0                         |
         | `cls_token`, `register_tokens`, learned positions | truncated N(0, p^2) in [-2, 2] * max(p, 1) |
-        | sincos positions                                  | `ViTScratchEmbeddings.sincos_positions`  |
+        | sincos positions                                  | `sincos_positions`                       |
+        | `mask_token`                                      | 0                                        |
         | LayerScale                                        | `layerscale_value`                       |
         """
         fan_in = self.config.initializer_range == "fan_in"
+        r = 0.02 if fan_in else self.config.initializer_range
+        p = r if self.config.position_initializer_range is None else self.config.position_initializer_range
         if isinstance(module, nn.Linear):
             if module is getattr(self, "classifier", None):
                 init.zeros_(module.weight)
             elif fan_in:
                 init.normal_(module.weight, std=module.in_features**-0.5)
             else:
-                init.trunc_normal_(module.weight, std=self.config.initializer_range)
+                init.trunc_normal_(module.weight, std=r)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
@@ -291,21 +283,20 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ViTScratchLayerScale):
             init.constant_(module.scale, self.config.layerscale_value)
         elif isinstance(module, ViTScratchEmbeddings):
-            std = self.config.position_initializer_range
-            if std is None:
-                std = 0.02 if fan_in else self.config.initializer_range
-            cut = 2.0 * max(std, 1.0)
+            cut = 2.0 * max(p, 1.0)
             for token in (module.cls_token, module.register_tokens):
                 if token is not None:
-                    init.trunc_normal_(token, std=std, a=-cut, b=cut)
+                    init.trunc_normal_(token, std=p, a=-cut, b=cut)
+            if module.mask_token is not None:
+                init.zeros_(module.mask_token)
             if self.config.position_embedding_type == "learned":
-                init.trunc_normal_(module.position_embeddings, std=std, a=-cut, b=cut)
+                init.trunc_normal_(module.position_embeddings, std=p, a=-cut, b=cut)
             else:
-                init.copy_(module.position_embeddings, module.sincos_positions())
+                init.copy_(module.position_embeddings, sincos_positions(self.config))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone: biases, norms, scales, tokens, positions."""
-        own = {"cls_token", "register_tokens", "position_embeddings"}
+        own = {"cls_token", "register_tokens", "mask_token", "position_embeddings"}
         return {name for name, p in self.named_parameters() if p.ndim < 2 or name.rsplit(".", 1)[-1] in own}
 
 
@@ -314,13 +305,12 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
 
     _auto_class = "AutoModel"
 
-    def __init__(self, config: ViTScratchConfig):
+    def __init__(self, config: ViTScratchConfig, use_mask_token: bool = False):
         super().__init__(config)
-        self.embeddings = ViTScratchEmbeddings(config)
+        self.embeddings = ViTScratchEmbeddings(config, use_mask_token)
         self.layers = nn.ModuleList([ViTScratchLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_final_norm else nn.Identity()
-        )
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = norm if config.use_final_norm else nn.Identity()
         self.post_init()
 
     def pool(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -329,10 +319,17 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
             return hidden_states[:, 0]
         return hidden_states[:, self.config.num_prefix_tokens :].mean(dim=1)
 
+    def patch_map(self, hidden_states: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The patch tokens at their places in the picture: (B, T, D) -> (B, h, w, D)."""
+        (H, W), (patch_height, patch_width) = pixel_values.shape[2:], self.config.patch_hw
+        patches = hidden_states[:, self.config.num_prefix_tokens :]  # (B, N, D)
+        return patches.unflatten(1, (H // patch_height, W // patch_width))
+
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | int | list[int] | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
@@ -342,24 +339,23 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W), floating point, normalised as the image processor does.
+            bool_masked_pos: (B, N) or (B, h, w), 1 where the mask token takes a patch's place; needs `use_mask_token`.
             interpolate_pos_encoding: Resize the positions where (H, W) is not the config's `image_size`.
             output_attentions: Whether to return each layer's maps (B, A, T, T), under every attention implementation;
                 or the layers to return, e.g. [0, -1], with None for the others. None follows the config.
             output_hidden_states: Likewise for the L + 1 states (B, T, D): the embeddings, then each layer's output,
                 all before the final norm.
-            **kwargs: Passed to the attention implementation.
+            **kwargs: Passed to the attention implementation, e.g. an `attention_mask` (B, 1, T, T) added to the scores.
 
         Raises:
-            ValueError: Pixels are missing, of integer type, or of a size or channel count the model was not made for;
+            ValueError: Pixels are of integer type, or of a size or channel count the model was not made for;
                 or a layer is asked for that is not there.
         """
-        if pixel_values is None:
-            raise ValueError("pixel_values are missing.")
         L = len(self.layers)
         want_maps = _selected("output_attentions", output_attentions, self.config, L)
         want_states = _selected("output_hidden_states", output_hidden_states, self.config, L + 1)
 
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)  # (B, T, D)
+        hidden_states = self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)  # (B, T, D)
         all_states = [hidden_states if 0 in want_states else None]
         all_maps = []
         for i, layer in enumerate(self.layers):
@@ -381,10 +377,9 @@ def _selected(name: str, value: bool | int | list[int] | None, config: ViTScratc
     value = getattr(config, name) if value is None else value
     if isinstance(value, bool) or value is None:
         return list(range(count)) if value else []
-    indices = [value] if isinstance(value, int) else list(value)
-    for index in indices:
-        if not -count <= index < count:
-            raise ValueError(f"{name} asks for index {index}, but there are {count}: use {-count} to {count - 1}.")
+    indices = [value] if isinstance(value, int) else value
+    if any(not -count <= index < count for index in indices):
+        raise ValueError(f"{name} asks for {value}, but there are {count}: use {-count} to {count - 1}.")
     return [index % count for index in indices]
 
 
@@ -405,7 +400,7 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -420,7 +415,8 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         # No named parameters: Trainer takes every parameter with "label" in its name for a column of the batch.
         label_smoothing = kwargs.pop("label_smoothing", 0.0)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        outputs = self.vit(pixel_values, interpolate_pos_encoding, **kwargs)
+        kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True}
+        outputs = self.vit(pixel_values, **kwargs)
         logits = self.classifier(self.pre_logits(outputs.pooler_output))  # (B, classes)
         loss = None
         if labels is not None:
@@ -431,19 +427,15 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
 
 
 def image_classification_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    config: ViTScratchConfig,
-    label_smoothing: float = 0.0,
-    num_items_in_batch: torch.Tensor | int | None = None,
+    logits, labels, config: ViTScratchConfig, label_smoothing: float = 0.0, num_items_in_batch=None
 ) -> torch.Tensor:
     """The loss that `config.problem_type` names; without one, regression for one class and else cross-entropy.
 
     Args:
         logits: (B, classes).
-        labels: Single label: class indices (B,), integer, or class probabilities (B, classes), as mixup makes them.
+        labels: Single label: class indices (B,), integers, or class probabilities (B, classes), as mixup makes them.
             Multi label: 0 or 1 for each class (B, classes). Regression: (B, classes), or (B,) for one.
-        label_smoothing: In [0, 1]; single label only.
+        label_smoothing: In [0, 1]; the share of each label spread evenly over all classes; single label only.
         num_items_in_batch: Pictures in the whole accumulated batch; the loss is then their share of its mean.
 
     Raises:
@@ -452,33 +444,107 @@ def image_classification_loss(
     logits, labels = logits.float(), labels.to(logits.device)
     B, classes = logits.shape
     problem_type = config.problem_type or ("regression" if classes == 1 else "single_label_classification")
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    if problem_type == "single_label_classification":
-        if not labels.is_floating_point():
-            labels = labels.reshape(-1)
-        elif labels.shape != logits.shape:
+    if problem_type != "single_label_classification":
+        labels = labels.reshape(logits.shape).to(logits.dtype) if labels.numel() == logits.numel() else labels
+    elif not labels.is_floating_point():
+        labels = labels.reshape(-1)
+    elif labels.shape == logits.shape and config.problem_type is None and not torch.compiler.is_compiling():
+        total = labels.detach().sum(dim=1)
+        if not torch.allclose(total, torch.ones_like(total), atol=1e-2):
             raise ValueError(
-                f"labels of {labels.dtype} and shape {tuple(labels.shape)} are neither class indices (integers, "
-                f"shape ({B},)) nor class probabilities (shape {(B, classes)})."
+                "labels are taken for class probabilities, but a row does not sum to 1; set "
+                "config.problem_type = 'multi_label_classification' if a picture can have several classes."
             )
-        elif config.problem_type is None and not torch.compiler.is_compiling():
-            total = labels.detach().sum(dim=1)
-            if not torch.allclose(total, torch.ones_like(total), atol=1e-2):
-                worst = total[(total - 1).abs().argmax()].item()
-                raise ValueError(
-                    f"labels are taken for class probabilities, but a row sums to {worst:g}, not 1; set "
-                    "config.problem_type = 'multi_label_classification' if a picture can have several classes."
-                )
-        loss = nn.functional.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
-        return loss if num_items_in_batch is None else loss / num_items_in_batch
-    labels = labels.reshape(logits.shape).to(logits.dtype) if labels.numel() == logits.numel() else labels
-    if labels.shape != logits.shape:
-        raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}.")
-    if problem_type == "regression":
-        loss = nn.functional.mse_loss(logits, labels, reduction=reduction)
+    if labels.is_floating_point() and labels.shape != logits.shape:
+        raise ValueError(
+            f"labels of {labels.dtype} and shape {tuple(labels.shape)} are neither class indices (integers, shape "
+            f"({B},)) nor numbers for each class (shape {(B, classes)})."
+        )
+    if problem_type == "single_label_classification":
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    elif problem_type == "regression":
+        loss = nn.functional.mse_loss(logits, labels)
     else:
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction=reduction)
-    return loss if num_items_in_batch is None else loss / (num_items_in_batch * classes)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    return loss if num_items_in_batch is None else loss * B / num_items_in_batch
 
 
-__all__ = ["ViTScratchForImageClassification", "ViTScratchModel", "ViTScratchPreTrainedModel"]
+class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
+    """SimMIM (Xie et al., 2022): hide patches behind a mask token, and predict the pixels of each token."""
+
+    _auto_class = "AutoModelForMaskedImageModeling"
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__(config)
+        self.vit = ViTScratchModel(config, use_mask_token=True)
+        self.decoder = nn.Linear(config.hidden_size, config.num_channels * config.stride_hw[0] * config.stride_hw[1])
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedImageModelingOutput:
+        """Reconstruct pictures: `reconstruction` (B, C, H, W) and, given a mask, `loss`, the mean L1 error under it.
+
+        Args:
+            pixel_values: As in `ViTScratchModel.forward`, like the other arguments not listed here.
+            bool_masked_pos: (B, N) or (B, h, w), 1 for each patch to hide; `encoder_stride` must be the patch size.
+        """
+        stride, patch_size = self.config.encoder_stride, self.config.patch_size
+        if bool_masked_pos is not None and self.config.stride_hw != self.config.patch_hw:
+            raise ValueError(
+                f"encoder_stride ({stride}) must equal patch_size ({patch_size}), so that what is predicted for a "
+                f"masked patch is its pixels; use encoder_stride={patch_size}."
+            )
+        outputs = self.vit(pixel_values, bool_masked_pos, interpolate_pos_encoding, return_dict=True, **kwargs)
+        pixels = self.decoder(self.vit.patch_map(outputs.last_hidden_state, pixel_values))  # (B, h, w, C * stride^2)
+        pixels = pixels.unflatten(3, (-1, *self.config.stride_hw))  # (B, h, w, C, stride height, stride width)
+        pixels = pixels.permute(0, 3, 1, 4, 2, 5)  # (B, C, h, stride height, w, stride width)
+        reconstruction = pixels.flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+        loss = None
+        if bool_masked_pos is not None:
+            error = (reconstruction.float() - pixel_values.to(reconstruction.device)).abs().mean(dim=1)  # (B, H, W)
+            error = nn.functional.avg_pool2d(error, self.config.patch_hw)  # (B, h, w)
+            mask = bool_masked_pos.to(error.device).bool().reshape(error.shape)
+            loss = (error * mask).sum() / mask.sum().clamp(min=1)
+        return MaskedImageModelingOutput(
+            loss, reconstruction, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ViTScratchBackbone(BackboneMixin, ViTScratchPreTrainedModel):
+    """The encoder for dense prediction: for each of `out_features`, patch tokens (B, D, h, w) after the final norm."""
+
+    _auto_class = "AutoBackbone"
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.vit = ViTScratchModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = True,
+        output_hidden_states: bool | int | list[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        """Encode pictures of any size that the patch divides; arguments as in `ViTScratchModel.forward`."""
+        L = self.config.num_hidden_layers
+        stages = [index % (L + 1) for index in self.out_indices]
+        want_states = _selected("output_hidden_states", output_hidden_states, self.config, L + 1)
+        kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True}
+        outputs = self.vit(pixel_values, output_hidden_states=[*stages, *want_states], **kwargs)
+        maps = [self.vit.patch_map(self.vit.norm(outputs.hidden_states[i]), pixel_values) for i in stages]
+        states = tuple(state if i in want_states else None for i, state in enumerate(outputs.hidden_states))
+        return BackboneOutput(
+            feature_maps=tuple(feature_map.permute(0, 3, 1, 2) for feature_map in maps),  # (B, D, h, w) each
+            hidden_states=states if want_states else None,
+            attentions=outputs.attentions,
+        )
