@@ -141,7 +141,7 @@ def _card_text(folder: Path, config: dict, metrics: dict, status: str | None) ->
         status,
         _card_results(metrics),
         _card_plots(folder),
-        _card_training(metrics, name),
+        _card_training(metrics),
         _card_use(),
         _card_limits(config, metrics, link),
     ]
@@ -212,7 +212,7 @@ def _card_plots(folder: Path) -> str | None:
     return "\n\n".join(f"![{p.stem.replace('_', ' ').capitalize()}](plots/{p.name})" for p in plots)
 
 
-def _card_training(metrics: dict, name: str | None) -> str | None:
+def _card_training(metrics: dict) -> str | None:
     rows = _settings(metrics.get("training") or {})
     time, environment = metrics.get("time") or {}, dict(metrics.get("environment") or {})
     for key, label in (("train_seconds", "training time"), ("train_cpu_seconds", "processor time")):
@@ -221,7 +221,7 @@ def _card_training(metrics: dict, name: str | None) -> str | None:
     rows += _settings(environment)
     parts = [_table(["setting", "value"], rows)] if rows else []
     if metrics.get("command"):
-        command = _public_command(str(metrics["command"]), (metrics.get("dataset") or {}).get("name"), name)
+        command = public_command(str(metrics["command"]), (metrics.get("dataset") or {}).get("name"))
         parts.append(f"The command:\n\n```bash\n{command}\n```")
     return "\n\n".join(["## Training", *parts]) if parts else None
 
@@ -313,8 +313,14 @@ def _settings(settings: dict, prefix: str = "") -> list[list[str]]:
     return rows
 
 
-def _public_command(command: str, dataset_name: str | None, shown_name: str | None) -> str:
-    """The command without tokens and without paths of this machine."""
+def public_command(command: str, dataset_name: str | None = None) -> str:
+    """A command line as anybody may see it: tokens masked, paths outside the working folder cut to their last part.
+
+    Args:
+        command: The command line, quoted as for a shell.
+        dataset_name: An argument to shorten even if it is a path below the working folder.
+    """
+    shown_name = _dataset_names({"dataset": {"name": dataset_name}})[0]
     try:
         words = shlex.split(command)
     except ValueError:
@@ -1169,6 +1175,7 @@ __all__ = [
     "check_folder",
     "list_folder",
     "prepare_repo",
+    "public_command",
     "push_folder",
     "redact",
     "verify_repo",

@@ -48,7 +48,8 @@ class Fault:
     """What goes wrong with the requests that match, `times` times, after `after` that go well.
 
     `action` is "die" (the whole server stops at once, in mid-request), "reset" (the connection breaks in mid-request),
-    "hang" (no answer, until the server stops), "delay" (an answer after `seconds`), or an HTTP status.
+    "hang" (no answer, until the server stops), "lose" (done, but the answer is lost), "delay" (an answer after
+    `seconds`), or an HTTP status.
     """
 
     method: str
@@ -275,6 +276,10 @@ class _Handler(BaseHTTPRequestHandler):
             if refusal.code:
                 headers["X-Error-Code"] = refusal.code
             content = json.dumps({"error": refusal.message or refusal.code}).encode()
+        if fault and fault.action == "lose":
+            _break(self.connection)
+            self.close_connection = True
+            return
         if not isinstance(content, bytes):
             headers = {"Content-Type": "application/json", **headers}
             content = json.dumps(content).encode()
@@ -301,6 +306,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fail(self, fault: Fault) -> bool:
         """Go wrong; True if there will be no regular answer."""
+        if fault.action == "lose":
+            return False
         if fault.action == "delay":
             time.sleep(fault.seconds)
             return False
