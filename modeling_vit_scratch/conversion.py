@@ -1,0 +1,1193 @@
+"""Other libraries' Vision Transformer weights, in and out: tables of names, and no model logic.
+
+    model = convert_checkpoint("google/vit-base-patch16-224")       # or a file, a folder, a state dict
+    processor = image_processor_for("google/vit-base-patch16-224", model)
+    tensors = export_checkpoint(model, "timm")
+    verify_checkpoint("google/vit-base-patch16-224").passed         # runs the source library's own model
+
+A conversion is exact or it is refused: every tensor must have a name in the table, the right shape and finite values.
+What was recognised, assumed, left out, resized or made anew is said in one line each, as warnings of this module's
+logger (Python prints those to stderr).
+
+Read it top to bottom: the tables, reading files, recognising, converting, changing resolution or classes, the image
+processor, the way out, and the proof.
+"""
+
+import copy
+import json
+import logging
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoImageProcessor, BitImageProcessorPil, ViTImageProcessorPil
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+
+from .configuration_vit_scratch import ViTScratchConfig
+from .modeling_vit_scratch import ViTScratchForImageClassification
+
+logger = logging.getLogger(__name__)
+
+# --- Tables ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names one library gives to a ViT's tensors.
+
+    Args:
+        title: What the layout is called in messages.
+        marker: Name of the patch projection's kernel, by which the layout is recognised.
+        names: Our module or tensor outside the blocks -> theirs. "a|b" are spellings of different versions, the first
+            of which is written; a tuple names the parts that are stacked to one tensor of ours.
+        block: How the names of block `{i}` begin.
+        block_names: As `names`, inside a block.
+        unused: Pattern of names that a classifier has no use for -> what they are.
+        layer_norm_eps: The library's published epsilon.
+        positions: Which tokens before the patches have positions, in the order tried: "none", "cls", or "all", class
+            token and registers.
+        jax: Whether kernels are (in, out), the patch kernel (h, w, C, D), and heads have an axis of their own.
+    """
+
+    title: str
+    marker: str
+    names: dict[str, str | tuple[str, ...]]
+    block: str
+    block_names: dict[str, str | tuple[str, ...]]
+    unused: dict[str, str] = field(default_factory=dict)
+    layer_norm_eps: float = 1e-6
+    positions: tuple[str, ...] = ("cls",)
+    jax: bool = False
+
+
+TRANSFORMERS = Layout(
+    title="transformers'",
+    marker="embeddings.patch_embeddings.projection.weight",
+    names={
+        "vit.embeddings.cls_token": "embeddings.cls_token",
+        "vit.embeddings.register_tokens": "embeddings.distillation_token",  # DeiT's is a register with a position
+        "vit.embeddings.position_embeddings": "embeddings.position_embeddings",
+        "vit.embeddings.patch_embeddings.projection": "embeddings.patch_embeddings.projection",
+        "vit.norm": "layernorm",
+        "pre_logits.0": "pooler.dense",
+        "classifier": "classifier",
+    },
+    block="layers.{i}.|encoder.layer.{i}.",  # in memory | on the Hub
+    block_names={
+        "norm1": "layernorm_before",
+        "attention.qkv": (
+            "attention.q_proj|attention.attention.query",
+            "attention.k_proj|attention.attention.key",
+            "attention.v_proj|attention.attention.value",
+        ),
+        "attention.proj": "attention.o_proj|attention.output.dense",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "mlp.fc1|intermediate.dense",
+        "mlp.fc2": "mlp.fc2|output.dense",
+    },
+    unused={r"embeddings\.mask_token": "the mask token", r"decoder\..*": "the pre-training decoder"},
+    layer_norm_eps=1e-12,
+    positions=("all",),
+)
+
+DINOV2 = Layout(
+    title="transformers' DINOv2",
+    marker="embeddings.patch_embeddings.projection.weight",
+    names={
+        **TRANSFORMERS.names,
+        "vit.embeddings.register_tokens": "embeddings.register_tokens",
+    },
+    block="encoder.layer.{i}.|layers.{i}.",
+    block_names={
+        **TRANSFORMERS.block_names,
+        "norm1": "norm1",
+        "layer_scale1.scale": "layer_scale1.lambda1",
+        "norm2": "norm2",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+        "layer_scale2.scale": "layer_scale2.lambda1",
+    },
+    unused={r"embeddings\.mask_token": "the mask token"},
+)
+
+TIMM = Layout(
+    title="timm's",  # and those of DeiT, DINO, DINOv2 and MAE, whose code began as timm's
+    marker="patch_embed.proj.weight",
+    names={
+        "vit.embeddings.cls_token": "cls_token",
+        "vit.embeddings.register_tokens": "reg_token|register_tokens|dist_token",
+        "vit.embeddings.position_embeddings": "pos_embed",
+        "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
+        "vit.norm": "norm",
+        "pre_logits.0": "pre_logits.fc",
+        "classifier": "head",
+    },
+    block="blocks.{i}.",
+    block_names={
+        "norm1": "norm1",
+        "attention.qkv": "attn.qkv",
+        "attention.proj": "attn.proj",
+        "layer_scale1.scale": "ls1.gamma|gamma_1",
+        "norm2": "norm2",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+        "layer_scale2.scale": "ls2.gamma|gamma_2",
+    },
+    unused={
+        r"mask_token": "the mask token",
+        r"decoder_.*": "the pre-training decoder",
+        r"(module\.)?head\.(mlp|last_layer)\..*": "DINO's projection head",
+    },
+    positions=("none", "cls", "all"),
+)
+
+TORCHVISION = Layout(
+    title="torchvision's",
+    marker="conv_proj.weight",
+    names={
+        "vit.embeddings.cls_token": "class_token",
+        "vit.embeddings.position_embeddings": "encoder.pos_embedding",
+        "vit.embeddings.patch_embeddings.projection": "conv_proj",
+        "vit.norm": "encoder.ln",
+        "pre_logits.0": "heads.pre_logits",
+        "classifier": "heads.head",
+    },
+    block="encoder.layers.encoder_layer_{i}.",
+    block_names={
+        "norm1": "ln_1",
+        "attention.qkv.weight": "self_attention.in_proj_weight",
+        "attention.qkv.bias": "self_attention.in_proj_bias",
+        "attention.proj": "self_attention.out_proj",
+        "norm2": "ln_2",
+        "mlp.fc1": "mlp.0|mlp.linear_1",  # in memory | in the published files
+        "mlp.fc2": "mlp.3|mlp.linear_2",
+    },
+)
+
+JAX = Layout(
+    title="Google's",
+    marker="embedding/kernel",
+    names={
+        "vit.embeddings.cls_token": "cls",
+        "vit.embeddings.position_embeddings": "Transformer/posembed_input/pos_embedding|pos_embedding",
+        "vit.embeddings.patch_embeddings.projection.weight": "embedding/kernel",
+        "vit.embeddings.patch_embeddings.projection.bias": "embedding/bias",
+        "vit.norm.weight": "Transformer/encoder_norm/scale",
+        "vit.norm.bias": "Transformer/encoder_norm/bias",
+        "pre_logits.0.weight": "pre_logits/kernel",
+        "pre_logits.0.bias": "pre_logits/bias",
+        "classifier.weight": "head/kernel",
+        "classifier.bias": "head/bias",
+    },
+    block="Transformer/encoderblock_{i}/",
+    block_names={  # vision_transformer | big_vision
+        "norm1.weight": "LayerNorm_0/scale",
+        "norm1.bias": "LayerNorm_0/bias",
+        "attention.qkv.weight": tuple(
+            f"MultiHeadDotProductAttention_1/{part}/kernel|MultiHeadDotProductAttention_0/{part}/kernel"
+            for part in ("query", "key", "value")
+        ),
+        "attention.qkv.bias": tuple(
+            f"MultiHeadDotProductAttention_1/{part}/bias|MultiHeadDotProductAttention_0/{part}/bias"
+            for part in ("query", "key", "value")
+        ),
+        "attention.proj.weight": "MultiHeadDotProductAttention_1/out/kernel|MultiHeadDotProductAttention_0/out/kernel",
+        "attention.proj.bias": "MultiHeadDotProductAttention_1/out/bias|MultiHeadDotProductAttention_0/out/bias",
+        "norm2.weight": "LayerNorm_2/scale|LayerNorm_1/scale",
+        "norm2.bias": "LayerNorm_2/bias|LayerNorm_1/bias",
+        "mlp.fc1.weight": "MlpBlock_3/Dense_0/kernel|MlpBlock_0/Dense_0/kernel",
+        "mlp.fc1.bias": "MlpBlock_3/Dense_0/bias|MlpBlock_0/Dense_0/bias",
+        "mlp.fc2.weight": "MlpBlock_3/Dense_1/kernel|MlpBlock_0/Dense_1/kernel",
+        "mlp.fc2.bias": "MlpBlock_3/Dense_1/bias|MlpBlock_0/Dense_1/bias",
+    },
+    unused={r"opt/state/.*": "the optimizer's state"},
+    jax=True,
+)
+
+HALF = (0.5, 0.5, 0.5)
+BILINEAR, BICUBIC = int(PILImageResampling.BILINEAR), int(PILImageResampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the tensors of one source cannot tell, as its authors published it.
+
+    Args:
+        layouts: The layouts its files come in.
+        mean, std: Of the image processor, per channel.
+        resample: PIL's number of the interpolation.
+        crop: Share of the resized picture's side that the central crop keeps, or None: resized without a crop.
+        antialias: Whether its own code antialiases when it resizes positions.
+    """
+
+    layouts: tuple[Layout, ...]
+    mean: tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN)
+    std: tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD)
+    resample: int = BICUBIC
+    crop: float | None = 224 / 256
+    antialias: bool = False
+
+
+FAMILIES = {
+    "transformers": Family((TRANSFORMERS,), HALF, HALF, BILINEAR, crop=None),
+    "timm": Family((TIMM,), HALF, HALF, BICUBIC, crop=0.9, antialias=True),
+    "torchvision": Family((TORCHVISION,), resample=BILINEAR),
+    "jax": Family((JAX,), HALF, HALF, BILINEAR, crop=None),
+    "deit": Family((TRANSFORMERS, TIMM)),
+    "dino": Family((TRANSFORMERS, TIMM)),
+    "dinov2": Family((DINOV2, TIMM)),
+    "dinov2_with_registers": Family((DINOV2, TIMM), antialias=True),
+    "mae": Family((TRANSFORMERS, TIMM)),
+}
+TARGETS = {"transformers": TRANSFORMERS, "timm": TIMM, "torchvision": TORCHVISION, "jax": JAX}
+
+# `model_type` of a config.json -> family.
+MODEL_TYPES = {
+    "vit": "transformers",
+    "deit": "deit",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2_with_registers",
+    "vit_mae": "mae",
+}
+
+# Widths whose published models do not have 64 channels per head (ViT-H, SoViT, ViT-g, ViT-G).
+PUBLISHED_HEADS = {1280: 16, 1152: 16, 1408: 16, 1664: 16}
+
+# timm's arguments -> our fields; and the architectures that differ from their families.
+TIMM_ARGUMENTS = {
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "patch_size": "patch_size",
+    "in_chans": "num_channels",
+    "img_size": "image_size",
+    "qkv_bias": "qkv_bias",
+    "class_token": "use_cls_token",
+    "reg_tokens": "num_register_tokens",
+    "final_norm": "use_final_norm",
+    "global_pool": "pooling",
+    "act_layer": "hidden_act",
+}
+TIMM_POOLINGS = {"token": "cls", "avg": "mean", "": None}
+TIMM_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "quickgelu": "quick_gelu",
+    "relu": "relu", "silu": "silu", "swish": "silu",
+}  # fmt: skip
+TIMM_ARCHITECTURES = {
+    r"vit_base_patch16_gap_224": {"num_heads": 16},
+    r"vit_giantopt_patch16_siglip_.*": {"num_heads": 16, "act_layer": "gelu_tanh"},
+    r"vit_so400m_patch16_siglip_.*": {"act_layer": "gelu_tanh"},
+}
+TIMM_RESAMPLE = {"bilinear": BILINEAR, "bicubic": BICUBIC, "nearest": int(PILImageResampling.NEAREST)}
+
+# Fields of a config.json beside the tensors that are taken over, or, where the tensors tell, compared with them.
+CONFIG_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "image_size",
+    "patch_size", "num_channels", "qkv_bias", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "initializer_range", "encoder_stride", "pooling", "problem_type",
+)  # fmt: skip
+
+# Names of what the config cannot express -> what it is.
+REFUSED = {
+    r".*\bmlp\.(w12|w3|w1|w2|weights_in|weights_out|gate_proj|up_proj|fc1_g|fc1_x)\..*": "a SwiGLU MLP",
+    r".*\b(norm_pre|ln_pre|pre_layrnorm)\..*": "a norm before the first block (pre-norm towers such as CLIP's)",
+    r".*\bfc_norm\..*": "a norm after mean pooling (timm's fc_norm)",
+    r".*\battn_pool\..*|.*MAPHead_0/.*|.*vision_model\.head\..*": "attention pooling",
+    r".*\b(q_norm|k_norm|q_ln|k_ln)\b.*|.*/(query_norm|key_norm)/.*": "normalised queries and keys",
+    r".*\b(q_bias|v_bias)": "query and value biases without a key bias (BEiT)",
+    r".*relative_position.*|.*\brel_pos.*|.*rope_embed.*": "relative or rotary positions",
+    r".*patch_embed\.backbone\..*|.*conv_root/.*|conv_proj\.conv_.*|.*patch_embed\.(norm|proj\.\d).*": (
+        "a convolutional stem"
+    ),
+    r".*\b(attns|ffns)\.\d+\..*|.*\.in_proj\..*|.*\.mlp_out_proj\..*": "parallel blocks",
+    r".*\battn\.norm\..*|.*\bmlp\.norm\..*|.*\battn\.(lambda|sub_norm).*": "norms inside attention or MLP",
+    r".*Transformer/encoderblock/.*": "blocks stacked by flax's scan",
+    r".*\bdetection_tokens|.*mid_position_embeddings": "detection tokens",
+}
+# Heads that the model does not have; asking for a new head (`num_labels=`) leaves them out.
+REFUSED_HEADS = {
+    r"(cls_classifier|distillation_classifier|head_dist)\..*": "a distilled second head",
+}
+
+SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
+# Files of a folder or Hub repository, in the order they are looked for.
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "model.npz",
+)  # fmt: skip
+# Keys below which training scripts store the weights.
+WRAPPERS = ("state_dict", "model", "teacher", "student", "model_ema", "module")
+
+TOLERANCE = 1e-4
+
+
+def _spellings(layout: Layout, ours: str) -> list[list[str]]:
+    """Their names for our tensor: for each part that is stacked to it, the spellings to try."""
+    in_block = re.fullmatch(r"vit\.layers\.(\d+)\.(.+)", ours)
+    table = layout.block_names if in_block else layout.names
+    starts = [start.format(i=in_block[1]) for start in layout.block.split("|")] if in_block else [""]
+    inner, suffix = (in_block[2] if in_block else ours), ""
+    if inner not in table:
+        inner, _, leaf = inner.rpartition(".")
+        suffix = f".{leaf}"
+    entry = table.get(inner, ())  # nothing: the layout has no such tensor
+    parts = entry if isinstance(entry, tuple) else (entry,)
+    return [[start + name + suffix for name in part.split("|") for start in starts] for part in parts]
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Checkpoint:
+    """Tensors by their own names, and what lies beside them."""
+
+    tensors: Mapping[str, Any]
+    title: str
+    config: dict = field(default_factory=dict)
+    folder: Path | None = None
+    path: Path | None = None
+    wrapper: str | None = None
+
+
+class _SafetensorsFiles(Mapping):
+    """Tensors of .safetensors files, each read when it is asked for, so that memory holds few of them twice."""
+
+    def __init__(self, paths: list[Path]):
+        self.files = {}
+        for path in paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self.files.update(dict.fromkeys(file.keys(), path))
+            except SafetensorError as error:
+                raise ValueError(f"{path} is no safetensors file: {error}.") from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _read_torch(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = re.search(
+            r"(?:GLOBAL|Unsupported (?:class|operand)|Unsupported global:?)\s*:?\s*(?:GLOBAL )?([\w.]+)", str(error)
+        )
+        raise ValueError(
+            f"{path} is no checkpoint of tensors alone{f' (it holds {what[1]})' if what else ''}, and nothing else is "
+            "unpickled; where you trust it, load it and save its state dict."
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint that torch can read: {str(error).splitlines()[0]}") from error
+
+
+def _read_npz(path: Path) -> Mapping:
+    try:
+        arrays = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no .npz file of arrays: {error}") from error
+    if not isinstance(arrays, Mapping):
+        raise ValueError(f"{path} is one array, not a .npz file of named arrays.")
+    return arrays
+
+
+def _read_file(path: Path) -> Mapping:
+    if path.name.endswith(".index.json"):
+        files = sorted({path.parent / name for name in _read_json(path).get("weight_map", {}).values()})
+        if all(file.suffix == ".safetensors" for file in files):
+            return _SafetensorsFiles(files)
+        return {name: tensor for file in files for name, tensor in _read_torch(file).items()}
+    if path.suffix == ".safetensors":
+        return _SafetensorsFiles([path])
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    if path.suffix in SUFFIXES:
+        return _read_torch(path)
+    raise ValueError(f"{path} is no checkpoint by its name; known are {', '.join(SUFFIXES)}.")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    return content
+
+
+def _weights_in(folder: Path) -> Path:
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name != "training_args.bin")
+    if len(files) != 1:
+        found = ", ".join(path.name for path in files) or "none"
+        raise ValueError(f"{folder} must hold one file of weights, found {found}; name the file itself.")
+    return files[0]
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    """Fetch config, processor and weights of a Hub model; the folder they lie in."""
+
+    def get(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repo_id, name, revision=revision))
+        except EntryNotFoundError:
+            return None
+
+    try:
+        found = [path for path in map(get, ("config.json", "preprocessor_config.json")) if path]
+        weights = next((path for path in map(get, WEIGHT_FILES) if path), None)
+        if weights is None:
+            raise ValueError(f"the Hub's {repo_id} holds none of {', '.join(WEIGHT_FILES)}.")
+        if weights.name.endswith(".index.json"):
+            for name in sorted(set(_read_json(weights)["weight_map"].values())):
+                get(name)
+    except ValueError:
+        raise
+    except Exception as error:  # the client has many: unknown repository, no network, no permission
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{repo_id} is no file or folder here, and the Hub did not give it: {reason}") from error
+    return (found or [weights])[0].parent
+
+
+def _locate(checkpoint, revision: str | None) -> Path:
+    """The file or folder that a path or Hub id stands for."""
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        return path
+    text = str(checkpoint)
+    if path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
+        raise ValueError(f"there is no file or folder {text}.")
+    return _download(text, revision)
+
+
+def _open(checkpoint, revision: str | None = None) -> _Checkpoint:
+    if isinstance(checkpoint, Mapping):
+        opened = _Checkpoint(checkpoint, "the state dict")
+    else:
+        located = _locate(checkpoint, revision)
+        path = _weights_in(located) if located.is_dir() else located
+        config = path.parent / "config.json"
+        opened = _Checkpoint(
+            _read_file(path), str(checkpoint), _read_json(config) if config.is_file() else {}, path.parent, path
+        )
+    return _unwrap(opened)
+
+
+def _unwrap(opened: _Checkpoint) -> _Checkpoint:
+    """Step into {"model": weights, ...}, and take off what DistributedDataParallel and compile put before names."""
+    tensors = opened.tensors
+    while isinstance(tensors, dict) and any(isinstance(tensors.get(key), Mapping) for key in WRAPPERS):
+        opened.wrapper = next(key for key in WRAPPERS if isinstance(tensors.get(key), Mapping))
+        others = [str(key) for key in tensors if key != opened.wrapper]
+        if others:
+            logger.warning("Took %r of %s; left out %s.", opened.wrapper, opened.title, _some(others))
+        tensors = tensors[opened.wrapper]
+    if not isinstance(tensors, Mapping) or not len(tensors):
+        raise ValueError(f"{opened.title} holds no named tensors.")
+    if isinstance(tensors, dict):
+        wrong = [str(key) for key, value in tensors.items() if not isinstance(value, (torch.Tensor, np.ndarray))]
+        if wrong or not all(isinstance(key, str) for key in tensors):
+            raise ValueError(f"{opened.title} is no state dict: {_some(wrong or list(map(str, tensors)))} no tensors.")
+    opened.tensors = tensors
+    return opened
+
+
+def _some(names: list[str]) -> str:
+    """The first ten names and their number."""
+    return f"{len(names)} ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+
+
+# --- Recognising -----------------------------------------------------------------------------------------------------
+
+
+class _Named:
+    """A checkpoint's tensors by our names.
+
+    `names` are theirs without what comes before the patch projection's ("vit.", "module.backbone.", "opt/target/").
+    """
+
+    def __init__(self, opened: _Checkpoint, layout: Layout, start: str):
+        self.tensors, self.layout = opened.tensors, layout
+        outer = re.match(r"((module|_orig_mod)\.)*", start)[0]
+        self.names = {}
+        for name in opened.tensors:
+            short = name.removeprefix(start) if name.startswith(start) else name.removeprefix(outer)
+            self.names[short] = name
+        self.used: set[str] = set()
+        self.missing: list[str] = []
+        self.dtypes: set[str] = set()
+
+    def find(self, ours: str) -> list[str | None]:
+        """For each part of our tensor, the name it has here, or None."""
+        return [next((n for n in part if n in self.names), None) for part in _spellings(self.layout, ours)]
+
+    @property
+    def use_cls_token(self) -> bool:
+        """Whether there is a class token; only timm's and Google's models may lack it."""
+        return self.has("vit.embeddings.cls_token") or self.layout not in (TIMM, JAX)
+
+    def shape(self, ours: str) -> list[int] | None:
+        """The shape of our tensor (a patch kernel's is (D, C, h, w)), or None where a part is not here."""
+        if not self.find(ours) or None in self.find(ours):
+            return None
+        return list(self.read(ours, note=False).shape)
+
+    def has(self, ours: str) -> bool:
+        """Whether any part of our tensor is here."""
+        return any(self.find(ours))
+
+    def raw(self, name: str) -> torch.Tensor:
+        value = self.tensors[self.names[name]]
+        value = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value.detach()
+        if not value.is_floating_point():
+            raise ValueError(f"{name} holds {value.dtype}, not floating-point numbers.")
+        return value
+
+    def read(self, ours: str, note: bool = True) -> torch.Tensor | None:
+        """Our tensor in torch's layout (a patch kernel still (D, C, h, w)), or None and its names in `missing`."""
+        found = self.find(ours)
+        missing = [part[0] for name, part in zip(found, _spellings(self.layout, ours), strict=True) if name is None]
+        if note:
+            self.missing += [name for name in missing if name not in self.missing]
+            self.used.update(filter(None, found))
+        if missing or not found:
+            return None
+        parts = [self.raw(name) for name in found]
+        self.dtypes.update(str(part.dtype).removeprefix("torch.") for part in parts)
+        if self.layout.jax:
+            parts = [_from_jax(ours, part) for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _from_jax(ours: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of Google's layout in torch's."""
+    if tensor.ndim == 4:  # patch kernel (h, w, C, D)
+        return tensor.permute(3, 2, 0, 1)
+    if tensor.ndim == 3 and ours.endswith("qkv.weight"):  # (D, heads, head dim)
+        return tensor.flatten(1).T
+    if tensor.ndim == 3 and ours.endswith("proj.weight"):  # (heads, head dim, D)
+        return tensor.flatten(0, 1).T
+    if ours.endswith("qkv.bias"):  # (heads, head dim)
+        return tensor.flatten()
+    return tensor.T if tensor.ndim == 2 else tensor
+
+
+def _to_jax(ours: str, tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """The way back."""
+    if tensor.ndim == 4:
+        return tensor.permute(2, 3, 1, 0)
+    if ours.endswith("qkv.weight"):
+        return tensor.T.unflatten(1, (num_heads, -1))
+    if ours.endswith("attention.proj.weight"):
+        return tensor.T.unflatten(0, (num_heads, -1))
+    if ours.endswith("qkv.bias"):
+        return tensor.unflatten(0, (num_heads, -1))
+    return tensor.T if tensor.ndim == 2 else tensor
+
+
+def _recognise(opened: _Checkpoint, source: str | None) -> tuple[str, _Named]:
+    """The family and the layout, from `source`, the config and the names.
+
+    Raises:
+        ValueError: The source is unknown, the names are nobody's, or they and the source disagree.
+    """
+    if source is not None and source not in FAMILIES:
+        raise ValueError(f"source {source!r} is unknown; use one of {', '.join(FAMILIES)}.")
+    names = list(opened.tensors)
+    if any(re.search(r"layers\.\d+\.attention\.qkv\.weight$", name) for name in names):
+        raise ValueError(f"{opened.title} holds this package's own weights, which need their config.json beside them.")
+    layouts = [layout for layout in (TRANSFORMERS, TIMM, TORCHVISION, JAX) if _marked(layout, names) is not None]
+    if not layouts:
+        _refuse(names, opened.title)
+        raise ValueError(
+            f"{opened.title} was not recognised: none of its {_some(names)} names ends with "
+            f"{', '.join(layout.marker for layout in (TRANSFORMERS, TIMM, TORCHVISION, JAX))}."
+        )
+    layout = layouts[0]
+    if layout is TRANSFORMERS and any(re.search(r"\.norm1\.weight$", name) for name in names):
+        layout = DINOV2
+    named = _Named(opened, layout, _marked(layout, names))
+    family = _family(opened, named)
+    if source is not None and not (source == "transformers" and layout in (TRANSFORMERS, DINOV2)):
+        if layout not in FAMILIES[source].layouts:
+            raise ValueError(f"source={source!r}, but {opened.title} has {layout.title} names (as of {family!r}).")
+        family = source
+    return family, named
+
+
+def _marked(layout: Layout, names: list[str]) -> str | None:
+    """What comes before the layout's marker, or None where it is absent."""
+    found = [name for name in names if re.search(rf"(^|[./]){re.escape(layout.marker)}$", name)]
+    return min(found, key=len).removesuffix(layout.marker) if found else None
+
+
+def _family(opened: _Checkpoint, named: _Named) -> str:
+    model_type = opened.config.get("model_type")
+    if named.layout in (TRANSFORMERS, DINOV2):
+        if model_type is not None:
+            if model_type not in MODEL_TYPES:
+                raise ValueError(
+                    f"config.json says model_type {model_type!r}; known are {', '.join([*MODEL_TYPES, 'vit_scratch'])}."
+                )
+            return MODEL_TYPES[model_type]
+        if named.layout is DINOV2:
+            return "dinov2_with_registers" if "embeddings.register_tokens" in named.names else "dinov2"
+        if "embeddings.distillation_token" in named.names:
+            return "deit"
+        return "mae" if "decoder.decoder_embed.weight" in named.names else "transformers"
+    if named.layout is TIMM:
+        if "mask_token" in named.names and named.has("vit.layers.0.layer_scale1.scale"):
+            return "dinov2_with_registers" if "register_tokens" in named.names else "dinov2"
+        if "decoder_embed.weight" in named.names:
+            return "mae"
+        if "blocks.0.gamma_1" in named.names or "dist_token" in named.names:
+            return "deit"
+        return "dino" if opened.wrapper in ("teacher", "student") else "timm"
+    return {id(family.layouts[0]): name for name, family in FAMILIES.items()}[id(named.layout)]
+
+
+def _refuse(names: list[str], title: str):
+    for pattern, what in REFUSED.items():
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if found:
+            raise ValueError(f"{title} has {what}, which this model has not: {_some(found)}.")
+
+
+# --- Converting ---------------------------------------------------------------------------------------------------
+
+
+def convert_checkpoint(
+    checkpoint,
+    source: str | None = None,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    num_labels: int | None = None,
+    id2label: dict[int, str] | None = None,
+    revision: str | None = None,
+    **hints,
+) -> ViTScratchForImageClassification:
+    """Load a ViT of another library, or one of ours, into our model: float32, in evaluation mode, the same function.
+
+    Args:
+        checkpoint: A state dict, a dict of numpy arrays, a file (.safetensors, .npz, .pt, .pth, .bin), a folder, or a
+            Hub id. A config.json beside the weights is read.
+        source: One of `FAMILIES`; None to recognise it from the names.
+        image_size: Pixels, one number or (height, width), to resize the positions to; None keeps the resolution.
+        num_labels: Classes; a number other than the checkpoint's makes the head anew. A head that this model cannot
+            express (two heads, or DINOv2's on class token and mean) is left out if this is given, else refused.
+        id2label: Names of the classes; as many as there are.
+        revision: Branch, tag or commit of a Hub id.
+        **hints: Fields of the config that tensors cannot tell, such as `num_attention_heads`, `layer_norm_eps`,
+            `hidden_act`, `pooling` or `drop_path_rate`; `grid_size`, the checkpoint's patches (down, across) where
+            they are no square; `representation_size=None` to leave out a tanh layer before a new head.
+
+    Raises:
+        ValueError: The checkpoint cannot be read or recognised; tensors are missing, left over, of a wrong shape or
+            not finite; the model cannot express it; or hints contradict the tensors.
+    """
+    own = None if source is not None else _own_folder(checkpoint, revision)
+    if own is not None:
+        model, headless = _load_own(own, hints)
+        antialias = False
+    else:
+        opened = _open(checkpoint, revision)
+        family, named = _recognise(opened, source)
+        model, headless = _convert(opened, family, named, hints, new_head=num_labels is not None)
+        antialias = FAMILIES[family].antialias
+    return _change(model, headless, image_size, num_labels, id2label, antialias)
+
+
+def _own_folder(checkpoint, revision: str | None) -> Path | None:
+    """The folder of a checkpoint that this package saved, or None."""
+    if isinstance(checkpoint, Mapping):
+        return None
+    located = _locate(checkpoint, revision)
+    folder = located if located.is_dir() else located.parent
+    config = folder / "config.json"
+    if config.is_file() and _read_json(config).get("model_type") == ViTScratchConfig.model_type:
+        return folder
+    return None
+
+
+def _load_own(folder: Path, hints: dict) -> tuple[ViTScratchForImageClassification, bool]:
+    """A model of this package, and whether its head is new."""
+    config = ViTScratchConfig.from_pretrained(folder, **hints)
+    model, report = ViTScratchForImageClassification.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    missing, left_over = set(report["missing_keys"]), set(report["unexpected_keys"])
+    head = {name for name in missing if name.startswith(("classifier.", "pre_logits."))}
+    decoder = {name for name in left_over if re.match(r"(vit\.)?(embeddings\.)?(decoder|mask_token)", name)}
+    _raise_unfit(str(folder), {"missing": sorted(missing - head), "left over": sorted(left_over - decoder)})
+    if decoder:
+        logger.warning("Left out the pre-training decoder: %s.", _some(sorted(decoder)))
+    return model.eval(), bool(head)
+
+
+def _raise_unfit(title: str, problems: dict[str, list[str]]):
+    texts = [f"{problem} are {_some(names)}" for problem, names in problems.items() if names]
+    if texts:
+        raise ValueError(f"{title} does not fit: {'; '.join(texts)}.")
+
+
+@dataclass
+class _Plan:
+    """What becomes of a checkpoint.
+
+    Args:
+        fields: Of our config.
+        tensors: Ours that are more than a tensor of theirs under another name.
+        left_out: Their name -> what it is.
+        classes: Of the head that is taken over, or None.
+    """
+
+    fields: dict
+    tensors: dict[str, torch.Tensor]
+    left_out: dict[str, str]
+    classes: int | None
+
+
+def _convert(
+    opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head: bool
+) -> tuple[ViTScratchForImageClassification, bool]:
+    """The exact conversion, at the checkpoint's resolution, and whether its head is new."""
+    plan = _plan(opened, family, named, hints, new_head)
+    model = _meta_model(ViTScratchConfig(**plan.fields))
+    state = _fill(model, opened.title, named, plan)
+    config = model.config
+    logger.warning(
+        "Recognised %s names (%s): %d blocks of width %d, %d heads, MLP of %d, patches of %s, images of %s, %s.",
+        named.layout.title, family, config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
+        config.intermediate_size, "x".join(map(str, config.patch_hw)), "x".join(map(str, config.image_hw)),
+        "no classifier" if plan.classes is None else f"{plan.classes} classes",
+    )  # fmt: skip
+    for what in dict.fromkeys(plan.left_out.values()):
+        logger.warning("Left out %s: %s.", what, _some([n for n in plan.left_out if plan.left_out[n] == what]))
+    if named.dtypes - {"float32"}:
+        logger.warning("Weights of %s became float32.", " and ".join(sorted(named.dtypes - {"float32"})))
+    return _materialise(model, state), plan.classes is None
+
+
+def _plan(opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head: bool) -> _Plan:
+    """Read the geometry off the tensors, and what they cannot tell off hints, config.json and the published values."""
+    _refuse(list(named.names), opened.title)
+    hints = dict(hints)
+    claims = _claims(opened)
+    grid = hints.pop("grid_size", None)
+    blocks = _num_blocks(named, opened.title)
+    D, C, *patch = named.shape("vit.embeddings.patch_embeddings.projection.weight")
+    if len(patch) != 2:
+        raise ValueError(f"{named.layout.marker} must have 4 dimensions, got {len(patch) + 2}.")
+    if grid is None and "image_size" in claims:
+        size = _pair(claims["image_size"])
+        grid = (size[0] // patch[0], size[1] // patch[1])
+    plan = _Plan({}, {}, {}, None)
+    for pattern, what in named.layout.unused.items():
+        plan.left_out |= {name: what for name in named.names if re.fullmatch(pattern, name)}
+    grid, registers = _plan_tokens(plan, opened.title, named, D, grid)
+    pooling = _plan_head(plan, opened, named, D, hints, new_head)
+    widths = [named.shape(f"vit.layers.{i}.mlp.fc1.weight") for i in range(blocks)]
+    width = next((shape[0] for shape in widths if shape), None)
+    inner = named.shape("vit.layers.0.mlp.fc2.weight")
+    if width and inner and width == 2 * inner[1]:
+        raise ValueError(f"{opened.title} has a SwiGLU MLP (fc1 gives {width}, fc2 takes {inner[1]}), not an MLP.")
+    query = named.find("vit.layers.0.attention.qkv.weight")[0]
+    measured = {
+        "hidden_size": D,
+        "num_channels": C,
+        "num_hidden_layers": blocks,
+        "intermediate_size": width or 4 * D,
+        "patch_size": _single(patch),
+        "image_size": _single([grid[0] * patch[0], grid[1] * patch[1]]),
+        "num_register_tokens": registers,
+        "use_cls_token": named.use_cls_token,
+        "qkv_bias": any(named.has(f"vit.layers.{i}.attention.qkv.bias") for i in range(blocks)),
+        "representation_size": (named.shape("pre_logits.0.bias") or [None])[0],
+    }
+    if set(named.find("pre_logits.0.bias")) & set(plan.left_out):
+        measured["representation_size"] = None
+    if named.layout.jax and query is not None and named.raw(query).ndim == 3:
+        measured["num_attention_heads"] = named.raw(query).shape[1]
+    for origin, told in (("config.json says", claims), ("the hint is", hints)):
+        for name, value in told.items():
+            if name in measured and _pair(value) != _pair(measured[name]):
+                raise ValueError(f"{origin} {name}={value!r}, but the tensors say {measured[name]!r}.")
+    scaled = any(named.has(f"vit.layers.{i}.layer_scale{n}.scale") for i in range(blocks) for n in (1, 2))
+    defaults = {
+        "pooling": pooling or ("cls" if measured["use_cls_token"] else "mean"),
+        "layer_norm_eps": 1e-6 if family.startswith("dinov2") else named.layout.layer_norm_eps,
+        "layerscale_value": float(opened.config.get("layerscale_value") or 1e-5) if scaled else None,
+    }
+    fields = {**defaults, **claims, **({"pooling": pooling} if pooling else {}), **hints, **measured}
+    if "num_attention_heads" not in fields:
+        if D not in PUBLISHED_HEADS and D % 64:
+            raise ValueError(f"the heads cannot be told: width {D} is no multiple of 64; pass num_attention_heads=.")
+        fields["num_attention_heads"] = heads = PUBLISHED_HEADS.get(D, D // 64)
+        logger.warning("Assumed %d heads of %d channels; num_attention_heads= says otherwise.", heads, D // heads)
+    labels = _label_names(opened.config)
+    if labels and plan.classes in (None, len(labels)):
+        fields |= {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+    elif plan.classes is not None:
+        fields["num_labels"] = plan.classes
+    plan.fields = fields
+    return plan
+
+
+def _num_blocks(named: _Named, title: str) -> int:
+    patterns = [re.escape(start).replace(r"\{i\}", r"(\d+)") for start in named.layout.block.split("|")]
+    matches = [re.match(pattern, name) for name in named.names for pattern in patterns]
+    numbers = {int(match[1]) for match in matches if match}
+    if not numbers:
+        raise ValueError(f"{title} has {named.layout.title} names, but no blocks {named.layout.block.split('|')[0]}*.")
+    return max(numbers) + 1
+
+
+def _pair(value):
+    """A size as (height, width), whichever way it is written; anything else as it is."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value, value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _single(size: list[int]) -> int | tuple[int, int]:
+    return size[0] if size[0] == size[1] else tuple(size)
+
+
+def _plan_tokens(
+    plan: _Plan, title: str, named: _Named, D: int, grid: tuple[int, int] | None
+) -> tuple[tuple[int, int], int]:
+    """Class token, registers and positions in our form: a position for the class token, none for registers.
+
+    A register with a position is the register plus its position; a class token without one has position 0. Returns the
+    grid (down, across), and the number of registers.
+    """
+    prefix = "vit.embeddings."
+    tokens = int(named.use_cls_token)
+    registers = (named.shape(prefix + "register_tokens") or [0, 0])[1]
+    positions = named.read(prefix + "position_embeddings")
+    if positions is None:
+        _raise_unfit(title, {"missing": named.missing})
+    if positions.ndim != 3 or positions.shape[0] != 1 or positions.shape[2] != D:
+        _raise_unfit(title, {"misshapen": [f"positions {tuple(positions.shape)} instead of (1, tokens, {D})"]})
+    count = positions.shape[1]
+    before = {"none": 0, "cls": tokens, "all": tokens + registers}
+    before = [before[which] for which in named.layout.positions]
+    if grid is None:
+        sides = {number: math.isqrt(max(count - number, 0)) for number in before}
+        fits = [number for number in before if sides[number] and sides[number] ** 2 == count - number]
+        if not fits:
+            raise ValueError(
+                f"{title} has {count} positions, which are no square grid of patches; pass grid_size=(down, across)."
+            )
+        grid = (sides[fits[0]], sides[fits[0]])
+    number = count - grid[0] * grid[1]
+    if number not in before:
+        raise ValueError(
+            f"{title} has {count} positions, which do not fit {grid[0]} x {grid[1]} patches and "
+            f"{' or '.join(map(str, dict.fromkeys(before)))} tokens before them; pass grid_size=(down, across)."
+        )
+    front, patches = positions.float().split([number, count - number], dim=1)
+    own = front[:, :tokens] if number else front.new_zeros(1, tokens, D)
+    plan.tensors[prefix + "position_embeddings"] = torch.cat([own, patches], dim=1)
+    if registers and number > tokens:
+        plan.tensors[prefix + "register_tokens"] = named.read(prefix + "register_tokens").float() + front[:, tokens:]
+    return grid, registers
+
+
+def _plan_head(plan: _Plan, opened: _Checkpoint, named: _Named, D: int, hints: dict, new_head: bool) -> str | None:
+    """Which head is taken over (`plan.classes`) and which left out; the pooling, where the head tells it."""
+    pooling = None
+    classifier = [name for name in named.find("classifier.weight") + named.find("classifier.bias") if name]
+    tanh = [name for name in named.find("pre_logits.0.weight") + named.find("pre_logits.0.bias") if name]
+    if classifier:
+        plan.classes = (named.shape("classifier.weight") or named.shape("classifier.bias"))[0]
+    refused = {
+        what: [name for name in named.names if re.fullmatch(pattern, name)] for pattern, what in REFUSED_HEADS.items()
+    }
+    if named.layout is DINOV2 and (named.shape("classifier.weight") or [0, 0])[1] == 2 * D:
+        on_cls, on_mean = named.read("classifier.weight").float().split(D, dim=1)
+        if on_cls.any() and on_mean.any():
+            refused["a head on class token and mean of the patches at once"] = classifier
+        else:
+            pooling = "mean" if on_mean.any() else "cls"
+            plan.tensors["classifier.weight"] = on_mean if on_mean.any() else on_cls
+    for what, names in refused.items():
+        if names and not new_head:
+            raise ValueError(
+                f"{opened.title} has {what}, which this model has not: {_some(names)}. "
+                "Pass num_labels= to leave its head out and get a new one."
+            )
+        if names:
+            plan.classes = None
+            plan.left_out |= dict.fromkeys([*names, *classifier], what)
+    if tanh and named.layout in (TRANSFORMERS, DINOV2):
+        if classifier:
+            plan.left_out |= dict.fromkeys(tanh, "the pooler, which its classifier does not use")
+        elif opened.config.get("pooler_act", "tanh") != "tanh":
+            raise ValueError(f"{opened.title} has a pooler with {opened.config['pooler_act']!r}; only tanh is known.")
+    if tanh and hints.get("representation_size", 0) is None and (new_head or not classifier):
+        plan.classes = None
+        plan.left_out |= dict.fromkeys([*tanh, *classifier], "the tanh layer")
+    return pooling
+
+
+def _claims(opened: _Checkpoint) -> dict:
+    """Our config's fields as the config.json beside the tensors has them."""
+    config = opened.config
+    claims = {name: config[name] for name in CONFIG_FIELDS if config.get(name) is not None}
+    if "architecture" not in config:
+        return claims
+    card = config.get("pretrained_cfg") or {}
+    arguments = {"img_size": card["input_size"][1:]} if card.get("input_size") else {}
+    for pattern, differing in TIMM_ARCHITECTURES.items():
+        arguments |= differing if re.fullmatch(pattern, config["architecture"]) else {}
+    arguments |= {"global_pool": config["global_pool"]} if config.get("global_pool") is not None else {}
+    arguments |= config.get("model_args") or {}
+    allowed = {
+        "norm_layer": ("layernorm",), "pool_include_prefix": (False,), "pos_embed": ("learn",),
+        "global_pool": tuple(TIMM_POOLINGS), "act_layer": tuple(TIMM_ACTIVATIONS),
+    }  # fmt: skip
+    for name, values in allowed.items():
+        if arguments.get(name) is not None and arguments[name] not in values:
+            raise ValueError(f"{opened.title} has timm's {name}={arguments[name]!r}, which this model has not.")
+    for name, table in {"global_pool": TIMM_POOLINGS, "act_layer": TIMM_ACTIVATIONS}.items():
+        arguments[name] = table.get(arguments.get(name))
+    timm = {ours: arguments[name] for name, ours in TIMM_ARGUMENTS.items() if arguments.get(name) is not None}
+    return {**claims, **timm}
+
+
+def _label_names(config: dict) -> dict[int, str] | None:
+    """Names of the classes from a config.json of transformers or timm."""
+    if isinstance(config.get("id2label"), dict):
+        return {int(index): str(name) for index, name in config["id2label"].items()}
+    card = {**(config.get("pretrained_cfg") or {}), **config}
+    names, texts = card.get("label_names"), card.get("label_descriptions") or {}
+    return {index: str(texts.get(name, name)) for index, name in enumerate(names)} if names else None
+
+
+def _fill(model: ViTScratchForImageClassification, title: str, named: _Named, plan: _Plan) -> dict[str, torch.Tensor]:
+    """The state dict of `model`, a copy of the checkpoint's tensors, without a head that has to be new.
+
+    Raises:
+        ValueError: Tensors are missing, left over, misshapen or not finite; all of them are listed.
+    """
+    named.missing = []
+    state, misshapen, infinite = {}, [], []
+    for ours, empty in model.state_dict().items():
+        if plan.classes is None and ours.startswith("classifier."):
+            continue
+        tensor = plan.tensors[ours] if ours in plan.tensors else named.read(ours)
+        if tensor is None:
+            continue
+        theirs = "/".join(filter(None, named.find(ours)))
+        tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor
+        if tensor.shape != empty.shape:
+            misshapen.append(f"{theirs} {tuple(tensor.shape)} instead of {tuple(empty.shape)}")
+            continue
+        if not tensor.isfinite().all():
+            infinite.append(theirs)
+        state[ours] = torch.empty(empty.shape).copy_(tensor)
+    left_over = [name for name in named.names if name not in named.used and name not in plan.left_out]
+    _raise_unfit(
+        title, {"missing": named.missing, "left over": left_over, "misshapen": misshapen, "not finite": infinite}
+    )
+    return state
+
+
+def _meta_model(config: ViTScratchConfig) -> ViTScratchForImageClassification:
+    """A model without memory behind its parameters."""
+    with torch.device("meta"):
+        return ViTScratchForImageClassification(config)
+
+
+def _materialise(
+    model: ViTScratchForImageClassification, state: dict[str, torch.Tensor]
+) -> ViTScratchForImageClassification:
+    """Give a model without memory its tensors, not copied; what has none starts as the model initialises it."""
+    unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    assert not unexpected, unexpected
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.is_meta for tensor in own):
+            assert all(tensor.is_meta for tensor in own) or module is model.vit.embeddings
+            if module is model.vit.embeddings:  # fixed positions
+                module.position_embeddings = module.sincos_positions()
+            else:
+                module.to_empty(device="cpu", recurse=False)
+                model._init_weights(module)
+    return model.eval()
+
+
+# --- Another resolution, other classes -------------------------------------------------------------------------------
+
+
+def _change(
+    model: ViTScratchForImageClassification,
+    headless: bool,
+    image_size: int | tuple[int, int] | None,
+    num_labels: int | None,
+    id2label: dict[int, str] | None,
+    antialias: bool,
+) -> ViTScratchForImageClassification:
+    """The model with its positions resized, and its head made anew where it has none or one for other classes."""
+    config, state = copy.deepcopy(model.config), dict(model.state_dict())
+    if num_labels is None:
+        num_labels = len(id2label) if headless and id2label else config.num_labels
+    if id2label is not None and len(id2label) != num_labels:
+        raise ValueError(
+            f"id2label names {len(id2label)} classes, but there are {num_labels}; name as many, or pass "
+            f"num_labels={len(id2label)} for a new head."
+        )
+    old = config.image_hw
+    if image_size is not None and _pair(image_size) != old:
+        config.image_size = image_size
+        config.validate()
+        position = "vit.embeddings.position_embeddings"
+        if position in state:
+            state[position] = _resize(state[position], model.config.grid_hw, config.grid_hw, antialias)
+        logger.warning(
+            "Resized the positions from %dx%d to %dx%d patches (images of %dx%d).", *model.config.grid_hw,
+            *config.grid_hw, *config.image_hw,
+        )  # fmt: skip
+    new_head = headless or num_labels != config.num_labels
+    if new_head:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
+        if num_labels != config.num_labels:
+            config.num_labels = num_labels
+        logger.warning("Made a new head for %d classes.", num_labels)
+    if id2label is not None:
+        config.id2label = {int(index): str(name) for index, name in id2label.items()}
+        config.label2id = {name: index for index, name in config.id2label.items()}
+    return _materialise(_meta_model(config), state)
+
+
+def _resize(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool) -> torch.Tensor:
+    """Positions of a grid for another: (1, 1 + N, D) or (1, N, D); bicubic, the class token's kept (ViT, sec. 3.2)."""
+    own, patches = positions.tensor_split([positions.shape[1] - old[0] * old[1]], dim=1)
+    patches = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
+    patches = nn.functional.interpolate(patches, size=new, mode="bicubic", align_corners=False, antialias=antialias)
+    return torch.cat([own, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+# --- The image processor and the labels ------------------------------------------------------------------------------
+
+
+def image_processor_for(
+    checkpoint, model: ViTScratchForImageClassification, source: str | None = None, revision: str | None = None
+):
+    """The image processor that belongs to a checkpoint, at the resolution of the model made of it.
+
+    Args:
+        checkpoint: As for `convert_checkpoint`, or the name of a family. A preprocessor_config.json beside the weights
+            is read, or timm's config.json; otherwise it is the one that the family publishes.
+        model: The converted model.
+        source: As for `convert_checkpoint`.
+        revision: As for `convert_checkpoint`.
+    """
+    C = model.config.num_channels
+    if isinstance(checkpoint, str) and checkpoint in FAMILIES and not Path(checkpoint).exists():
+        return _processor(model.config.image_hw, C, FAMILIES[checkpoint])
+    folder = None
+    if not isinstance(checkpoint, Mapping):
+        located = _locate(checkpoint, revision)
+        folder = located if located.is_dir() else located.parent
+    if folder is not None and (folder / "preprocessor_config.json").is_file():
+        return _fit(AutoImageProcessor.from_pretrained(folder), model.config.image_hw)
+    opened = _open(checkpoint, revision)
+    if source is None and opened.config.get("model_type") == ViTScratchConfig.model_type:
+        raise ValueError(f"{checkpoint} has no preprocessor_config.json.")
+    family = FAMILIES[_recognise(opened, source)[0]]
+    card = {**opened.config, **(opened.config.get("pretrained_cfg") or {})}
+    if "architecture" in opened.config and "mean" in card:
+        family = Family(
+            family.layouts, tuple(card["mean"]), tuple(card["std"]),
+            TIMM_RESAMPLE.get(card.get("interpolation"), family.resample),
+            None if card.get("crop_mode") == "squash" else card.get("crop_pct", family.crop),
+        )  # fmt: skip
+    return _processor(model.config.image_hw, C, family)
+
+
+def _processor(image_hw: tuple[int, int], num_channels: int, family: Family):
+    height, width = image_hw
+    mean, std = list(family.mean), list(family.std)
+    if num_channels != len(mean):
+        mean, std = [sum(mean) / len(mean)] * num_channels, [sum(std) / len(std)] * num_channels
+        logger.warning("Averaged the image processor's mean and deviation for %d channels.", num_channels)
+    shared = {
+        "image_mean": mean, "image_std": std, "resample": family.resample, "do_convert_rgb": num_channels == 3 or None,
+    }  # fmt: skip
+    if family.crop is None:
+        return ViTImageProcessorPil(size={"height": height, "width": width}, **shared)
+    resized = [math.floor(side / family.crop) for side in image_hw]
+    size = {"shortest_edge": resized[0]} if height == width else {"height": resized[0], "width": resized[1]}
+    return BitImageProcessorPil(size=size, crop_size={"height": height, "width": width}, **shared)
+
+
+def _fit(processor, image_hw: tuple[int, int]):
+    """The processor at another resolution, with the same share cropped."""
+    height, width = image_hw
+    size, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
+    target = {"height": height, "width": width}
+    if not (getattr(processor, "do_center_crop", None) and crop):
+        if (size.get("height"), size.get("width")) != image_hw:
+            logger.warning("The image processor resizes to %dx%d now, as the model expects.", height, width)
+        processor.size = type(processor.size)(**target) if not isinstance(processor.size, dict) else target
+        return processor
+    if (crop["height"], crop["width"]) != image_hw:
+        grown = {
+            key: round(side * (width if key == "width" else height) / crop["width" if key == "width" else "height"])
+            for key, side in size.items()
+            if side
+        }
+        processor.size = type(processor.size)(**grown) if not isinstance(processor.size, dict) else grown
+        processor.crop_size = type(processor.crop_size)(**target) if not isinstance(crop, dict) else target
+        logger.warning("The image processor crops to %dx%d now, as the model expects.", height, width)
+    return processor
+
+
+def read_labels(path: str | Path) -> dict[int, str]:
+    """Names of the classes from a text file, one a line, or a JSON list or object {index: name}.
+
+    Raises:
+        ValueError: The file cannot be read, or its indices are not 0 to n - 1.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"labels cannot be read from {path}: {error}") from error
+    if isinstance(content, list):
+        while content and content[-1] == "":
+            content.pop()
+        content = dict(enumerate(content))
+    try:
+        labels = {int(index): str(name).strip() for index, name in content.items()}
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path} must hold a JSON list of names, or an object of index and name.") from error
+    if sorted(labels) != list(range(len(labels))) or not labels:
+        raise ValueError(f"{path} must name the classes 0 to n - 1, got {len(labels)} names.")
+    return dict(sorted(labels.items()))
