@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -22,13 +23,14 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoImageProcessor, Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil, set_seed
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import rotate_checkpoints
 
-from . import hub, plots
+from . import checkpoints, hub, plots
 from .augmentation import Augmentation, normalize
 from .configuration_vit_scratch import PRESETS, ViTScratchConfig
 from .data import ImageSplits, LazyImages, collate, load_splits
@@ -121,12 +123,13 @@ class ImageTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best model by validation."})
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What 'best' means."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two entries of the history."})
-    report_to: None | str | list[str] = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser understands this order only
         default="none", metadata={"help": "'none', or 'trackio', 'tensorboard', 'wandb', ..."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has no use here: a batch has no others."})
 
     def __post_init__(self):
+        self.output_dir_is_default = self.output_dir is None
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" or (
             str(getattr(self.save_strategy, "value", self.save_strategy)) == "no"
         ):
@@ -139,13 +142,14 @@ class ImageTrainer(Trainer):
 
     Args:
         augmentation: Applied to training batches; evaluation only normalises, with the same mean and std.
+        run_facts: What a run must share with a checkpoint to continue it; saved with each (`checkpoints.check_run`).
         **kwargs: As for Trainer.
     """
 
-    def __init__(self, augmentation: Augmentation, **kwargs):
+    def __init__(self, augmentation: Augmentation, run_facts: dict, **kwargs):
         super().__init__(data_collator=collate, compute_metrics=self._metrics, compute_loss_func=self._loss, **kwargs)
         self.augmentation = augmentation
-        self.evaluation_cpu_seconds = 0.0
+        self.run_facts = run_facts
         self._micro_step = 0
 
     def _metrics(self, prediction) -> dict[str, float]:
@@ -164,19 +168,50 @@ class ImageTrainer(Trainer):
         step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
         inputs["pixel_values"] = self.augmentation(inputs["pixel_values"], step, self.args.process_index)
         self._micro_step = 0 if self.accelerator.sync_gradients else self._micro_step + 1
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            good, _ = checkpoints.last_good_checkpoint(Path(self.args.output_dir))
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, learning rate "
+                f"{self._get_learning_rate():.3g}; last good checkpoint: {good or 'none'}. Lower the learning rate, "
+                "lengthen the warm-up, or clip gradients with --max_grad_norm."
+            )
+        return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         inputs["pixel_values"] = normalize(inputs["pixel_values"], self.augmentation.mean, self.augmentation.std)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    def evaluate(self, *args, **kwargs):
-        start = time.process_time()
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        # A pickle of the arguments, the Hub token among them, that nothing reads back.
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model, trial):
+        """As Trainer does, but aside; the folder takes its name once it is whole."""
+        folder = Path(self.args.output_dir)
+        staging, name = folder / checkpoints.STAGING, f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(staging)
         try:
-            return super().evaluate(*args, **kwargs)
+            super()._save_checkpoint(model, trial)
         finally:
-            self.evaluation_cpu_seconds += time.process_time() - start
+            self.args.output_dir = str(folder)
+        pending = {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
+        (staging / name / f"pending_loss_{self.args.process_index}.json").write_text(json.dumps(pending))
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(staging / name / "trainer_state.json")
+            (staging / name / checkpoints.RUN).write_text(json.dumps(self.run_facts, indent=1) + "\n")
+            checkpoints.publish(staging / name, folder / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
 
     def get_decay_parameter_names(self, model) -> list[str]:
         excluded = model.no_weight_decay()
@@ -199,6 +234,20 @@ class Clock(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {"wall": self.wall, "cpu": self.cpu}}
+
+
+class ResumeLoss(TrainerCallback):
+    """Restores the loss summed since the last log entry: a resumed run's history is that of one never stopped."""
+
+    def __init__(self, trainer: ImageTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.resume_from_checkpoint or "") / f"pending_loss_{args.process_index}.json"
+        if args.resume_from_checkpoint and path.is_file():
+            pending = json.loads(path.read_text())
+            self.trainer._tr_loss += pending["loss"]
+            self.trainer._globalstep_last_logged = pending["last_logged"]
 
 
 class StopOnSignal(TrainerCallback):
@@ -360,32 +409,65 @@ def _precision(args: TrainingArguments) -> str:
 
 
 def _settle_output(arguments: ImageTrainingArguments, model: ModelArguments, dataset: str):
-    """Name the output folder, and refuse one that is not empty or not writable before any work is done."""
-    if arguments.output_dir is None:
+    """Name the output folder and the checkpoint to resume; refuse a folder that is taken, or not writable."""
+    if arguments.output_dir_is_default:
         stem = f"{Path(model.model_name_or_path or model.preset).name}-{Path(dataset).name}"
         candidates = (Path("runs") / f"{stem}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000))
         arguments.output_dir = str(next(folder for folder in candidates if not folder.exists()))
-    folder = Path(arguments.output_dir)
-    last = get_last_checkpoint(folder) if folder.is_dir() else None
-    if arguments.resume_from_checkpoint is not None:
-        if arguments.resume_from_checkpoint.lower() in ("true", "last", "latest"):
-            if last is None:
-                raise ValueError(f"there is no checkpoint in {folder}; name one with --resume_from_checkpoint FOLDER.")
-            arguments.resume_from_checkpoint = last
-        elif not (Path(arguments.resume_from_checkpoint) / "trainer_state.json").is_file():
-            raise ValueError(f"{arguments.resume_from_checkpoint} is no checkpoint: it has no trainer_state.json.")
-    elif (last or (folder / "model.safetensors").exists()) and not arguments.overwrite_output_dir:
-        raise ValueError(
-            f"{folder} already holds a run; continue it with --resume_from_checkpoint last, choose another "
-            "--output_dir, or replace it with --overwrite_output_dir."
-        )
+    folder, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    if resume is not None and resume.lower() in ("true", "last", "latest"):
+        last, notes = checkpoints.last_good_checkpoint(folder)
+        for note in notes:
+            print(note, file=sys.stderr)
+        if last is None:
+            raise ValueError(f"there is no good checkpoint in {folder}; name one with --resume_from_checkpoint FOLDER.")
+        arguments.resume_from_checkpoint = str(last)
+    elif resume is not None:
+        wrong = checkpoints.damage(Path(resume)) if Path(resume).is_dir() else "there is no such folder"
+        if wrong is not None:
+            raise ValueError(
+                f"cannot resume from {resume}: {wrong}; --resume_from_checkpoint last takes the last good one."
+            )
+    elif checkpoints.list_checkpoints(folder) or (folder / "model.safetensors").exists():
+        if not arguments.overwrite_output_dir:
+            raise ValueError(
+                f"{folder} already holds a run; continue it with --resume_from_checkpoint last, choose another "
+                "--output_dir, or replace it with --overwrite_output_dir."
+            )
+        for checkpoint in checkpoints.list_checkpoints(folder) if not arguments.dry_run else ():
+            shutil.rmtree(checkpoint)
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        probe.write_bytes(b"1")
         probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir.") from error
+
+
+def _check_space(model: ViTScratchForImageClassification, args: ImageTrainingArguments):
+    """Refuse a disk that the checkpoints would fill: weights and two moments each, one more than are kept."""
+    needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) * ((args.save_total_limit or 2) + 2)
+    free = shutil.disk_usage(args.output_dir).free
+    if args.save_strategy.value != "no" and free < needed:
+        raise ValueError(
+            f"{args.output_dir} has {free / 1e9:.2f} GB free, but its checkpoints take {needed / 1e9:.2f} GB; "
+            "free some, lower --save_total_limit, or choose another --output_dir."
+        )
+
+
+def _run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainingArguments) -> dict:
+    """What a checkpoint must share with the run that continues it."""
+    return {
+        **{name: getattr(config, name) for name in ViTScratchConfig.__annotations__},
+        "dataset": splits.name,
+        "classes": splits.class_names,
+        "images": {name: len(part) for name, part in _parts(splits).items()},
+        "processes": args.world_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "seed": args.seed,
+    }
 
 
 def _write_history(folder: Path, log_history: list[dict]):
@@ -410,18 +492,34 @@ def _write_predictions(folder: Path, split: str, logits: np.ndarray, labels: np.
             writer.writerow([row, names[label], names[guess], f"{p:.6f}", f"{q:.6f}"])
 
 
-def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments) -> dict:
+def _without_resuming(command: list[str]) -> list[str]:
+    """A command without the options that are about to be added to it."""
+    kept, skip = [], False
+    for word in command:
+        if not skip and word.partition("=")[0] not in ("--output_dir", "--resume_from_checkpoint"):
+            kept.append(word)
+        skip = word in ("--output_dir", "--resume_from_checkpoint")
+    return kept
+
+
+def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments) -> dict | None:
     """Train a classifier as the arguments say, and leave an output folder that is a Hub repository.
 
     Returns:
-        What `metrics.json` holds; empty after a dry run or an interruption.
+        What `metrics.json` holds; empty after a dry run, None if a signal stopped the run.
 
     Raises:
         ValueError: Something is wrong with the data, the options or the output folder; said before training.
+        FloatingPointError: The loss is no longer finite.
     """
     is_main = args.process_index == 0
     data_name = data_args.dataset_name or data_args.train_dir
-    _settle_output(args, model_args, data_name)
+    if is_main:
+        _settle_output(args, model_args, data_name)
+    if args.world_size > 1:  # one process decides, before any of them makes a folder
+        args.output_dir, args.resume_from_checkpoint = broadcast_object_list(
+            [args.output_dir, args.resume_from_checkpoint]
+        )
     if args.device.type == "cuda" and torch.cuda.is_bf16_supported() and not args.fp16:
         args.bf16 = True
     set_seed(args.seed)
@@ -467,8 +565,15 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         args.dataloader_num_workers = max((os.cpu_count() or 1) - 1, 1)
     clock, stop = Clock(), StopOnSignal()
     push, args.push_to_hub = args.push_to_hub, False  # hub.py pushes everything in one commit
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+    facts = _run_facts(model.config, splits, args)
+    if args.resume_from_checkpoint:
+        checkpoints.check_run(Path(args.resume_from_checkpoint), facts)
+    _check_space(model, args)
     trainer = ImageTrainer(
         augmentation,
+        facts,
         model=model,
         args=args,
         train_dataset=splits.train,
@@ -476,6 +581,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         processing_class=processor,
         callbacks=[clock, stop],
     )
+    trainer.add_callback(ResumeLoss(trainer))
     steps, last_rate = _schedule(args, len(trainer.get_train_dataloader()))
     if is_main:
         print(_summary(trainer, splits, steps, last_rate), flush=True)
@@ -490,9 +596,15 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if stop.signal is not None:
         if is_main:
-            checkpoint = get_last_checkpoint(args.output_dir)
-            print(f"Stopped. To continue, repeat the command with --resume_from_checkpoint {checkpoint}")
-        return {}
+            command = [
+                *_without_resuming(sys.argv),
+                "--output_dir",
+                args.output_dir,
+                "--resume_from_checkpoint",
+                "last",
+            ]
+            print(f"Stopped at step {trainer.state.global_step}. To continue:\n  {shlex.join(['python', *command])}")
+        return None
 
     trainer.save_model()
     folder = Path(args.output_dir)

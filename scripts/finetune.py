@@ -122,11 +122,14 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTraining
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(list(sys.argv[1:] if argv is None else argv))
     try:
-        finetune(*arguments)
+        result = finetune(*arguments)
     except ValueError as error:
         print(f"finetune.py: {error}", file=sys.stderr)
         return 2
-    return 0
+    except FloatingPointError as error:
+        print(f"finetune.py: {error}", file=sys.stderr)
+        return 1
+    return 0 if result is not None else 130  # 130: stopped by Ctrl-C, as shells count it
 
 
 if __name__ == "__main__":

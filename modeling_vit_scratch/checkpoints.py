@@ -1,0 +1,104 @@
+"""Checkpoints that are whole or invisible, know what run they belong to, and notice damage.
+
+A checkpoint is written aside, digested, synced to the disk and renamed, so that a folder named `checkpoint-N` is
+always complete, whenever the process was killed. `DIGESTS` lists the SHA-256 of each of its files.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+STAGING = ".saving"
+DIGESTS = "digests.json"
+RUN = "run.json"
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(staged: Path, final: Path):
+    """Make a complete staged folder visible under its final name, in one step.
+
+    Args:
+        staged: Complete, on the same file system as `final`.
+        final: Name of the checkpoint; a folder that has it already is deleted once its successor stands.
+    """
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    digests = {str(path.relative_to(staged)): _digest(path) for path in files}
+    (staged / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
+    for path in [*files, staged / DIGESTS, staged]:
+        _sync(path)
+    old = staged.with_name(f"{staged.name}.old")
+    if final.exists():
+        final.rename(old)
+    staged.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, naming the first, or None if all are as they were written."""
+    try:
+        digests = json.loads((checkpoint / DIGESTS).read_text())
+    except (OSError, ValueError) as error:
+        return f"{DIGESTS} cannot be read ({type(error).__name__})"
+    for name, expected in digests.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _digest(path) != expected:
+            return f"{name} is damaged (its SHA-256 is not the one noted when it was saved)"
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of an output folder, newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+
+
+def last_good_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint of an output folder, if any, and a line for each damaged one that is newer."""
+    notes = []
+    for checkpoint in list_checkpoints(folder):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint, notes
+        notes.append(f"{checkpoint.name} is passed over: {wrong}.")
+    return None, notes
+
+
+def check_run(checkpoint: Path, run: dict):
+    """Refuse to resume a checkpoint of another run.
+
+    Args:
+        checkpoint: Folder with the `RUN` file that its own run wrote.
+        run: The same facts of this run, by name: architecture, dataset, classes, processes, batch size, ...
+
+    Raises:
+        ValueError: A fact differs; gives both values.
+    """
+    path = checkpoint / RUN
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} has no {RUN}; only checkpoints of scripts/finetune.py can be resumed.")
+    saved = json.loads(path.read_text())
+    now = json.loads(json.dumps(run))  # tuples and numbers as JSON has them
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} was saved with {name} = {saved.get(name)!r}, but this run has {value!r}; "
+                "resume with the same settings, or start anew in another --output_dir."
+            )
