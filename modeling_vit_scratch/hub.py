@@ -237,7 +237,7 @@ from huggingface_hub import HfApi
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 repo = "{REPO_PLACEHOLDER}"
-revision = HfApi().model_info(repo).sha  # better: the 40 letters themselves, of the commit you have read
+revision = HfApi().model_info(repo).sha  # better: the 40 characters themselves, of the commit you have read
 
 model = AutoModelForImageClassification.from_pretrained(repo, revision=revision, trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained(repo, revision=revision)
@@ -256,7 +256,7 @@ def _card_limits(config: dict, metrics: dict, link: str | None) -> str:
     test = metrics.get("test") or {}
     if _is_number(test.get("accuracy")):
         wrong = f"It is wrong on {_percent(1 - test['accuracy'])} of the test images"
-        limits.append(f"{wrong}, which come from the same source as the training images; expect more elsewhere.")
+        limits.append(f"{wrong}; on pictures from elsewhere expect more.")
     else:
         limits.append("It was not measured on a test split.")
     per_class = {k: v for k, v in (test.get("per_class_accuracy") or {}).items() if _is_number(v)}

@@ -8,6 +8,8 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -849,9 +851,24 @@ assert back["train"].features["label"].names == ["airplane", "cat", "dog"]
 
 
 @pytest.mark.slow
-def test_a_data_set_is_pushed_and_loaded_by_its_id(hub):
+def test_a_data_set_is_pushed_and_trained_from_by_its_id(hub, tmp_path):
     hub.run(DATA)
     assert any(name.endswith(".parquet") for name in hub.files("me/pictures", repo_type="dataset"))
+    options = {
+        "dataset_name": "me/pictures", "output_dir": tmp_path / "run", "image_size": 16, "num_train_epochs": 1,
+        "config_overrides": "hidden_size=32,intermediate_size=32", "per_device_train_batch_size": 4, "use_cpu": True,
+        "train_val_split": 0.3, "push_to_hub": True, "hub_model_id": "me/trained",
+    }  # fmt: skip
+    script = Path(__file__).parents[1] / "scripts" / "finetune.py"
+    done = subprocess.run(
+        [sys.executable, script, *(str(word) for key, value in options.items() for word in (f"--{key}", value))],
+        env=hub.env(), cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    files = hub.files("me/trained")
+    assert set(files) >= MODEL_FILES | {"README.md", "metrics.json", "history.csv", "plots/training_curves.png"}
+    assert yaml.safe_load(files["README.md"].decode().split("---")[1])["datasets"] == ["me/pictures"]
+    assert TOKEN not in done.stdout + done.stderr + str(files)
 
 
 # Arrows
