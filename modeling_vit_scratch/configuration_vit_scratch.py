@@ -260,13 +260,14 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             _require_number(name, getattr(self, name), minimum=0, maximum=1)
         _require_number("layer_norm_eps", self.layer_norm_eps, minimum=0)
-        for name in ("layerscale_value", "position_initializer_range"):
-            if getattr(self, name) is not None:
-                _require_number(name, getattr(self, name), minimum=0)
+        if self.layerscale_value is not None:
+            _require_number("layerscale_value", self.layerscale_value, minimum=0)
+        if self.position_initializer_range is not None:
+            _require_number("position_initializer_range", self.position_initializer_range, minimum=1e-12)
         if isinstance(self.initializer_range, str):
             _require_choice("initializer_range", self.initializer_range, ("fan_in",))
         else:
-            _require_number("initializer_range", self.initializer_range, minimum=0)
+            _require_number("initializer_range", self.initializer_range, minimum=1e-12)
         for name in ("qkv_bias", "use_cls_token", "use_final_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
