@@ -1,7 +1,12 @@
-"""Pictures of a model and of its training: every function takes tensors or files and returns a matplotlib `Figure`.
+"""Pictures of a model and of its training.
 
-Nothing here touches pyplot, so no window, backend or global state is involved. Colours tell apart for the colour-blind:
-Okabe and Ito's for categories, single-hue or "cividis" maps for quantities.
+What is shown is computed by functions from tensors to tensors (`attention_distance`, `attention_rollout`, ...); the
+functions named `plot_*` take tensors or files and return a matplotlib `Figure`. Nothing touches pyplot, so no window,
+backend or global state is involved. Colours tell apart for the colour-blind: Okabe and Ito's for categories, single-hue
+or "cividis" maps for quantities.
+
+Letters in shape comments are those of `modeling_vit_scratch`: B batch, C channels, H and W pixels, h x w patch grid,
+N = h * w patches, T tokens, D hidden size, A attention heads; L layers, n pictures.
 """
 
 import csv
@@ -12,11 +17,15 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
+
+from .metrics import expected_calibration_error, reliability_bins
 
 BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
@@ -24,6 +33,9 @@ BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK = (
 # "Color universal design" (Okabe and Ito, 2008), without its yellow, which is too pale for lines on white.
 OKABE_ITO = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 GREY = "#666666"
+# Points of many classes differ in shape too; the last three colours are from Tol's "muted" scheme (2021), and grey.
+CATEGORIES = (*OKABE_ITO, "#999999", "#882255", "#DDCC77")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 
 
 def save_figure(figure: Figure, path: str | Path, max_bytes: int = 150_000) -> list[Path]:
@@ -45,15 +57,20 @@ def save_figure(figure: Figure, path: str | Path, max_bytes: int = 150_000) -> l
 
 
 def _png(figure: Figure, max_bytes: int) -> bytes:
-    for dpi in (150, 110, 80):
+    for dpi in (150, 130, 110, 95, 80):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-        if buffer.tell() > max_bytes:
-            picture = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-            buffer = io.BytesIO()
-            picture.save(buffer, format="png", optimize=True)
         if buffer.tell() <= max_bytes:
             break
+        picture = Image.open(buffer).convert("RGB")
+        flat = picture.quantize(256, kmeans=1)
+        for reduced in (picture.quantize(palette=flat), flat):  # dithered first
+            colours, background = reduced.getpalette(), 3 * reduced.getpixel((0, 0))
+            reduced.putpalette([*colours[:background], 255, 255, 255, *colours[background + 3 :]])
+            buffer = io.BytesIO()
+            reduced.save(buffer, format="png", optimize=True)
+            if buffer.tell() <= max_bytes:
+                return buffer.getvalue()
     return buffer.getvalue()
 
 
@@ -267,6 +284,545 @@ def plot_per_class_accuracy(
     return figure
 
 
+# -- what the model sees: computations ---------------------------------------------------------------------------------
+
+
+def patch_sequence(image: torch.Tensor, patch_hw: tuple[int, int]) -> torch.Tensor:
+    """The patches in the order the model reads them, row by row: (C, H, W) -> (N, C, patch height, patch width).
+
+    ViT, sec. 3.1: x in R^(H x W x C) becomes x_p in R^(N x P^2 C), N = HW / P^2.
+
+    Raises:
+        ValueError: The patch does not divide the picture.
+    """
+    C, H, W = image.shape
+    height, width = patch_hw
+    if H % height or W % width:
+        raise ValueError(f"a picture of {H}x{W} cannot be cut into patches of {height}x{width}.")
+    patches = image.reshape(C, H // height, height, W // width, width).permute(1, 3, 0, 2, 4)  # (h, w, C, ., .)
+    return patches.reshape(-1, C, height, width)
+
+
+def filter_components(
+    weight: torch.Tensor, patch_hw: tuple[int, int], count: int = 28
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Principal components of the patch embedding's filters (ViT, fig. 7 left).
+
+    The D filters are points in R^(C * patch height * patch width). Their components are the right singular vectors of
+    the filters less their mean; the share of the variance of component k is s_k^2 / sum_j s_j^2. The entry of largest
+    magnitude is made positive.
+
+    Args:
+        weight: (D, C * patch height * patch width), as a linear layer on flattened patches has it, or the kernel
+            (D, C, patch height, patch width) of a convolution.
+        count: How many; fewer are returned where there are fewer.
+
+    Returns:
+        Components (k, C, patch height, patch width) of unit length, and their shares (k,), largest first.
+    """
+    flat = weight.detach().double().flatten(1).cpu()  # (D, C * patch height * patch width)
+    pixels = patch_hw[0] * patch_hw[1]
+    if flat.shape[1] % pixels:
+        raise ValueError(f"filters of {flat.shape[1]} numbers are not of patches of {patch_hw[0]}x{patch_hw[1]}.")
+    _, s, components = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False)
+    rank = min(count, len(flat) - 1, flat.shape[1])
+    components = components[:rank]
+    largest = components.abs().argmax(dim=1, keepdim=True)
+    components = components * components.gather(1, largest).sign()
+    share = s.square()[:rank] / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
+    return components.reshape(rank, -1, *patch_hw).float(), share.float()
+
+
+def position_similarity(position_embeddings: torch.Tensor, grid_hw: tuple[int, int]) -> torch.Tensor:
+    """Cosine similarity of the patches' position embeddings (ViT, fig. 7 centre).
+
+    Args:
+        position_embeddings: (1, P, D) or (P, D), the N patches' last; what leads them (a class token's) is left out.
+        grid_hw: Patches (down, across).
+
+    Returns:
+        (h, w, h, w): entry [i, j, k, l] is p_ij . p_kl / (|p_ij| |p_kl|), in [-1, 1]; 0 for a zero embedding.
+    """
+    h, w = grid_hw
+    positions = position_embeddings.detach().float().cpu().flatten(0, -2)  # (P, D)
+    if len(positions) < h * w:
+        raise ValueError(f"{len(positions)} position embeddings are too few for a grid of {h}x{w} = {h * w} patches.")
+    positions = torch.nn.functional.normalize(positions[len(positions) - h * w :], dim=1)
+    return (positions @ positions.T).clamp(-1, 1).reshape(h, w, h, w)
+
+
+def attention_distance(
+    attentions: Sequence[torch.Tensor], grid_hw: tuple[int, int], patch_hw: tuple[int, int], num_prefix_tokens: int
+) -> torch.Tensor:
+    """How far each head looks, in pixels (ViT, fig. 7 right; sec. 4.5).
+
+    The distance of two patches is that of their centres. For a query patch i it is averaged over the key patches j with
+    the attention as weight, d_i = sum_j a_ij |c_i - c_j| / sum_j a_ij; d_i is averaged over queries and pictures. Class
+    token and registers have no place, so they count neither as queries nor as keys; a query that looks at nothing else
+    is left out.
+
+    Args:
+        attentions: L maps (B, A, T, T), rows are queries.
+        grid_hw: Patches (down, across).
+        patch_hw: Pixels (height, width) of a patch.
+        num_prefix_tokens: Tokens before the first patch.
+
+    Returns:
+        (L, A) pixels; NaN for a head that no patch uses to look at a patch.
+    """
+    y, x = torch.meshgrid(torch.arange(grid_hw[0]), torch.arange(grid_hw[1]), indexing="ij")
+    centres = torch.stack([y.flatten() * patch_hw[0], x.flatten() * patch_hw[1]], dim=1).double()  # (N, 2)
+    distance = (centres[:, None] - centres[None]).norm(dim=2)  # (N, N)
+    means = []
+    for maps in _checked_maps(attentions, grid_hw, num_prefix_tokens):
+        maps = maps[..., num_prefix_tokens:, num_prefix_tokens:].double()  # (B, A, N, N)
+        mean = (maps * distance.to(maps.device)).sum(dim=3) / maps.sum(dim=3)  # (B, A, N); 0 / 0 is NaN
+        means.append(mean.transpose(0, 1).flatten(1).nanmean(dim=1).cpu())
+    return torch.stack(means).float()
+
+
+def attention_rollout(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How much of each input token reaches each output token through all layers (Abnar and Zuidema, 2020).
+
+    R = A_L ... A_2 A_1 with A_l = (mean over heads of layer l + I) / 2, where I stands for the residual connection.
+
+    Args:
+        attentions: L maps (B, A, T, T), rows are queries, first layer first.
+
+    Returns:
+        (B, T, T); row i says what output token i is made of. Rows sum to 1.
+    """
+    rollout = None
+    for maps in _checked_maps(attentions):
+        mixed = maps.float().mean(dim=1)  # (B, T, T)
+        mixed = 0.5 * mixed + 0.5 * torch.eye(mixed.shape[-1], device=mixed.device)
+        mixed = mixed / mixed.sum(dim=-1, keepdim=True)
+        rollout = mixed if rollout is None else mixed @ rollout
+    return rollout
+
+
+def patch_map(
+    maps: torch.Tensor, grid_hw: tuple[int, int], num_prefix_tokens: int, pooling: str = "cls"
+) -> torch.Tensor:
+    """What the classifier looks at: the share of each patch, relative to an even share.
+
+    Of maps over tokens, such as a head's attention or a rollout, take the class token's row ("cls"), or the mean over
+    the rows of the patches ("mean"), keep the patches' columns, and scale them to mean 1.
+
+    Args:
+        maps: (..., T, T), rows are queries.
+        grid_hw: Patches (down, across).
+        num_prefix_tokens: Tokens before the first patch.
+        pooling: The config's: "cls" or "mean".
+
+    Returns:
+        (..., h, w); 1 is what attention spread evenly over the patches gives.
+    """
+    (maps,) = _checked_maps([maps], grid_hw, num_prefix_tokens)
+    if pooling == "cls" and num_prefix_tokens < 1:
+        raise ValueError("pooling 'cls' needs a class token, but num_prefix_tokens is 0; use 'mean'.")
+    rows = maps[..., 0, :] if pooling == "cls" else maps[..., num_prefix_tokens:, :].mean(dim=-2)  # (..., T)
+    patches = rows[..., num_prefix_tokens:].float()  # (..., N)
+    patches = patches / patches.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return patches.unflatten(-1, grid_hw)
+
+
+def confident_mistakes(probabilities: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the wrong answers, the most confident first: probabilities (n, classes), labels (n,) -> (k,)."""
+    confidence, predicted = torch.as_tensor(probabilities).max(dim=1)
+    wrong = (predicted != torch.as_tensor(labels)).nonzero().flatten()
+    return wrong[confidence[wrong].argsort(descending=True, stable=True)][:count]
+
+
+def project_features(features: torch.Tensor, method: str = "pca", seed: int = 0) -> tuple[torch.Tensor, list[float]]:
+    """Features in the plane: (n, D) -> (n, 2).
+
+    Args:
+        method: "pca", the two directions of most variance, or "tsne" (van der Maaten and Hinton, 2008), perplexity 30
+            or a third of the pictures, started from the components.
+        seed: Of t-SNE.
+
+    Returns:
+        The points, and each axis' share of the variance (none for t-SNE).
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    features = torch.as_tensor(features).detach().float().cpu().numpy()
+    n = len(features)
+    if n < 4 or features.ndim != 2:
+        raise ValueError(f"features must be (n, D) of at least 4 pictures, got shape {features.shape}.")
+    if method == "pca":
+        components = PCA(2, random_state=0).fit(features)
+        return torch.from_numpy(components.transform(features)), components.explained_variance_ratio_.tolist()
+    if method != "tsne":
+        raise ValueError(f"method ({method!r}) must be 'pca' or 'tsne'.")
+    points = TSNE(2, perplexity=min(30.0, (n - 1) / 3), init="pca", random_state=seed).fit_transform(features)
+    return torch.from_numpy(points), []
+
+
+def _checked_maps(attentions: Sequence[torch.Tensor], grid_hw: tuple[int, int] | None = None, prefix: int = 0):
+    """The maps, if they are maps over the tokens that the grid and the prefix make."""
+    if len(attentions) == 0 or any(maps is None for maps in attentions):
+        raise ValueError("attention maps are missing; call the model with output_attentions=True.")
+    tokens = attentions[0].shape[-1]
+    expected = tokens if grid_hw is None else prefix + grid_hw[0] * grid_hw[1]
+    for maps in attentions:
+        if tuple(maps.shape[-2:]) != (expected, expected):
+            made = "" if grid_hw is None else f" ({prefix} + {grid_hw[0]}x{grid_hw[1]} patches)"
+            raise ValueError(f"maps of shape {tuple(maps.shape)} are not over {expected} tokens{made}.")
+    return attentions
+
+
+# -- what the model sees: drawings -------------------------------------------------------------------------------------
+
+
+def plot_patch_sequence(image: torch.Tensor, patch_hw: tuple[int, int]) -> Figure:
+    """A picture with its patch grid, and the patches as the sequence that the model reads (ViT, fig. 1; sec. 3.1).
+
+    Args:
+        image: (C, H, W), uint8, or floating point in [0, 1].
+        patch_hw: Pixels (height, width) of a patch.
+    """
+    image = _pixels(image)
+    patches = patch_sequence(image, patch_hw)  # (N, C, patch height, patch width)
+    (_, H, W), (height, width), N = image.shape, patch_hw, len(patches)
+    h, w = H // height, W // width
+
+    across = min(2 * w, N)
+    numbered = N <= 64
+    gap = max(1, round(0.08 * width))
+    pixel = 6.2 / (across * (width + gap))  # inches
+    line = math.ceil(0.2 / pixel) if numbered else gap  # room for the numbers
+    down = math.ceil(N / across)
+    canvas = torch.ones(image.shape[0], down * (height + line), across * (width + gap) - gap)
+    for i, patch in enumerate(patches):
+        top, left = i // across * (height + line), i % across * (width + gap)
+        canvas[:, top : top + height, left : left + width] = patch
+
+    strip = canvas.shape[1] / canvas.shape[2]
+    figure = _figure(9.0, min(max(2.6 * H / W, 6.2 * strip) + 0.5, 7.0))
+    whole, sequence = figure.subplots(1, 2, width_ratios=[2.6, 6.2])
+    _show(whole, image)
+    for i in range(1, h):
+        whole.axhline(i * height - 0.5, color="white", linewidth=1.0)
+    for j in range(1, w):
+        whole.axvline(j * width - 0.5, color="white", linewidth=1.0)
+    whole.set_title(f"{H} × {W} pixels", fontsize=10)
+    _show(sequence, canvas)
+    if numbered:
+        for i in range(N):
+            top, left = i // across * (height + line), i % across * (width + gap)
+            place = left + width / 2 - 0.5, top + height - 0.5 + line / 2
+            sequence.text(*place, f"{i + 1}", ha="center", va="center", fontsize=8 if across <= 16 else 6)
+    else:
+        for row in range(down):
+            place = -gap, row * (height + line) + height / 2
+            sequence.text(*place, f"{row * across + 1}", ha="right", va="center", fontsize=7)
+    sequence.set_title(f"{N} patches of {height} × {width} pixels, in reading order", fontsize=10)
+    return figure
+
+
+def plot_patch_filters(weight: torch.Tensor, patch_hw: tuple[int, int], count: int = 28) -> Figure:
+    """The first principal components of the patch embedding's filters (ViT, fig. 7 left); see `filter_components`.
+
+    Each is drawn on its own scale, 0.5 + 0.5 v / max |v|: grey is 0. Of other than 3 channels the mean is drawn.
+
+    Args:
+        weight: Of the patch embedding's projection.
+        patch_hw: Pixels (height, width) of a patch.
+        count: How many components.
+    """
+    components, share = filter_components(weight, patch_hw, count)
+    components = components if components.shape[1] in (1, 3) else components.mean(dim=1, keepdim=True)
+    columns = min(7, len(components))
+    rows = math.ceil(len(components) / columns)
+    figure = _figure(1.02 * columns + 0.2, 1.2 * rows * patch_hw[0] / patch_hw[1] + 0.7)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for k, axes in enumerate(panels):
+        axes.set_axis_off()
+        if k < len(components):
+            v = components[k]
+            _show(axes, 0.5 + 0.5 * v / v.abs().max().clamp_min(1e-12))
+            axes.set_title(f"{k + 1}: {share[k]:.1%}", fontsize=8, pad=2)
+    figure.suptitle(
+        f"Patch filters: first {len(components)} principal components\n"
+        f"and their share of the variance ({share.sum():.1%} together)",
+        fontsize=10,
+    )
+    return figure
+
+
+def plot_position_similarity(position_embeddings: torch.Tensor, grid_hw: tuple[int, int], most: int = 16) -> Figure:
+    """Each patch's position embedding compared with all others (ViT, fig. 7 centre); see `position_similarity`.
+
+    The tile in row i, column j shows patch (i, j)'s cosine similarity with every patch, in the same arrangement.
+
+    Args:
+        position_embeddings: (1, P, D).
+        grid_hw: Patches (down, across).
+        most: Tiles down and across; of larger grids evenly spaced patches are compared.
+    """
+    h, w = grid_hw
+    similarity = position_similarity(position_embeddings, grid_hw).numpy()
+    rows, columns = (np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(int)) for size in grid_hw)
+    cell = math.ceil(24 / min(h, w))  # canvas pixels, so that the gaps can be narrow
+    high, wide, gap = h * cell, w * cell, 3 if min(h, w) <= 24 else math.ceil(min(h, w) / 8)
+    canvas = np.full((len(rows) * (high + gap) - gap, len(columns) * (wide + gap) - gap), np.nan)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            tile = similarity[row, column].repeat(cell, axis=0).repeat(cell, axis=1)
+            canvas[i * (high + gap) : i * (high + gap) + high, j * (wide + gap) : j * (wide + gap) + wide] = tile
+
+    flat = canvas.shape[1] > 4 * canvas.shape[0]
+    scale = (9.0 if flat else 5.2) / max(canvas.shape)  # inches
+    figure = _figure(scale * canvas.shape[1] + (0.6 if flat else 1.4), scale * canvas.shape[0] + (1.7 if flat else 0.9))
+    axes = figure.subplots()
+    low = min(0.0, math.floor(4 * similarity.min()) / 4)
+    image = axes.imshow(canvas, cmap="cividis", vmin=low, vmax=1, interpolation="nearest")
+    side = {"location": "bottom", "shrink": 0.5, "aspect": 40} if flat else {"shrink": 0.9, "aspect": 25, "pad": 0.02}
+    bar = figure.colorbar(image, ax=axes, **side)
+    bar.set_label("cosine similarity")
+    bar.outline.set_visible(False)
+    axes.set_xticks([j * (wide + gap) + (wide - 1) / 2 for j in range(len(columns))], columns + 1, fontsize=8)
+    axes.set_yticks([i * (high + gap) + (high - 1) / 2 for i in range(len(rows))], rows + 1, fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel="patch column", ylabel="patch row")
+    axes.set_title("Similarity of position embeddings", fontsize=11)
+    return figure
+
+
+def plot_attention_distance(distances: torch.Tensor, uniform: float | None = None) -> Figure:
+    """Mean attention distance of every head by depth (ViT, fig. 7 right); see `attention_distance`.
+
+    Args:
+        distances: (L, A) pixels.
+        uniform: Distance of attention spread evenly, for comparison.
+    """
+    distances = torch.as_tensor(distances)
+    L, A = distances.shape
+    figure = _figure(5.4, 3.6)
+    axes = figure.subplots()
+    depth = np.arange(1, L + 1)
+    spread = np.linspace(-0.16, 0.16, A) if A > 1 else np.zeros(1)  # heads of equal distance stay apart
+    axes.scatter((depth[:, None] + spread).flatten(), distances.flatten(), s=22, color=SKY, edgecolors=BLUE, lw=0.6)
+    axes.plot(depth, distances.nanmean(dim=1), color=ORANGE, linewidth=1.5, marker="D", markersize=4)
+    handles = [
+        Line2D([], [], marker="o", color="none", markerfacecolor=SKY, markeredgecolor=BLUE, label="one head"),
+        Line2D([], [], marker="D", markersize=4, color=ORANGE, label=f"mean of {A} heads" if A > 1 else "mean"),
+    ]
+    if uniform is not None:
+        axes.axhline(uniform, color=GREY, linestyle="--", linewidth=1)
+        handles.append(_handle(GREY, f"even attention: {uniform:.1f}", "--"))
+    top = max(np.nanmax(distances.numpy(), initial=0.0), uniform or 0.0)
+    axes.set(xlabel="layer", ylabel="mean attention distance (pixels)", xlim=(0.5, L + 0.5), ylim=(0, 1.1 * top or 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.set_title("How far each head looks", fontsize=11)
+    _tidy(axes, grid="y")
+    _legend(figure, handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+def plot_attention_rollout(
+    images: Sequence[torch.Tensor], maps: torch.Tensor, titles: Sequence[str] | None = None
+) -> Figure:
+    """Pictures, the attention rollout over each, and the picture lit by it (ViT, fig. 6 and app. D.7).
+
+    The map is drawn over the picture patch by patch, 1 being an even share. In the third column the picture is
+    multiplied by the map over its largest value, enlarged bilinearly to the picture's pixels.
+
+    Args:
+        images: n pictures (C, H, W), uint8, or floating point in [0, 1].
+        maps: (n, h, w), `patch_map` of an `attention_rollout`.
+        titles: A line for each picture, e.g. what the model said.
+    """
+    n = len(maps)
+    if len(images) != n or (titles is not None and len(titles) != n):
+        raise ValueError(
+            f"there are {len(images)} images for {n} maps and {n if titles is None else len(titles)} titles."
+        )
+    pictures = [_pixels(image) for image in images]
+    ratio = max(picture.shape[1] / picture.shape[2] for picture in pictures)
+    figure = _figure(7.2, n * (2.1 * ratio + (0.3 if titles else 0.05)) + 0.3)
+    for row, (axes, picture) in enumerate(zip(figure.subplots(n, 3, squeeze=False), pictures, strict=True)):
+        heat = maps[row].detach().float().cpu()
+        _show(axes[0], picture)
+        _overlay(figure, axes[1], picture, heat)
+        large = torch.nn.functional.interpolate(
+            heat[None, None], size=picture.shape[1:], mode="bilinear", align_corners=False
+        )[0]
+        _show(axes[2], picture * large / large.max().clamp_min(1e-12))
+        if row == 0:
+            for panel, title in zip(axes, ["picture", "rollout", "picture × rollout"], strict=True):
+                panel.set_title(title, fontsize=10)
+        if titles is not None:
+            _caption(axes[0], titles[row], x=0, ha="left", fontsize=9)
+    return figure
+
+
+def plot_attention_heads(image: torch.Tensor, maps: torch.Tensor, title: str = "") -> Figure:
+    """Where each head of a layer looks: its attention over the picture, 1 being an even share.
+
+    Args:
+        image: (C, H, W), uint8, or floating point in [0, 1].
+        maps: (A, h, w), `patch_map` of a layer's attention maps.
+        title: Which layer, say.
+    """
+    picture = _pixels(image)
+    A = len(maps)
+    rows = math.ceil((A + 1) / 5)
+    columns = math.ceil((A + 1) / rows)
+    figure = _figure(2.1 * columns, rows * (1.45 * picture.shape[1] / picture.shape[2] + 0.3) + 0.35)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    _show(panels[0], picture)
+    panels[0].set_title("picture", fontsize=9)
+    for head, axes in enumerate(panels[1:]):
+        if head < A:
+            _overlay(figure, axes, picture, maps[head].detach().float().cpu(), label="")
+            axes.set_title(f"head {head + 1}", fontsize=9)
+        else:
+            axes.set_axis_off()
+    figure.suptitle(f"{title or 'Attention of each head'} (1 is an even share)", fontsize=11)
+    return figure
+
+
+def plot_mistakes(
+    images: Sequence[torch.Tensor],
+    probabilities: torch.Tensor,
+    labels: torch.Tensor,
+    class_names: Sequence[str] | None = None,
+    count: int = 25,
+) -> Figure:
+    """The most confidently wrong answers: pictures with their true class, and the predicted one with its probability.
+
+    Args:
+        images: n pictures (C, H, W), uint8, or floating point in [0, 1]; only those shown are taken out.
+        probabilities: (n, classes).
+        labels: Class indices (n,).
+        class_names: One for each class; None for their indices.
+        count: How many at most.
+    """
+    probabilities, labels = torch.as_tensor(probabilities), torch.as_tensor(labels)
+    names = _names(class_names, probabilities.shape[1])
+    chosen = confident_mistakes(probabilities, labels, count).tolist()
+    wrong = len(confident_mistakes(probabilities, labels, len(labels)))
+    if not chosen:
+        figure = _figure(5.0, 1.0)
+        figure.text(0.5, 0.5, f"No mistakes in {len(labels):,} pictures.", ha="center", va="center")
+        return figure
+    columns = min(5, len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    pictures = [_pixels(images[i]) for i in chosen]
+    ratio = max(picture.shape[1] / picture.shape[2] for picture in pictures)
+    figure = _figure(max(1.75 * columns, 4.2), rows * (1.5 * ratio + 0.45) + 0.55)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, i, picture in zip(panels, chosen, pictures, strict=False):
+        _show(axes, picture)
+        p, guess = probabilities[i].max(dim=0)
+        _caption(axes, _short(names[labels[i]], 20), color=BLUE)
+        _caption(axes, f"{_short(names[guess], 14)} {p:.0%}", line=1, color=ORANGE)
+    figure.suptitle(f"Most confident of {wrong:,} mistakes in {len(labels):,} pictures", fontsize=11)
+    handles = [
+        Line2D([], [], marker="s", color="none", markerfacecolor=c, markeredgecolor="none", label=label)
+        for c, label in ((BLUE, "true class"), (ORANGE, "predicted class, its probability"))
+    ]
+    _legend(figure, handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+def plot_reliability(probabilities, labels, bins: int = 15) -> Figure:
+    """Is the model right as often as it is sure? Accuracy over confidence in bins, and the calibration error.
+
+    ECE = sum_m |B_m| / n * |acc(B_m) - conf(B_m)| (Guo et al., 2017, eq. 3 and fig. 1); see `metrics.reliability_bins`.
+
+    Args:
+        probabilities: (n, classes).
+        labels: Class indices (n,).
+        bins: How many.
+    """
+    table = reliability_bins(probabilities, labels, bins)
+    error = expected_calibration_error(probabilities, labels, bins)
+    edges, count = table["edges"], table["count"]
+    accuracy, confidence = np.nan_to_num(table["accuracy"]), np.nan_to_num(table["confidence"])
+    middle, width, n = (edges[1:] + edges[:-1]) / 2, 1 / bins, count.sum()
+    figure = _figure(4.6, 5.4)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.bar(middle, accuracy, width, color=SKY, edgecolor="white", label="accuracy")
+    bottom = np.minimum(accuracy, confidence)
+    gap = {"facecolor": "none", "edgecolor": ORANGE, "linewidth": 0, "hatch": "////"}
+    upper.bar(middle, np.abs(accuracy - confidence), width, bottom=bottom, label="gap to the confidence", **gap)
+    upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
+    upper.set(ylabel="right answers (%)", ylim=(0, 1))
+    _legend(upper, upper.get_legend_handles_labels()[0], loc="upper left")
+    lower.bar(middle, count / n, width, color=GREY, edgecolor="white")
+    mean = (count * confidence).sum() / n, (count * accuracy).sum() / n
+    for x, colour, label in zip(mean, (ORANGE, BLUE), ("mean confidence", "accuracy"), strict=True):
+        lower.axvline(x, ymax=1 / 1.4, color=colour, linewidth=1.5, label=f"{label} {x:.1%}")
+    lower.set(xlabel="confidence: largest probability (%)", ylabel="pictures (%)", xlim=(0, 1))
+    lower.set_ylim(0, 1.4 * count.max() / n)  # room for the legend
+    _legend(lower, lower.get_legend_handles_labels()[0], loc="upper center", ncols=2)
+    for axes in (upper, lower):
+        _tidy(axes)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    upper.set_title(f"Expected calibration error {error:.2%} ({n:,} pictures)", fontsize=11)
+    return figure
+
+
+def plot_features(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    class_names: Sequence[str] | None = None,
+    most: int = 2000,
+    seed: int = 0,
+) -> Figure:
+    """Features in the plane, by PCA and by t-SNE, in the classes' colours and shapes; see `project_features`.
+
+    Up to 20 classes are in the legend; of more, the name stands at the median of the class.
+
+    Args:
+        features: (n, D), e.g. `pooler_output`.
+        labels: Class indices (n,).
+        class_names: One for each class; None for their indices.
+        most: Pictures drawn; of more, so many are chosen at random.
+        seed: Of that choice and of t-SNE.
+    """
+    features, labels = torch.as_tensor(features).detach().float().cpu(), torch.as_tensor(labels).cpu()
+    if len(features) != len(labels):
+        raise ValueError(f"there are {len(labels)} labels for {len(features)} features.")
+    classes = int(labels.max()) + 1 if class_names is None else len(class_names)
+    names = _names(class_names, classes)
+    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:most].sort().values
+    features, labels = features[chosen], labels[chosen]
+
+    figure = _figure(9.6, 4.9)
+    for axes, method in zip(figure.subplots(1, 2), ("pca", "tsne"), strict=True):
+        points, share = project_features(features, method, seed)
+        for k in labels.unique().tolist():
+            x, y = points[labels == k].T
+            style = {"color": CATEGORIES[k % len(CATEGORIES)], "marker": MARKERS[k % len(MARKERS)]}
+            axes.scatter(x, y, s=10, alpha=0.75, linewidths=0, label=names[k], rasterized=True, **style)
+            if classes > 20:
+                text = axes.text(x.median(), y.median(), names[k], fontsize=6, ha="center", va="center")
+                text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+                _plain(text)
+        axes.set_aspect("equal", adjustable="datalim")
+        if method == "pca":
+            axes.set(xlabel=f"component 1 ({share[0]:.0%} of the variance)", title="PCA")
+            axes.set_ylabel(f"component 2 ({share[1]:.0%} of the variance)")
+        else:
+            axes.set(xlabel="no unit: only nearness counts", title="t-SNE", xticks=[], yticks=[])
+        _tidy(axes)
+    if classes <= 20:
+        handles = figure.axes[0].get_legend_handles_labels()[0]
+        _legend(figure, handles, loc="outside lower center", ncols=min(5, len(handles)), markerscale=2)
+    figure.suptitle(f"Features of {len(labels):,} pictures", fontsize=11)
+    return figure
+
+
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +837,47 @@ def _tidy(axes, grid: str = "both"):
     axes.set_axisbelow(True)
 
 
+def _pixels(image: torch.Tensor) -> torch.Tensor:
+    """A picture for drawing: (C, H, W) in [0, 1], 1 or 3 channels."""
+    image = torch.as_tensor(image).detach().cpu()
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"a picture must be (1 or 3, H, W), got shape {tuple(image.shape)}.")
+    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    if not (image.min() >= -1e-4 and image.max() <= 1 + 1e-4):
+        raise ValueError(
+            f"pixels must be uint8 or in [0, 1], got {image.min():g} to {image.max():g}; take them before normalising."
+        )
+    return image.clamp(0, 1)
+
+
+def _show(axes, image: torch.Tensor):
+    """Draw (1 or 3, H, W) in [0, 1], pixel by pixel, without ticks."""
+    axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+
+
+def _caption(axes, text: str, x: float = 0.5, line: int = 0, ha: str = "center", fontsize: float = 8, **style):
+    """Write a line below the axes."""
+    offset = (0, -3 - 1.3 * fontsize * line)
+    place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": ha, "va": "top", "fontsize": fontsize}
+    _plain(axes.annotate(text, (x, 0), offset, **place, **style))
+
+
+def _overlay(figure: Figure, axes, picture: torch.Tensor, heat: torch.Tensor, label: str = "× even share"):
+    """Draw a map (h, w) over a picture (C, H, W) in grey, with a colour bar."""
+    H, W = picture.shape[1:]
+    _show(axes, picture.mean(dim=0, keepdim=True))
+    image = axes.imshow(
+        heat.numpy(), cmap="cividis", alpha=0.7, extent=(-0.5, W - 0.5, H - 0.5, -0.5), vmin=0, interpolation="nearest"
+    )
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=16, pad=0.03)
+    bar.solids.set_alpha(1)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, length=2)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(4))
+    bar.set_label(label, fontsize=8)
+
+
 def _line_colours(count: int):
     """Okabe and Ito's as far as they go, then shades from dark to light."""
     return OKABE_ITO[:count] if count <= len(OKABE_ITO) else matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))
@@ -291,7 +888,7 @@ def _handle(colour, label: str, linestyle: str = "-", marker: str | None = None)
 
 
 def _legend(place, handles, **kwargs):
-    legend = place.legend(handles=handles, frameon=False, fontsize=9, **kwargs)
+    legend = place.legend(handles=handles, **{"frameon": False, "fontsize": 9, **kwargs})
     _plain(*legend.get_texts())
 
 
