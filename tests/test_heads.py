@@ -1,0 +1,368 @@
+"""Masked image modelling and the backbone. What every class has in common is in test_modeling.py."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from test_modeling import FIXED, OBLONG, RICH, TINY, equal, images, inputs, make, oracle, weights_for_transformers
+from torch import nn
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModelForMaskedImageModeling,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    ViTForMaskedImageModeling,
+    set_seed,
+)
+
+from modeling_vit_scratch import (
+    ViTScratchBackbone,
+    ViTScratchConfig,
+    ViTScratchForImageClassification,
+    ViTScratchForMaskedImageModeling,
+    ViTScratchModel,
+)
+
+# Masked image modelling
+
+
+def random_mask(model, batch=3, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, math.prod(model.config.grid_hw), generator=generator) < 0.4
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_equals_transformers(implementation):
+    model = make(ViTScratchForMaskedImageModeling, attn_implementation=implementation)
+    theirs = oracle(model, ViTForMaskedImageModeling)
+    x, mask = images(model), random_mask(model)
+    for masked in (mask, mask.long(), torch.zeros_like(mask), torch.ones_like(mask), None):
+        with torch.no_grad():
+            a = model(x, bool_masked_pos=masked, output_hidden_states=True, output_attentions=True)
+            b = theirs(x, bool_masked_pos=masked, output_hidden_states=True, output_attentions=True)
+        equal(a.reconstruction, b.reconstruction, 1e-5)
+        assert (a.loss is None) == (masked is None)
+        if masked is not None:
+            equal(a.loss, b.loss, 1e-5)
+        for name in ("hidden_states", "attentions"):
+            for ours, other in zip(a[name], b[name], strict=True):
+                equal(ours, other, 2e-5)
+
+
+def test_gradients_equal_transformers():
+    model = make(ViTScratchForMaskedImageModeling)
+    theirs = oracle(model, ViTForMaskedImageModeling)
+    x, mask = images(model), random_mask(model)
+    model(x, bool_masked_pos=mask).loss.backward()
+    theirs(x, bool_masked_pos=mask).loss.backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.grad)
+    for name, gradient in weights_for_transformers(model).items():
+        equal(gradient, gradients[name], 2e-5)
+
+
+@pytest.mark.parametrize("fields", [TINY, OBLONG, RICH, FIXED])
+def test_tokens_decode_to_the_pixels_of_their_patch(fields):
+    """`fold` is torch's own inverse of cutting patches."""
+    model = make(ViTScratchForMaskedImageModeling, fields)
+    x, mask = images(model), random_mask(model)
+    outputs = model(x, bool_masked_pos=mask)
+    tokens = model.vit(x, bool_masked_pos=mask).last_hidden_state[:, model.config.num_prefix_tokens :]
+    pixels = model.decoder(tokens).transpose(1, 2)
+    hw, patch_hw = model.config.image_hw, model.config.patch_hw
+    equal(outputs.reconstruction, nn.functional.fold(pixels, hw, patch_hw, stride=patch_hw), 1e-6)
+    assert outputs.reconstruction.shape == x.shape
+
+
+@pytest.mark.parametrize("fields", [TINY, OBLONG])
+def test_loss_is_the_mean_error_of_masked_pixels(fields):
+    model = make(ViTScratchForMaskedImageModeling, fields)
+    x, mask = images(model), random_mask(model)
+    outputs = model(x, bool_masked_pos=mask)
+    (h, w), (ph, pw) = model.config.grid_hw, model.config.patch_hw
+    errors = []
+    for b in range(3):
+        for i in mask[b].nonzero().flatten().tolist():
+            rows, columns = i // w * ph, i % w * pw
+            window = (b, slice(None), slice(rows, rows + ph), slice(columns, columns + pw))
+            errors.append((outputs.reconstruction[window] - x[window]).abs().mean())
+    assert 0 < len(errors) < 3 * h * w
+    equal(outputs.loss, torch.stack(errors).mean(), 1e-6)
+    equal(model(x, bool_masked_pos=mask.reshape(3, h, w)).loss, outputs.loss)
+
+
+def test_masked_patches_are_not_seen():
+    model = make(ViTScratchForMaskedImageModeling, OBLONG)
+    x, mask = images(model), random_mask(model)
+    hidden = mask.reshape(3, 1, *model.config.grid_hw).float()
+    hidden = nn.functional.interpolate(hidden, model.config.image_hw).bool()
+    other = torch.where(hidden, torch.randn_like(x), x)
+    with torch.no_grad():
+        equal(model(x, bool_masked_pos=mask).reconstruction, model(other, bool_masked_pos=mask).reconstruction, 1e-6)
+        seen = torch.where(hidden, x, torch.randn_like(x))
+        difference = model(x, bool_masked_pos=mask).reconstruction - model(seen, bool_masked_pos=mask).reconstruction
+    assert difference.abs().max() > 0.1
+
+
+def test_mask_token_takes_the_place_of_the_patch_but_not_of_its_position():
+    embeddings = make(ViTScratchForMaskedImageModeling, RICH).vit.embeddings
+    x, mask = torch.randn(1, 3, 16, 24), torch.tensor([[True] + [False] * 11])
+    before, after = embeddings(x, None, False), embeddings(x, mask, False)
+    assert (before != after).any(-1)[0].nonzero().flatten().tolist() == [4]  # class token, 3 registers, first patch
+    equal(after[0, 4], embeddings.mask_token[0, 0] + embeddings.position_embeddings[0, 1])
+
+
+def test_no_masked_patch_gives_a_loss_of_zero_and_finite_gradients():
+    model = make(ViTScratchForMaskedImageModeling).train()
+    loss = model(images(model), bool_masked_pos=torch.zeros(3, 16, dtype=torch.long)).loss
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_any_size():
+    model = make(ViTScratchForMaskedImageModeling, OBLONG)
+    x = torch.randn(2, 3, 24, 40)
+    mask = torch.rand(2, 3 * 10) < 0.5
+    outputs = model(x, bool_masked_pos=mask, interpolate_pos_encoding=True)
+    assert outputs.reconstruction.shape == x.shape
+    assert outputs.loss > 0
+
+
+def test_stride_must_be_the_patch_size_where_pixels_are_compared():
+    model = make(ViTScratchForMaskedImageModeling, OBLONG, encoder_stride=2)
+    x, mask = images(model), random_mask(model)
+    with pytest.raises(ValueError, match=r"encoder_stride \(2\) must equal patch_size \(\(8, 4\)\).*=\(8, 4\)"):
+        model(x, bool_masked_pos=mask)
+    outputs = model(x)
+    assert outputs.loss is None
+    assert outputs.reconstruction.shape == (3, 3, 2 * 2, 6 * 2)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    model = make(ViTScratchForMaskedImageModeling)
+    for shape in [(3, 15), (3, 17), (3, 1), (2, 16), (1, 16), (16,)]:
+        with pytest.raises(ValueError, match=r"bool_masked_pos of shape .* must be \(3, 16\)"):
+            model(images(model), bool_masked_pos=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("cls", [ViTScratchModel, ViTScratchForImageClassification])
+def test_masks_need_a_mask_token(cls):
+    model = make(cls)
+    with pytest.raises(ValueError, match="use_mask_token=True"):
+        model(images(model), bool_masked_pos=random_mask(model))
+
+
+def test_base_model_with_a_mask_token(tmp_path):
+    head = make(ViTScratchForMaskedImageModeling)
+    head.save_pretrained(tmp_path)
+    model, report = ViTScratchModel.from_pretrained(tmp_path, use_mask_token=True, output_loading_info=True)
+    assert set(report["unexpected_keys"]) == {"decoder.weight", "decoder.bias"}
+    x, mask = images(model), random_mask(model)
+    with torch.no_grad():
+        equal(model(x, bool_masked_pos=mask).last_hidden_state, head.vit(x, bool_masked_pos=mask).last_hidden_state)
+
+
+def test_auto_class_and_fine_tuning_from_pre_training(tmp_path):
+    model = AutoModelForMaskedImageModeling.from_config(ViTScratchConfig(**TINY))
+    assert type(model) is ViTScratchForMaskedImageModeling
+    model.save_pretrained(tmp_path)
+    assert type(AutoModelForMaskedImageModeling.from_pretrained(tmp_path)) is ViTScratchForMaskedImageModeling
+    classifier = ViTScratchForImageClassification.from_pretrained(tmp_path, num_labels=7)
+    state = classifier.vit.state_dict()
+    equal(state, {name: model.vit.state_dict()[name] for name in state})
+    assert classifier(images(model)).logits.shape == (3, 7)
+
+
+# Backbone
+
+
+@pytest.mark.parametrize("fields", [TINY, OBLONG, RICH, FIXED, {**TINY, "use_final_norm": False}])
+def test_maps_are_the_normalised_patch_tokens_in_their_places(fields):
+    model = make(ViTScratchBackbone, fields, out_indices=[0, 1, 2])
+    x = images(model)
+    outputs = model(x, output_hidden_states=True)
+    h, w = model.config.grid_hw
+    assert len(outputs.feature_maps) == len(outputs.hidden_states) == 3
+    for feature_map, state in zip(outputs.feature_maps, outputs.hidden_states, strict=True):
+        assert feature_map.shape == (3, 32, h, w)
+        tokens = model.vit.norm(state)[:, model.config.num_prefix_tokens :]
+        for row in range(h):
+            for column in range(w):
+                equal(feature_map[:, :, row, column], tokens[:, row * w + column])
+    last = model.vit(x).last_hidden_state[:, model.config.num_prefix_tokens :]
+    equal(outputs.feature_maps[-1].flatten(2).transpose(1, 2), last, 1e-6)
+
+
+def test_chosen_stages():
+    every = make(ViTScratchBackbone, num_hidden_layers=3, out_indices=[0, 1, 2, 3])
+    x = images(every)
+    maps = every(x).feature_maps
+    for fields, features, indices, stages in [
+        ({}, ["stage3"], [3], [3]),
+        ({"out_features": ["stem", "stage2"]}, ["stem", "stage2"], [0, 2], [0, 2]),
+        ({"out_indices": [1, 3]}, ["stage1", "stage3"], [1, 3], [1, 3]),
+        ({"out_indices": (1, 2)}, ["stage1", "stage2"], [1, 2], [1, 2]),
+        ({"out_indices": [-2, -1]}, ["stage2", "stage3"], [-2, -1], [2, 3]),
+        ({"out_features": ["stage1"], "out_indices": [1]}, ["stage1"], [1], [1]),
+        ({"out_features": None, "out_indices": None}, ["stage3"], [3], [3]),
+    ]:
+        model = make(ViTScratchBackbone, num_hidden_layers=3, **fields)
+        assert (model.out_features, model.out_indices) == (features, indices)
+        assert (model.config.out_features, model.config.out_indices) == (features, indices)
+        assert model.stage_names == model.config.stage_names == ["stem", "stage1", "stage2", "stage3"]
+        assert model.channels == [32] * len(stages)
+        assert model.num_features == [32] * 4
+        assert model.out_feature_channels == dict.fromkeys(model.stage_names, 32)
+        outputs = model(x)
+        assert len(outputs.feature_maps) == len(stages)
+        for feature_map, stage in zip(outputs.feature_maps, stages, strict=True):
+            equal(feature_map, maps[stage])
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"out_features": ["stage4"]}, r"out_features \('stage4'\) is unknown.*stem, stage1, stage2"),
+        ({"out_indices": [3]}, r"out_indices asks for stage 3, but there are 3: use -3 to 2"),
+        ({"out_indices": [-4]}, r"out_indices \(-4\) must be at least -3"),
+        ({"out_indices": [1, 1]}, r"\[1, 1\] must name each stage once, in order; use \[1\]"),
+        ({"out_indices": [2, -1]}, r"\[2, -1\] must name each stage once, in order; use \[2\]"),
+        ({"out_indices": [2, 0]}, r"\[2, 0\] must name each stage once, in order; use \[0, 2\]"),
+        ({"out_features": ["stage2", "stem"]}, r"\[2, 0\] must name each stage once, in order; use \[0, 2\]"),
+        ({"out_features": ["stage1"], "out_indices": [2]}, r"\['stage1'\] and out_indices \[2\] differ"),
+        ({"out_indices": ["stage1"]}, r"out_indices must be a whole number, got 'stage1'"),
+        ({"out_features": "stage1"}, r"out_features .* unknown"),
+    ],
+)
+def test_wrong_stages_are_refused(fields, text):
+    with pytest.raises(ValueError, match=text):
+        ViTScratchConfig(**TINY, **fields)
+
+
+def test_only_a_choice_of_stages_is_written(tmp_path):
+    ViTScratchConfig(**TINY).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert not {"stage_names", "out_features", "out_indices"} & set(fields)
+    ViTScratchConfig(**TINY, out_features=["stem", "stage1"]).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["out_indices"] == [0, 1]
+    assert not {"stage_names", "out_features", "_out_stages"} & set(fields)
+    assert AutoConfig.from_pretrained(tmp_path).out_features == ["stem", "stage1"]
+
+
+def test_loading_with_another_number_of_layers(tmp_path):
+    for chosen, layers, expected in [
+        (None, 1, ["stage1"]),
+        (None, 5, ["stage5"]),
+        ([-1], 5, ["stage5"]),
+        ([0, 1], 1, ["stem", "stage1"]),
+        ([1, 2], 5, ["stage1", "stage2"]),
+    ]:
+        ViTScratchBackbone(ViTScratchConfig(**TINY, out_indices=chosen)).save_pretrained(tmp_path)
+        model = ViTScratchBackbone.from_pretrained(tmp_path, num_hidden_layers=layers)
+        assert model.out_features == expected
+        assert len(model.stage_names) == len(model.num_features) == layers + 1
+        assert len(model(images(model)).feature_maps) == len(expected)
+    with pytest.raises(ValueError, match="out_indices asks for stage 2, but there are 2"):
+        ViTScratchBackbone.from_pretrained(tmp_path, num_hidden_layers=1)
+
+
+def test_stages_chosen_on_loading_and_later(tmp_path):
+    make(ViTScratchForImageClassification).save_pretrained(tmp_path)
+    model = ViTScratchBackbone.from_pretrained(tmp_path, out_features=["stem", "stage1"])
+    assert len(model(images(model)).feature_maps) == 2
+    assert ViTScratchBackbone.from_pretrained(tmp_path, out_indices=[0, 2]).out_features == ["stem", "stage2"]
+    model.out_indices = [1, 2]
+    assert model.out_features == ["stage1", "stage2"]
+    assert len(model(images(model)).feature_maps) == 2
+    model.config.out_features = ["stage2"]
+    assert len(model(images(model)).feature_maps) == 1
+    changed = copy.deepcopy(model.config)
+    changed.out_features = None
+    assert ViTScratchBackbone(changed).out_features == ["stage2"]
+
+
+def test_hidden_states_and_maps_only_on_request():
+    model = make(ViTScratchBackbone, num_hidden_layers=3, out_indices=[1, 3])
+    x = images(model)
+    plain = model(x)
+    assert list(plain) == ["feature_maps"]
+    assert isinstance(plain.feature_maps, tuple)
+    outputs = model(x, output_hidden_states=True, output_attentions=True)
+    assert (len(outputs.hidden_states), len(outputs.attentions)) == (4, 3)
+    some = model(x, output_hidden_states=[0], output_attentions=-1)
+    assert [state is None for state in some.hidden_states] == [False, True, True, True]
+    assert [maps is None for maps in some.attentions] == [True, True, False]
+    assert len(some.feature_maps) == 2
+    assert len(model(x, return_dict=False)) == 1
+
+
+def test_pictures_of_any_size_that_the_patch_divides():
+    model = make(ViTScratchBackbone, OBLONG)
+    for size in [(16, 24), (8, 4), (32, 60)]:
+        assert model(torch.randn(2, 3, *size)).feature_maps[0].shape == (2, 32, size[0] // 8, size[1] // 4)
+    with pytest.raises(ValueError, match="interpolate_pos_encoding=True"):
+        model(torch.randn(2, 3, 8, 4), interpolate_pos_encoding=False)
+
+
+def test_auto_backbone():
+    config = ViTScratchConfig(**TINY, out_features=["stage1"])
+    model = AutoBackbone.from_config(config)
+    assert type(model) is ViTScratchBackbone
+    assert model.channels == [32]
+    assert ViTScratchBackbone._auto_class == "AutoBackbone"
+
+
+def test_inside_a_segmentation_model(tmp_path):
+    """Trained for a few steps, saved and loaded."""
+    set_seed(0)
+    backbone = ViTScratchConfig(**{**RICH, "num_hidden_layers": 4}, out_features=["stem", "stage1", "stage2", "stage4"])
+    config = UperNetConfig(
+        backbone_config=backbone,
+        hidden_size=16,
+        pool_scales=[1, 2],
+        auxiliary_in_channels=32,
+        auxiliary_channels=8,
+        num_labels=3,
+    )
+    model = UperNetForSemanticSegmentation(config).train()
+    assert type(model.backbone) is ViTScratchBackbone
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert 0.01 < start["backbone.vit.layers.0.mlp.fc1.weight"].std() < 0.03
+    assert (start["backbone.vit.layers.0.layer_scale1.scale"] == 0.5).all()
+
+    x = torch.randn(2, 3, 16, 24)
+    labels = torch.zeros(2, 16, 24, dtype=torch.long)
+    labels[:, :, 12:] = 1
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        outputs = model(x, labels=labels)
+        outputs.loss.backward()
+        optimizer.step()
+        losses.append(outputs.loss.item())
+    assert outputs.logits.shape == (2, 3, 16, 24)
+    assert losses[-1] < 0.8 * losses[0]
+    moved = {name for name, p in model.named_parameters() if (p != start[name]).any()}
+    assert {name for name in start if name.startswith("backbone.")} <= moved
+
+    model.eval().save_pretrained(tmp_path)
+    loaded = UperNetForSemanticSegmentation.from_pretrained(tmp_path)
+    assert loaded.config.backbone_config.out_features == backbone.out_features
+    with torch.no_grad():
+        equal(loaded(x).logits, model(x).logits)
+        bigger = model(torch.randn(1, 3, 32, 24), output_hidden_states=True, output_attentions=True)
+    assert bigger.logits.shape == (1, 3, 32, 24)
+    assert (len(bigger.hidden_states), len(bigger.attentions)) == (5, 4)
+
+
+def test_inputs_of_the_shared_tests_mask_something():
+    model = make(ViTScratchForMaskedImageModeling)
+    assert 0 < inputs(model, targets=True)["bool_masked_pos"].sum() < 48
