@@ -19,9 +19,11 @@ import logging
 import math
 import pickle
 import re
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -390,15 +392,18 @@ def _read_torch(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = re.search(
-            r"(?:GLOBAL|Unsupported (?:class|operand)|Unsupported global:?)\s*:?\s*(?:GLOBAL )?([\w.]+)", str(error)
-        )
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
-            f"{path} is no checkpoint of tensors alone{f' (it holds {what[1]})' if what else ''}, and nothing else is "
+            f"{path} is no checkpoint of tensors alone{f' (it holds {found[1]})' if found else ''}, and nothing else is "
             "unpickled; where you trust it, load it and save its state dict."
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no checkpoint that torch can read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torn and foreign files fail in many ways
+        raise ValueError(f"{path} is no checkpoint that torch can read: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's text, or its name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_npz(path: Path) -> Mapping:
@@ -467,8 +472,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except ValueError:
         raise
     except Exception as error:  # the client has many: unknown repository, no network, no permission
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{repo_id} is no file or folder here, and the Hub did not give it: {reason}") from error
+        raise ValueError(f"{repo_id} is no file or folder here, and the Hub did not give it: {_line(error)}") from error
     return (found or [weights])[0].parent
 
 
@@ -734,10 +738,15 @@ def _own_folder(checkpoint, revision: str | None) -> Path | None:
 
 def _load_own(folder: Path, hints: dict) -> tuple[ViTScratchForImageClassification, bool]:
     """A model of this package, and whether its head is new."""
-    config = ViTScratchConfig.from_pretrained(folder, **hints)
-    model, report = ViTScratchForImageClassification.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    config, unknown = ViTScratchConfig.from_pretrained(folder, return_unused_kwargs=True, **hints)
+    if unknown:
+        ViTScratchConfig(**unknown)  # says which is no field
+    try:
+        model, report = ViTScratchForImageClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {_line(error)}") from error
     missing, left_over = set(report["missing_keys"]), set(report["unexpected_keys"])
     head = {name for name in missing if name.startswith(("classifier.", "pre_logits."))}
     decoder = {name for name in left_over if re.match(r"(vit\.)?(embeddings\.)?(decoder|mask_token)", name)}
@@ -1030,14 +1039,19 @@ def _materialise(
     unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     assert not unexpected, unexpected
     for module in model.modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if any(tensor.is_meta for tensor in own):
-            assert all(tensor.is_meta for tensor in own) or module is model.vit.embeddings
-            if module is model.vit.embeddings:  # fixed positions
-                module.position_embeddings = module.sincos_positions()
-            else:
-                module.to_empty(device="cpu", recurse=False)
-                model._init_weights(module)
+        empty = {
+            name: tensor
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            if tensor.is_meta
+        }
+        if empty:
+            for tensor in module.parameters(recurse=False):
+                tensor._is_hf_initialized = True  # transformers' initialisation leaves it alone then
+            for name, tensor in empty.items():
+                fresh = torch.empty_like(tensor, device="cpu")
+                fresh = nn.Parameter(fresh) if isinstance(tensor, nn.Parameter) else fresh
+                setattr(module, name, fresh)
+            model._init_weights(module)
     return model.eval()
 
 
@@ -1191,3 +1205,448 @@ def read_labels(path: str | Path) -> dict[int, str]:
     if sorted(labels) != list(range(len(labels))) or not labels:
         raise ValueError(f"{path} must name the classes 0 to n - 1, got {len(labels)} names.")
     return dict(sorted(labels.items()))
+
+
+# --- The way out -----------------------------------------------------------------------------------------------------
+
+
+def export_checkpoint(
+    model: ViTScratchForImageClassification, target: str, folder: str | Path | None = None, image_processor=None
+) -> dict[str, torch.Tensor] | dict[str, np.ndarray]:
+    """The model's tensors in another library's layout; converting them back gives the same model.
+
+    What a layout's tensors do not carry (heads, epsilon, activation) stands in the config.json of `folder`; without
+    one, `convert_checkpoint` takes it as hints.
+
+    Args:
+        model: To export; it keeps its tensors, these are copies.
+        target: "transformers" (ViT, or where there is layer scale DINOv2, with or without registers), "timm",
+            "torchvision", or "jax" (numpy arrays).
+        folder: Where to write it as well: model.safetensors or model.npz, and config.json.
+        image_processor: Written there too, or, for timm, into its config.json.
+
+    Raises:
+        ValueError: The target is unknown, or its library cannot express the model.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}.")
+    config = model.config
+    obstacle = next((what for what, there in _obstacles(config)[target].items() if there), None)
+    if obstacle:
+        raise ValueError(f"{target} has no model with {obstacle}; it cannot be exported there.")
+    layout = DINOV2 if target == "transformers" and config.layerscale_value is not None else TARGETS[target]
+    ours = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
+    embeddings = model.vit.embeddings
+    ours["vit.embeddings.position_embeddings"] = embeddings.position_embeddings.detach().float().cpu()
+    if target == "timm":
+        ours["vit.embeddings.position_embeddings"] = _timm_positions(model)
+    if layout is DINOV2 and config.num_labels:
+        ours["classifier.weight"] = _on_both(ours["classifier.weight"], config.pooling)
+    tensors = {}
+    for name, tensor in ours.items():
+        if name.endswith("patch_embeddings.projection.weight"):
+            tensor = tensor.unflatten(1, (config.num_channels, *config.patch_hw))
+        names = [part[0] for part in _spellings(layout, name)]
+        for theirs, part in zip(names, tensor.chunk(len(names)), strict=True):
+            part = _to_jax(name, part, config.num_attention_heads) if layout.jax else part
+            part = part.clone(memory_format=torch.contiguous_format)
+            tensors[theirs] = part.numpy() if layout.jax else part
+    if target == "transformers":
+        prefix = f"{_transformers_classes(config)[2]}."
+        heads = ("classifier.", "pooler.")
+        tensors = {name if name.startswith(heads) else prefix + name: tensor for name, tensor in tensors.items()}
+        if prefix == "dinov2_with_registers.":  # has one whether it is used or not
+            tensors[prefix + "embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
+    if folder is not None:
+        _write(tensors, model, target, Path(folder), image_processor)
+    return tensors
+
+
+def _obstacles(config: ViTScratchConfig) -> dict[str, dict[str, bool]]:
+    """For each target, what it lacks, and whether the model has it."""
+    scaled, registers = config.layerscale_value is not None, bool(config.num_register_tokens)
+    plain = {
+        "no class token": not config.use_cls_token,
+        "mean pooling": config.pooling == "mean",
+        "no final norm": not config.use_final_norm,
+        "registers": registers,
+        "layer scale": scaled,
+    }
+    tanh = {"a tanh layer before the classifier": config.representation_size is not None}
+    gap = not config.use_cls_token and config.pooling == "mean"
+    return {
+        "transformers": {
+            **{
+                what: there
+                for what, there in plain.items()
+                if not scaled or what in ("no class token", "no final norm")
+            },
+            "an MLP whose width is no multiple of its own (with layer scale)": (
+                scaled and config.intermediate_size % config.hidden_size != 0
+            ),
+            **tanh,
+        },
+        "timm": {**tanh, f"the activation {config.hidden_act}": config.hidden_act not in TIMM_ACTIVATIONS.values()},
+        "torchvision": {
+            **plain,
+            "no bias of query, key and value": not config.qkv_bias,
+            f"the activation {config.hidden_act}": config.hidden_act != "gelu",
+            "pictures or patches that are no squares": len({*config.image_hw}) + len({*config.patch_hw}) > 2,
+            f"{config.num_channels} channels": config.num_channels != 3,
+            "no classifier": not config.num_labels,
+        },
+        "jax": {
+            **{
+                what: there for what, there in plain.items() if not (gap and what in ("no class token", "mean pooling"))
+            },
+            "no bias of query, key and value": not config.qkv_bias,
+        },
+    }
+
+
+def _timm_positions(model: ViTScratchForImageClassification) -> torch.Tensor:
+    """Positions as timm has them: of the patches alone where the class token's is 0, else of every token."""
+    config = model.config
+    positions = model.vit.embeddings.position_embeddings.detach().float().cpu()
+    own, patches = positions.tensor_split([int(config.use_cls_token)], dim=1)
+    if not own.any():
+        return patches
+    return torch.cat([own, own.new_zeros(1, config.num_register_tokens, config.hidden_size), patches], dim=1)
+
+
+def _on_both(weight: torch.Tensor, pooling: str) -> torch.Tensor:
+    """A classifier (classes, D) as DINOv2's (classes, 2 D), which sees class token and mean."""
+    zero = torch.zeros_like(weight)
+    return torch.cat([weight, zero] if pooling == "cls" else [zero, weight], dim=1)
+
+
+def _transformers_classes(config: ViTScratchConfig) -> tuple[type, type, str]:
+    """transformers' config and classifier, and the name of its encoder, for a config of ours."""
+    if config.layerscale_value is None:
+        return transformers.ViTConfig, transformers.ViTForImageClassification, "vit"
+    if config.num_register_tokens:
+        config_class = transformers.Dinov2WithRegistersConfig
+        return config_class, transformers.Dinov2WithRegistersForImageClassification, "dinov2_with_registers"
+    return transformers.Dinov2Config, transformers.Dinov2ForImageClassification, "dinov2"
+
+
+def _transformers_config(config: ViTScratchConfig, config_class: type):
+    """A config of transformers with the fields of ours that it has."""
+    fields = {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config_class, name)}
+    fields |= {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
+    if hasattr(config_class, "mlp_ratio"):
+        fields |= {"mlp_ratio": config.intermediate_size // config.hidden_size}
+        fields |= {"layerscale_value": float(config.layerscale_value)}
+    if hasattr(config_class, "num_register_tokens"):
+        fields |= {"num_register_tokens": config.num_register_tokens}
+    if hasattr(config_class, "use_mask_token"):
+        fields |= {"use_mask_token": False}
+    return config_class(**fields)
+
+
+def _timm_arguments(config: ViTScratchConfig, no_embed_class: bool) -> dict:
+    """The arguments of timm's VisionTransformer, as JSON can hold them."""
+    ratio = config.intermediate_size / config.hidden_size
+    if int(config.hidden_size * ratio) != config.intermediate_size:  # timm floors
+        ratio = (config.intermediate_size + 0.5) / config.hidden_size
+    return {
+        "img_size": list(config.image_hw),
+        "patch_size": list(config.patch_hw),
+        "in_chans": config.num_channels,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": ratio,
+        "qkv_bias": config.qkv_bias,
+        "init_values": config.layerscale_value,
+        "class_token": config.use_cls_token,
+        "no_embed_class": no_embed_class,
+        "reg_tokens": config.num_register_tokens,
+        "final_norm": config.use_final_norm,
+        "fc_norm": False,
+        "global_pool": {ours: theirs for theirs, ours in TIMM_POOLINGS.items()}[config.pooling],
+        "act_layer": {ours: theirs for theirs, ours in reversed(TIMM_ACTIVATIONS.items())}[config.hidden_act],
+    }
+
+
+def _write(tensors: dict, model: ViTScratchForImageClassification, target: str, folder: Path, image_processor):
+    """The tensors and a config.json in `folder`, as the target's library writes them, or else in our words."""
+    config = model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    if target == "jax":
+        np.savez(folder / "model.npz", **tensors)
+    else:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if image_processor is not None and target != "timm":
+        image_processor.save_pretrained(folder)
+    if target == "transformers":
+        config_class, model_class, _ = _transformers_classes(config)
+        theirs = _transformers_config(config, config_class)
+        theirs.architectures = [model_class.__name__]
+        theirs.save_pretrained(folder)
+        return
+    fields = {name: getattr(config, name) for name in CONFIG_FIELDS}
+    if target == "timm":
+        arguments = _timm_arguments(config, tensors["pos_embed"].shape[1] == math.prod(config.grid_hw))
+        if config.layer_norm_eps != TIMM.layer_norm_eps:
+            logger.warning(
+                "timm's config.json cannot say layer_norm_eps=%g: give its norm_layer.", config.layer_norm_eps
+            )
+        names = [config.id2label[index] for index in range(config.num_labels)]
+        card = {"input_size": [config.num_channels, *config.image_hw], "num_classes": config.num_labels}
+        if image_processor is not None:
+            cropped = dict(image_processor.crop_size) if getattr(image_processor, "do_center_crop", None) else {}
+            resized = image_processor.size["shortest_edge"] or image_processor.size["height"]
+            card |= {
+                "mean": list(image_processor.image_mean),
+                "std": list(image_processor.image_std),
+                "interpolation": {number: name for name, number in TIMM_RESAMPLE.items()}[
+                    int(image_processor.resample)
+                ],
+                "crop_pct": cropped["height"] / resized if cropped else 1.0,
+                "crop_mode": "center" if cropped else "squash",
+            }
+        fields = {
+            "architecture": "vit_base_patch16_224",  # its arguments are all overridden
+            "num_classes": config.num_labels,
+            "num_features": config.hidden_size,
+            "global_pool": arguments["global_pool"],
+            "label_names": names,
+            "model_args": arguments,
+            "layer_norm_eps": config.layer_norm_eps,
+            "pretrained_cfg": card,
+        }
+    else:
+        fields["id2label"] = config.id2label
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+# --- The proof -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Verification:
+    """How far our model is from the source library's own.
+
+    Args:
+        reference: Whose model it was compared with.
+        differences: Output -> largest absolute difference, in the order they are computed.
+        top5: Pictures for which the five largest logits are the same classes in the same order, or None without
+            logits.
+        num_images: Pictures compared.
+    """
+
+    reference: str
+    differences: dict[str, float]
+    top5: int | None
+    num_images: int
+
+    @property
+    def largest(self) -> float:
+        """The largest of all differences."""
+        return max(self.differences.values())
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output agrees to 1e-4, and the top-5 of every picture."""
+        return self.largest <= TOLERANCE and self.top5 in (None, self.num_images)
+
+
+@torch.no_grad()
+def verify_checkpoint(
+    checkpoint,
+    source: str | None = None,
+    *,
+    model: ViTScratchForImageClassification | None = None,
+    num_images: int = 2,
+    revision: str | None = None,
+    num_labels: int | None = None,
+    **hints,
+) -> Verification:
+    """Run the source library's own model and ours on the same random images, in double precision.
+
+    The reference reads the checkpoint by its own library's code, so a mistake in our tables shows. It is compared at
+    the checkpoint's resolution, and with the checkpoint's head if it has one that our model can express.
+
+    Args:
+        checkpoint: As for `convert_checkpoint`.
+        source: As for `convert_checkpoint`.
+        model: Ours; None converts the checkpoint.
+        num_images: Random images.
+        revision: As for `convert_checkpoint`.
+        num_labels: As for `convert_checkpoint`; only where the head cannot be expressed.
+        **hints: As for `convert_checkpoint`.
+
+    Raises:
+        ImportError: The source library cannot be imported here.
+        NotImplementedError: No library still has a model that computes this.
+        ValueError: As `convert_checkpoint`, or the checkpoint is one of ours.
+    """
+    if source is None and _own_folder(checkpoint, revision):
+        raise ValueError(f"{checkpoint} is this package's own; there is nothing to compare it with.")
+    opened = _open(checkpoint, revision)
+    family, named = _recognise(opened, source)
+    headless = False
+    if model is None:
+        model, headless = _convert(opened, family, named, hints, new_head=num_labels is not None)
+    model = copy.deepcopy(model).eval()
+    make = {id(TIMM): _timm_reference, id(TORCHVISION): _torchvision_reference, id(JAX): _jax_reference}
+    reference = make.get(id(named.layout), _transformers_reference)(opened, family, named, model, headless, num_images)
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    images = torch.randn(num_images, config.num_channels, *config.image_hw, generator=generator, dtype=torch.float64)
+    theirs = _outputs(reference, images, headless)
+    title = reference.title
+    del reference
+    ours = _outputs(_Reference("ours", model, model.vit.layers, model.vit.norm), images, headless)
+    if "tanh layer" in theirs:
+        ours["tanh layer"] = model.pre_logits(ours["final norm"][:, 0])
+    differences = {name: (ours[name] - theirs[name]).abs().max().item() for name in theirs}
+    top5 = None
+    if "logits" in theirs:
+        k = min(5, config.num_labels)
+        agree = ours["logits"].topk(k).indices == theirs["logits"].topk(k).indices
+        top5 = int(agree.all(dim=1).sum())
+    return Verification(title, differences, top5, num_images)
+
+
+@dataclass
+class _Reference:
+    """A model, and where in it are the blocks and the final norm."""
+
+    title: str
+    module: nn.Module
+    blocks: nn.Module
+    norm: nn.Module
+    arguments: dict = field(default_factory=dict)
+
+
+def _outputs(reference: _Reference, images: torch.Tensor, headless: bool) -> dict[str, torch.Tensor]:
+    """Embeddings, every block's output, the final norm's, and the logits."""
+    outputs = {}
+
+    def keep(name: str):
+        return lambda module, inputs, output: outputs.update({name: output[0] if isinstance(output, tuple) else output})
+
+    reference.blocks[0].register_forward_pre_hook(lambda module, inputs: outputs.update({"embeddings": inputs[0]}))
+    for number, block in enumerate(reference.blocks, start=1):
+        block.register_forward_hook(keep(f"block {number}"))
+    reference.norm.register_forward_hook(keep("final norm"))
+    result = reference.module.double().eval()(images, **reference.arguments)
+    if getattr(reference.module, "pooler", None) is not None:
+        outputs["tanh layer"] = result.pooler_output
+    if not headless:
+        outputs["logits"] = getattr(result, "logits", result)
+    return outputs
+
+
+def _transformers_reference(opened, family, named, model, headless, num_images) -> _Reference:
+    classes = {
+        "transformers": ("ViTForImageClassification", "ViTModel", "vit"),
+        "deit": ("DeiTForImageClassification", "DeiTModel", "deit"),
+        "dino": ("ViTForImageClassification", "ViTModel", "vit"),
+        "dinov2": ("Dinov2ForImageClassification", "Dinov2Model", "dinov2"),
+        "dinov2_with_registers": (
+            "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersModel", "dinov2_with_registers",
+        ),
+        "mae": (None, "ViTMAEModel", "vit"),
+    }  # fmt: skip
+    classifier, encoder, prefix = classes[family]
+    model_class = getattr(transformers, encoder if headless or classifier is None else classifier)
+    config_class = model_class.config_class
+    if "model_type" in opened.config:
+        config = config_class.from_dict(opened.config)
+    else:
+        config = _transformers_config(model.config, config_class)
+    arguments, keywords = {}, {}
+    if family == "mae":
+        config.mask_ratio = 0.0
+        arguments["noise"] = torch.arange(math.prod(model.config.grid_hw)).expand(num_images, -1)  # keeps the order
+    elif model_class.__name__ in ("ViTModel", "DeiTModel"):
+        keywords["add_pooling_layer"] = model.config.representation_size is not None
+    state = {name: named.raw(short).clone() for short, name in named.names.items()}
+    loaded, report = model_class.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32, **keywords
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"{model_class.__name__} misses {_some(sorted(report['missing_keys']))}.")
+    base = getattr(loaded, prefix, loaded)
+    blocks = base.layers if hasattr(base, "layers") else base.encoder.layer
+    return _Reference(f"transformers' {model_class.__name__}", loaded, blocks, base.layernorm, arguments)
+
+
+def _import_timm():
+    try:
+        import timm.layers
+        import timm.models.vision_transformer as timm_vit
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(f"timm cannot be imported here ({error}), so its own model was not run.") from error
+    return timm, timm_vit
+
+
+def _make_timm(opened: _Checkpoint, model: ViTScratchForImageClassification, headless: bool, no_embed_class: bool):
+    """timm's model: the one its config.json names, or one with the fields of ours."""
+    timm, timm_vit = _import_timm()
+    config = model.config
+    if config.representation_size is not None:
+        raise NotImplementedError("timm dropped the tanh layer before the classifier: there is no model to compare.")
+    classes = 0 if headless else config.num_labels
+    norm = partial(timm.layers.LayerNorm, eps=config.layer_norm_eps)
+    if "architecture" in opened.config:
+        arguments = {"global_pool": opened.config.get("global_pool"), **(opened.config.get("model_args") or {})}
+        arguments |= {"norm_layer": norm} if "layer_norm_eps" in opened.config else {}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        return timm.create_model(opened.config["architecture"], num_classes=classes, **arguments)
+    return timm_vit.VisionTransformer(**_timm_arguments(config, no_embed_class), num_classes=classes, norm_layer=norm)
+
+
+def _timm_reference(opened, family, named, model, headless, num_images) -> _Reference:
+    state = {short: named.raw(short).clone() for short in named.names}
+    registers = "register_tokens" in state
+    alone = state["pos_embed"].shape[1] == math.prod(model.config.grid_hw)
+    reference = _make_timm(opened, model, headless, no_embed_class=alone or registers)
+    for pattern in (*TIMM.unused, *REFUSED_HEADS):
+        state = {name: tensor for name, tensor in state.items() if not re.fullmatch(pattern, name)}
+    if headless:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    if registers:
+        state["mask_token"] = torch.zeros(1)  # by which timm recognises DINOv2
+    reference.load_state_dict(_import_timm()[1].checkpoint_filter_fn(state, reference, adapt_layer_scale=True))
+    return _Reference("timm's VisionTransformer", reference, reference.blocks, reference.norm)
+
+
+def _jax_reference(opened, family, named, model, headless, num_images) -> _Reference:
+    reference = _make_timm(opened, model, headless, no_embed_class=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = opened.path
+        if path is None:
+            path = Path(folder) / "model.npz"
+            np.savez(path, **{short: named.raw(short).numpy() for short in named.names})
+        reference.load_pretrained(str(path))
+    return _Reference(
+        "timm's VisionTransformer, by its reader of .npz files,", reference, reference.blocks, reference.norm
+    )
+
+
+def _torchvision_reference(opened, family, named, model, headless, num_images) -> _Reference:
+    try:
+        from torchvision.models import VisionTransformer
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(f"torchvision cannot be imported here ({error}), so its own model was not run.") from error
+    config = model.config
+    reference = VisionTransformer(
+        image_size=config.image_hw[0],
+        patch_size=config.patch_hw[0],
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        hidden_dim=config.hidden_size,
+        mlp_dim=config.intermediate_size,
+        num_classes=config.num_labels,
+        representation_size=config.representation_size,
+        norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),
+    )
+    state = {short: named.raw(short).clone() for short in named.names}
+    if headless:
+        state |= {name: tensor for name, tensor in reference.state_dict().items() if name.startswith("heads.")}
+    reference.load_state_dict(state)
+    return _Reference("torchvision's VisionTransformer", reference, reference.encoder.layers, reference.encoder.ln)

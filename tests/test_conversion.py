@@ -1,0 +1,1099 @@
+"""Conversion of other libraries' weights: against their own models, or a small reference written here.
+
+Every tensor of every checkpoint is random, and the residual stream is so small (about 1e-3) that another epsilon
+changes it; comparisons are in double precision, where a correct conversion agrees to 1e-9 or so.
+"""
+
+import json
+import math
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torchvision_shim import import_timm, import_torchvision
+
+torchvision, timm = import_torchvision(), import_timm()  # before transformers looks for them
+
+import transformers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification  # noqa: E402
+from modeling_vit_scratch.conversion import (  # noqa: E402
+    FAMILIES,
+    convert_checkpoint,
+    export_checkpoint,
+    image_processor_for,
+    read_labels,
+    verify_checkpoint,
+)
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 24, "patch_size": 8}
+HEADS = {"num_attention_heads": 4}
+CLASSES = 6
+# A register's position is added to it in single precision; everything else is exact but for the order of sums.
+NEAR, NEAR_WITH_REGISTER_POSITIONS = 1e-8, 1e-4
+
+needs_timm = pytest.mark.skipif(timm is None, reason="timm, or the torchvision it needs, does not import here")
+needs_torchvision = pytest.mark.skipif(torchvision is None, reason="torchvision does not import here")
+
+
+def values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Random numbers: a small residual stream, and wide queries, keys, MLPs and classifiers."""
+    noise = torch.randn(shape, generator=generator)
+    if any(part in name for part in ("norm", "ln_", "encoder.ln", "LayerNorm", "Norm")):
+        return noise * 0.3 + (0 if name.endswith("bias") else 1)
+    small = (
+        "token",
+        "cls",
+        "pos",
+        "patch",
+        "conv_proj",
+        "embedding",
+        "o_proj",
+        "output.dense",
+        "attn.proj",
+        "out_proj",
+    )
+    small += ("fc2", "linear_2", "mlp.3", "out/kernel", "out/bias", "Dense_1")
+    if any(part in name for part in small) and "intermediate" not in name:
+        return noise * 2e-3
+    return noise * (0.5 if len(shape) > 1 else 1.0)
+
+
+def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(values(name, tuple(parameter.shape), generator))
+    return module.eval()
+
+
+def images(model: ViTScratchForImageClassification, count: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    config = model.config
+    return torch.randn(count, config.num_channels, *config.image_hw, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def assert_same(ours: ViTScratchForImageClassification, theirs: torch.nn.Module, **arguments):
+    """Equal hidden states after every block, final tokens, and logits where the other model has them."""
+    ours, theirs = ours.double(), theirs.double()
+    near = NEAR_WITH_REGISTER_POSITIONS if "DeiT" in type(theirs).__name__ else NEAR
+    pixels = images(ours)
+    expected = theirs(pixels, output_hidden_states=True, **arguments)
+    actual = ours(pixels, output_hidden_states=True)
+    assert len(expected.hidden_states) == len(actual.hidden_states) == 4
+    for state, wanted in zip(actual.hidden_states, expected.hidden_states, strict=True):
+        assert wanted.abs().max() > 1e-4
+        torch.testing.assert_close(state, wanted, atol=near * 1e-3, rtol=0)
+    if "logits" in expected and "mask" not in expected:
+        assert expected.logits.abs().max() > 0.1
+        torch.testing.assert_close(actual.logits, expected.logits, atol=near, rtol=0)
+    elif "last_hidden_state" in expected:
+        tokens = ours.vit(pixels).last_hidden_state
+        torch.testing.assert_close(tokens, expected.last_hidden_state, atol=near, rtol=0)
+        if expected.get("pooler_output") is not None and ours.config.representation_size:
+            pooled = ours.pre_logits(ours.vit(pixels).pooler_output)
+            torch.testing.assert_close(pooled, expected.pooler_output, atol=near, rtol=0)
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+OF_TRANSFORMERS = {
+    "ViTForImageClassification": ("transformers", transformers.ViTConfig, {"intermediate_size": 48}),
+    "ViTModel": ("transformers", transformers.ViTConfig, {"intermediate_size": 48, "pooler_output_size": 20}),
+    "ViTForMaskedImageModeling": ("transformers", transformers.ViTConfig, {"intermediate_size": 48, "encoder_stride": 8}),
+    "DeiTForImageClassification": ("deit", transformers.DeiTConfig, {"intermediate_size": 48}),
+    "DeiTModel": ("deit", transformers.DeiTConfig, {"intermediate_size": 48}),
+    "Dinov2Model": ("dinov2", transformers.Dinov2Config, {"mlp_ratio": 2}),
+    "Dinov2WithRegistersModel": (
+        "dinov2_with_registers", transformers.Dinov2WithRegistersConfig, {"mlp_ratio": 2, "num_register_tokens": 3},
+    ),
+    "ViTMAEModel": ("mae", transformers.ViTMAEConfig, {"intermediate_size": 48, "mask_ratio": 0.0}),
+    "ViTMAEForPreTraining": (
+        "mae", transformers.ViTMAEConfig,
+        {"intermediate_size": 48, "mask_ratio": 0.0, "decoder_num_hidden_layers": 1, "decoder_hidden_size": 16,
+         "decoder_num_attention_heads": 2, "decoder_intermediate_size": 16},
+    ),
+}  # fmt: skip
+
+
+def of_transformers(name: str, **changes):
+    family, config_class, extra = OF_TRANSFORMERS[name]
+    fields = {**SIZES, **extra, "num_labels": CLASSES, "layer_norm_eps": 1e-5, **changes}
+    return family, randomised(getattr(transformers, name)(config_class(**fields)))
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_transformers_classes(name, where, tmp_path, caplog):
+    family, theirs = of_transformers(name)
+    if where == "memory":  # names as in memory, and no config: heads and epsilon are hints
+        ours = convert_checkpoint(theirs.state_dict(), source=family, **HEADS, layer_norm_eps=1e-5)
+    else:  # names as on the Hub, and a config
+        theirs.save_pretrained(tmp_path)
+        assert any(".attention.attention.query." in key for key in load_file(tmp_path / "model.safetensors"))
+        ours = convert_checkpoint(tmp_path)
+        assert f"({family})" in caplog.text and "Assumed" not in caplog.text
+    assert ours.config.layer_norm_eps == 1e-5 and not ours.training
+    arguments = {"noise": torch.arange(9).expand(2, -1)} if family == "mae" else {}
+    encoder = theirs.vit if name in ("ViTMAEForPreTraining", "ViTForMaskedImageModeling") else theirs
+    assert_same(ours, encoder, **arguments)
+    if "ForImageClassification" not in name:
+        assert "Made a new head" in caplog.text and not ours.classifier.weight.any()
+    if name == "ViTModel":
+        assert ours.config.representation_size == 20
+    if name.startswith("DeiT"):
+        assert ours.config.num_register_tokens == 1
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_transformers_families_are_recognised_by_names_alone(name, caplog):
+    family, theirs = of_transformers(name)
+    if name == "ViTMAEModel":
+        family = "transformers"  # without its decoder it has ViT's names
+    convert_checkpoint(theirs.state_dict(), **HEADS)
+    assert f"({family})" in caplog.text
+
+
+def test_default_epsilon_is_the_published_one():
+    for name, epsilon in {"ViTForImageClassification": 1e-12, "Dinov2Model": 1e-6, "DeiTModel": 1e-12}.items():
+        _, theirs = of_transformers(name, layer_norm_eps=epsilon)
+        assert_same(convert_checkpoint(theirs.state_dict(), **HEADS), theirs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "gelu_pytorch_tanh"},
+        {"qkv_bias": False},
+        {"num_channels": 1},
+        {"image_size": [16, 40], "patch_size": [4, 8]},
+        {"layer_norm_eps": 1e-12},
+    ],
+    ids=str,
+)
+def test_transformers_options_come_from_the_config(changes, tmp_path):
+    _, theirs = of_transformers("ViTForImageClassification", **changes)
+    theirs.save_pretrained(tmp_path)
+    assert_same(convert_checkpoint(tmp_path), theirs)
+
+
+def test_dinov2_head_on_two_inputs_is_refused_and_its_encoder_is_not(tmp_path, caplog):
+    config = transformers.Dinov2Config(**SIZES, mlp_ratio=2, num_labels=CLASSES)
+    theirs = randomised(transformers.Dinov2ForImageClassification(config))
+    with pytest.raises(ValueError, match=r"head on class token and mean .*classifier\.weight.*num_labels="):
+        convert_checkpoint(theirs.state_dict(), **HEADS)
+    ours = convert_checkpoint(theirs.state_dict(), num_labels=CLASSES, **HEADS)
+    assert "Left out a head on class token" in caplog.text and "Made a new head for 6 classes" in caplog.text
+    assert_same(ours, theirs.dinov2)
+
+
+def test_distilled_heads_are_refused_and_their_encoder_is_not():
+    config = transformers.DeiTConfig(**SIZES, intermediate_size=48, num_labels=CLASSES)
+    theirs = randomised(transformers.DeiTForImageClassificationWithTeacher(config))
+    with pytest.raises(ValueError, match=r"distilled second head.*cls_classifier\.weight"):
+        convert_checkpoint(theirs.state_dict(), **HEADS)
+    ours = convert_checkpoint(theirs.state_dict(), num_labels=3, **HEADS)
+    assert ours.config.num_labels == 3
+    assert_same(ours, theirs.deit)
+
+
+def test_pooler_beside_a_classifier_is_left_out_as_transformers_does(caplog):
+    _, theirs = of_transformers("ViTForImageClassification")
+    state = theirs.state_dict() | {
+        "vit.pooler.dense.weight": torch.ones(32, 32),
+        "vit.pooler.dense.bias": torch.ones(32),
+    }
+    assert_same(convert_checkpoint(state, **HEADS, layer_norm_eps=1e-5), theirs)
+    assert "Left out the pooler" in caplog.text
+
+
+def test_the_tanh_layer_can_be_left_out():
+    _, theirs = of_transformers("ViTModel")
+    ours = convert_checkpoint(theirs.state_dict(), representation_size=None, num_labels=3, **HEADS)
+    assert isinstance(ours.pre_logits, torch.nn.Identity) and ours.classifier.weight.shape == (3, 32)
+
+
+# --- The other layouts: random tensors, and what they compute --------------------------------------------------------
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: values(name, shape, generator) for name, shape in shapes.items()}
+
+
+def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def timm_tensors(
+    D=32, M=48, L=3, patches=9, cls=True, registers=0, positions="cls", scale=None, bias=True, classes=CLASSES, **names
+) -> dict[str, torch.Tensor]:
+    """A checkpoint with timm's names; `positions` is which tokens before the patches have some."""
+    before = {"none": 0, "cls": int(cls), "all": int(cls) + registers}[positions]
+    shapes = {"cls_token": (1, 1, D)} if cls else {}
+    shapes |= {names.get("register", "reg_token"): (1, registers, D)} if registers else {}
+    shapes |= {
+        "pos_embed": (1, before + patches, D),
+        "patch_embed.proj.weight": (D, 3, 8, 8),
+        "patch_embed.proj.bias": (D,),
+    }
+    for i in range(L):
+        block = {**norm("norm1", D), **linear("attn.qkv", D, 3 * D), **linear("attn.proj", D, D), **norm("norm2", D)}
+        block |= {**linear("mlp.fc1", D, M), **linear("mlp.fc2", M, D)}
+        if not bias:
+            del block["attn.qkv.bias"]
+        if scale:
+            block |= {scale.format(1): (D,), scale.format(2): (D,)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    shapes |= norm("norm", D) | (linear("head", D, classes) if classes else {})
+    return random_tensors(shapes)
+
+
+def torchvision_tensors(D=32, M=48, L=3, patches=9, representation=None, published=False) -> dict[str, torch.Tensor]:
+    first, second = ("mlp.linear_1", "mlp.linear_2") if published else ("mlp.0", "mlp.3")
+    shapes = {"class_token": (1, 1, D), "conv_proj.weight": (D, 3, 8, 8), "conv_proj.bias": (D,)}
+    shapes |= {"encoder.pos_embedding": (1, 1 + patches, D)}
+    for i in range(L):
+        block = {
+            **norm("ln_1", D),
+            "self_attention.in_proj_weight": (3 * D, D),
+            "self_attention.in_proj_bias": (3 * D,),
+        }
+        block |= {**linear("self_attention.out_proj", D, D), **norm("ln_2", D)}
+        block |= {**linear(first, D, M), **linear(second, M, D)}
+        shapes |= {f"encoder.layers.encoder_layer_{i}.{name}": shape for name, shape in block.items()}
+    shapes |= norm("encoder.ln", D)
+    shapes |= linear("heads.pre_logits", D, representation) if representation else {}
+    return random_tensors(shapes | linear("heads.head", representation or D, CLASSES))
+
+
+def jax_arrays(
+    D=32, M=48, L=3, A=4, patches=9, cls=True, representation=None, big_vision=False
+) -> dict[str, np.ndarray]:
+    attention, mlp, norm2 = (0, 0, 1) if big_vision else (1, 3, 2)
+    positions = "pos_embedding" if big_vision else "Transformer/posembed_input/pos_embedding"
+    shapes = {"cls": (1, 1, D)} if cls else {}
+    shapes |= {positions: (1, int(cls) + patches, D), "embedding/kernel": (8, 8, 3, D), "embedding/bias": (D,)}
+    for i in range(L):
+        start = f"Transformer/encoderblock_{i}/"
+        for part in ("query", "key", "value"):
+            shapes[f"{start}MultiHeadDotProductAttention_{attention}/{part}/kernel"] = (D, A, D // A)
+            shapes[f"{start}MultiHeadDotProductAttention_{attention}/{part}/bias"] = (A, D // A)
+        shapes[f"{start}MultiHeadDotProductAttention_{attention}/out/kernel"] = (A, D // A, D)
+        shapes[f"{start}MultiHeadDotProductAttention_{attention}/out/bias"] = (D,)
+        shapes |= {f"{start}MlpBlock_{mlp}/Dense_0/kernel": (D, M), f"{start}MlpBlock_{mlp}/Dense_0/bias": (M,)}
+        shapes |= {f"{start}MlpBlock_{mlp}/Dense_1/kernel": (M, D), f"{start}MlpBlock_{mlp}/Dense_1/bias": (D,)}
+        for number in (0, norm2):
+            shapes |= {f"{start}LayerNorm_{number}/scale": (D,), f"{start}LayerNorm_{number}/bias": (D,)}
+    shapes |= {"Transformer/encoder_norm/scale": (D,), "Transformer/encoder_norm/bias": (D,)}
+    if representation:
+        shapes |= {"pre_logits/kernel": (D, representation), "pre_logits/bias": (representation,)}
+    shapes |= {"head/kernel": (representation or D, CLASSES), "head/bias": (CLASSES,)}
+    return {name: tensor.numpy() for name, tensor in random_tensors(shapes).items()}
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + eps) * weight + bias
+
+
+def exact_gelu(x: np.ndarray) -> np.ndarray:
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def tanh_gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """softmax(q k / sqrt(d)) v for (tokens, heads, d) each."""
+    scores = np.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), v)
+
+
+def patches_of(image: np.ndarray, size: int = 8) -> np.ndarray:
+    """(C, H, W) -> (patches, C, size, size), row by row."""
+    _, height, width = image.shape
+    corners = [(y, x) for y in range(0, height, size) for x in range(0, width, size)]
+    return np.stack([image[:, y : y + size, x : x + size] for y, x in corners])
+
+
+def wide(tensors: dict) -> dict[str, np.ndarray]:
+    return {name: np.asarray(tensor, dtype=np.float64) for name, tensor in tensors.items()}
+
+
+def timm_logits(tensors: dict, image: np.ndarray, heads=4, eps=1e-6, gelu=exact_gelu, positions="cls", mean=False):
+    """What timm's VisionTransformer computes, written from its paper and documentation."""
+    t = wide(tensors)
+    x = np.einsum("nchw,dchw->nd", patches_of(image), t["patch_embed.proj.weight"]) + t["patch_embed.proj.bias"]
+    cls = [t["cls_token"][0]] if "cls_token" in t else []
+    registers = [t[name][0] for name in ("reg_token", "register_tokens") if name in t]
+    if positions == "none":
+        x = np.concatenate([*cls, *registers, x + t["pos_embed"][0]])
+    elif positions == "cls":
+        x = np.concatenate([*cls, x]) + t["pos_embed"][0]
+        x = np.concatenate([x[: len(cls)], *registers, x[len(cls) :]])
+    else:
+        x = np.concatenate([*cls, *registers, x]) + t["pos_embed"][0]
+    before = len(x) - len(patches_of(image))
+    for i in range(3):
+        b = {name.removeprefix(f"blocks.{i}."): value for name, value in t.items() if name.startswith(f"blocks.{i}.")}
+        scales = [next((b[s.format(n)] for s in ("ls{}.gamma", "gamma_{}") if s.format(n) in b), 1.0) for n in (1, 2)]
+        y = layer_norm(x, b["norm1.weight"], b["norm1.bias"], eps)
+        qkv = (y @ b["attn.qkv.weight"].T + b.get("attn.qkv.bias", 0)).reshape(len(x), 3, heads, -1)
+        y = attend(qkv[:, 0], qkv[:, 1], qkv[:, 2]).reshape(len(x), -1)
+        x = x + scales[0] * (y @ b["attn.proj.weight"].T + b["attn.proj.bias"])
+        y = layer_norm(x, b["norm2.weight"], b["norm2.bias"], eps)
+        y = gelu(y @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]) @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
+        x = x + scales[1] * y
+    x = layer_norm(x, t["norm.weight"], t["norm.bias"], eps)
+    pooled = x[before:].mean(axis=0) if mean else x[0]
+    return t["head.weight"] @ pooled + t["head.bias"] if "head.weight" in t else pooled
+
+
+def torchvision_logits(tensors: dict, image: np.ndarray, heads=4, eps=1e-6, gelu=exact_gelu):
+    """What torchvision's VisionTransformer computes."""
+    t = wide(tensors)
+    x = np.einsum("nchw,dchw->nd", patches_of(image), t["conv_proj.weight"]) + t["conv_proj.bias"]
+    x = np.concatenate([t["class_token"][0], x]) + t["encoder.pos_embedding"][0]
+    for i in range(3):
+        start = f"encoder.layers.encoder_layer_{i}."
+        b = {
+            name.removeprefix(start).replace("linear_1", "0").replace("linear_2", "3"): t[name]
+            for name in t
+            if name.startswith(start)
+        }
+        y = layer_norm(x, b["ln_1.weight"], b["ln_1.bias"], eps)
+        weights, biases = np.split(b["self_attention.in_proj_weight"], 3), np.split(b["self_attention.in_proj_bias"], 3)
+        q, k, v = ((y @ w.T + c).reshape(len(x), heads, -1) for w, c in zip(weights, biases, strict=True))
+        y = attend(q, k, v).reshape(len(x), -1)
+        x = x + y @ b["self_attention.out_proj.weight"].T + b["self_attention.out_proj.bias"]
+        y = layer_norm(x, b["ln_2.weight"], b["ln_2.bias"], eps)
+        x = x + gelu(y @ b["mlp.0.weight"].T + b["mlp.0.bias"]) @ b["mlp.3.weight"].T + b["mlp.3.bias"]
+    pooled = layer_norm(x, t["encoder.ln.weight"], t["encoder.ln.bias"], eps)[0]
+    if "heads.pre_logits.weight" in t:
+        pooled = np.tanh(t["heads.pre_logits.weight"] @ pooled + t["heads.pre_logits.bias"])
+    return t["heads.head.weight"] @ pooled + t["heads.head.bias"]
+
+
+def jax_logits(arrays: dict, image: np.ndarray, eps=1e-6, gelu=exact_gelu, big_vision=False):
+    """What Google's vision_transformer computes, kernel by kernel as flax applies them."""
+    t = wide(arrays)
+    attention, mlp, norm2 = (0, 0, 1) if big_vision else (1, 3, 2)
+    pixels = patches_of(image).transpose(0, 2, 3, 1)  # channels last
+    x = np.einsum("nhwc,hwcd->nd", pixels, t["embedding/kernel"]) + t["embedding/bias"]
+    x = np.concatenate([t["cls"][0], x]) if "cls" in t else x
+    x = x + t["pos_embedding" if big_vision else "Transformer/posembed_input/pos_embedding"][0]
+    for i in range(3):
+        b = {name.removeprefix(f"Transformer/encoderblock_{i}/"): value for name, value in t.items()}
+        a = f"MultiHeadDotProductAttention_{attention}"
+        y = layer_norm(x, b["LayerNorm_0/scale"], b["LayerNorm_0/bias"], eps)
+        q, k, v = (
+            np.einsum("td,dhk->thk", y, b[f"{a}/{part}/kernel"]) + b[f"{a}/{part}/bias"]
+            for part in ("query", "key", "value")
+        )
+        x = x + np.einsum("thk,hkd->td", attend(q, k, v), b[f"{a}/out/kernel"]) + b[f"{a}/out/bias"]
+        y = layer_norm(x, b[f"LayerNorm_{norm2}/scale"], b[f"LayerNorm_{norm2}/bias"], eps)
+        y = gelu(y @ b[f"MlpBlock_{mlp}/Dense_0/kernel"] + b[f"MlpBlock_{mlp}/Dense_0/bias"])
+        x = x + y @ b[f"MlpBlock_{mlp}/Dense_1/kernel"] + b[f"MlpBlock_{mlp}/Dense_1/bias"]
+    x = layer_norm(x, t["Transformer/encoder_norm/scale"], t["Transformer/encoder_norm/bias"], eps)
+    pooled = x[0] if "cls" in t else x.mean(axis=0)
+    if "pre_logits/kernel" in t:
+        pooled = np.tanh(pooled @ t["pre_logits/kernel"] + t["pre_logits/bias"])
+    return pooled @ t["head/kernel"] + t["head/bias"]
+
+
+@torch.no_grad()
+def assert_logits(ours: ViTScratchForImageClassification, logits_of, pooled: bool = False, near: float = NEAR):
+    """Our logits (or pooled tokens) are those that `logits_of` computes for each image."""
+    pixels = images(ours)
+    ours = ours.double()
+    actual = ours.vit(pixels).pooler_output if pooled else ours(pixels).logits
+    expected = torch.from_numpy(np.stack([logits_of(image) for image in pixels.numpy()]))
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(actual, expected, atol=near, rtol=0)
+
+
+TIMM_CASES = {
+    "plain": ({}, {}, {}),
+    "deit3": ({"positions": "none", "scale": "ls{}.gamma"}, {"positions": "none"}, {}),
+    "deit3 as published": ({"positions": "none", "scale": "gamma_{}"}, {"positions": "none"}, {}),
+    "registers without positions": ({"registers": 4, "positions": "none"}, {"positions": "none"}, {}),
+    "registers with positions": ({"registers": 4, "positions": "all"}, {"positions": "all"}, {}),
+    "no class token": ({"cls": False, "bias": False, "positions": "none"}, {"positions": "none", "mean": True}, {}),
+    "registers, no class token": ({"cls": False, "registers": 2, "positions": "none"}, {"positions": "none", "mean": True}, {}),
+    "mean pooling": ({}, {"mean": True}, {"pooling": "mean"}),
+    "tanh GELU": ({}, {"gelu": tanh_gelu}, {"hidden_act": "gelu_pytorch_tanh"}),
+    "another epsilon": ({}, {"eps": 1e-5}, {"layer_norm_eps": 1e-5}),
+    "two heads": ({}, {"heads": 2}, {"num_attention_heads": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TIMM_CASES)
+def test_timm(case):
+    shapes, computed, hints = TIMM_CASES[case]
+    tensors = timm_tensors(**shapes)
+    ours = convert_checkpoint(tensors, **{**HEADS, **hints})
+    near = NEAR_WITH_REGISTER_POSITIONS if case == "registers with positions" else NEAR
+    assert_logits(ours, lambda image: timm_logits(tensors, image, **computed), near=near)
+
+
+@needs_timm
+@pytest.mark.parametrize("case", TIMM_CASES)
+def test_timm_reference_is_timm(case):
+    """The reference above and timm's own model agree, so the tests above are about timm."""
+    shapes, computed, hints = TIMM_CASES[case]
+    tensors = timm_tensors(**shapes)
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=24, patch_size=8, embed_dim=32, depth=3, num_heads=hints.get("num_attention_heads", 4), mlp_ratio=1.5,
+        num_classes=CLASSES, qkv_bias=shapes.get("bias", True), class_token=shapes.get("cls", True),
+        reg_tokens=shapes.get("registers", 0), no_embed_class=shapes.get("positions") == "none",
+        init_values=1.0 if "scale" in shapes else None, global_pool="avg" if computed.get("mean") else "token",
+        fc_norm=False, act_layer="gelu_tanh" if "gelu" in computed else "gelu",
+        norm_layer=lambda *a, **k: torch.nn.LayerNorm(*a, **{**k, "eps": computed.get("eps", 1e-6)}),
+    )  # fmt: skip
+    state = {name.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): t for name, t in tensors.items()}
+    model.load_state_dict(state)
+    image = torch.randn(1, 3, 24, 24, dtype=torch.float64)
+    expected = model.double().eval()(image)[0].detach().numpy()
+    np.testing.assert_allclose(timm_logits(tensors, image[0].numpy(), **computed), expected, atol=NEAR)
+
+
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("representation", [None, 20])
+def test_torchvision(published, representation):
+    tensors = torchvision_tensors(published=published, representation=representation)
+    ours = convert_checkpoint(tensors, **HEADS)
+    assert ours.config.representation_size == representation
+    assert_logits(ours, lambda image: torchvision_logits(tensors, image))
+
+
+@needs_torchvision
+def test_torchvision_reference_is_torchvision():
+    tensors = torchvision_tensors(representation=20)
+    model = torchvision.models.VisionTransformer(24, 8, 3, 4, 32, 48, num_classes=CLASSES, representation_size=20)
+    model.load_state_dict(tensors)
+    image = torch.randn(1, 3, 24, 24, dtype=torch.float64)
+    expected = model.double().eval()(image)[0].detach().numpy()
+    np.testing.assert_allclose(torchvision_logits(tensors, image[0].numpy()), expected, atol=NEAR)
+
+
+@pytest.mark.parametrize("representation", [None, 20])
+@pytest.mark.parametrize("cls", [True, False])
+@pytest.mark.parametrize("big_vision", [True, False])
+@pytest.mark.parametrize("gelu", [exact_gelu, tanh_gelu])
+def test_jax(representation, cls, big_vision, gelu, tmp_path):
+    arrays = jax_arrays(representation=representation, cls=cls, big_vision=big_vision)
+    np.savez(
+        tmp_path / "vit.npz", **{f"params/{name}" if big_vision else name: array for name, array in arrays.items()}
+    )
+    hints = {"hidden_act": "gelu_pytorch_tanh"} if gelu is tanh_gelu else {}
+    ours = convert_checkpoint(tmp_path / "vit.npz", **hints)
+    assert ours.config.num_attention_heads == 4  # read off the kernels
+    assert_logits(ours, lambda image: jax_logits(arrays, image, gelu=gelu, big_vision=big_vision))
+
+
+@needs_timm
+@pytest.mark.parametrize("big_vision", [True, False])
+def test_jax_reference_is_what_timm_reads(big_vision, tmp_path):
+    arrays = jax_arrays(big_vision=big_vision)
+    np.savez(tmp_path / "vit.npz", **arrays)
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=24, patch_size=8, embed_dim=32, depth=3, num_heads=4, mlp_ratio=1.5, num_classes=CLASSES
+    )
+    model.load_pretrained(str(tmp_path / "vit.npz"))
+    image = torch.randn(1, 3, 24, 24, dtype=torch.float64)
+    expected = model.double().eval()(image)[0].detach().numpy()
+    np.testing.assert_allclose(jax_logits(arrays, image[0].numpy(), big_vision=big_vision), expected, atol=NEAR)
+
+
+def test_jax_heads_that_a_hint_denies():
+    with pytest.raises(ValueError, match="num_attention_heads=8, but the tensors say 4"):
+        convert_checkpoint(jax_arrays(), num_attention_heads=8)
+
+
+# --- DeiT, DINO, DINOv2 and MAE as their authors publish them ---------------------------------------------------------
+
+
+def test_dino_teacher(tmp_path, caplog):
+    tensors = timm_tensors(classes=None)
+    teacher = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+    teacher |= {"head.mlp.0.weight": torch.ones(4, 32), "head.last_layer.weight_v": torch.ones(4, 4)}
+    student = {f"module.backbone.{name}": tensor for name, tensor in tensors.items()}
+    torch.save({"student": student, "teacher": teacher, "epoch": 3}, tmp_path / "dino.pth")
+    ours = convert_checkpoint(tmp_path / "dino.pth", **HEADS)
+    assert "Took 'teacher'" in caplog.text and "(dino)" in caplog.text and "DINO's projection head" in caplog.text
+    assert_logits(ours, lambda image: timm_logits(tensors, image), pooled=True)
+    assert_logits(convert_checkpoint(student, source="dino", **HEADS), lambda i: timm_logits(tensors, i), pooled=True)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2(registers, caplog):
+    tensors = timm_tensors(registers=registers, scale="ls{}.gamma", classes=None, register="register_tokens")
+    ours = convert_checkpoint({**tensors, "mask_token": torch.ones(1, 32)}, **HEADS)
+    assert f"({'dinov2_with_registers' if registers else 'dinov2'})" in caplog.text
+    assert "Left out the mask token" in caplog.text and "Made a new head" in caplog.text
+    assert ours.config.num_register_tokens == registers
+    assert_logits(ours, lambda image: timm_logits(tensors, image), pooled=True)
+
+
+def test_mae_and_deit_wrapped_in_model(tmp_path, caplog):
+    tensors = timm_tensors(classes=None)
+    decoder = {
+        "mask_token": torch.ones(1, 1, 8),
+        "decoder_embed.weight": torch.ones(8, 32),
+        "decoder_pos_embed": torch.ones(1, 10, 8),
+    }
+    torch.save({"model": tensors | decoder}, tmp_path / "mae.pth")
+    ours = convert_checkpoint(tmp_path / "mae.pth", **HEADS)
+    assert "(mae)" in caplog.text and "Left out the pre-training decoder" in caplog.text
+    assert_logits(ours, lambda image: timm_logits(tensors, image), pooled=True)
+    tensors = timm_tensors()
+    torch.save({"model": {f"module.{name}": tensor for name, tensor in tensors.items()}}, tmp_path / "deit.pth")
+    ours = convert_checkpoint(tmp_path / "deit.pth", "deit", **HEADS)
+    assert_logits(ours, lambda image: timm_logits(tensors, image))
+
+
+def test_timm_distilled_deit():
+    tensors = timm_tensors(registers=1, register="dist_token", positions="all") | {
+        "head_dist.weight": torch.ones(CLASSES, 32), "head_dist.bias": torch.ones(CLASSES),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"distilled second head.*head_dist\.weight"):
+        convert_checkpoint(tensors, **HEADS)
+    assert convert_checkpoint(tensors, num_labels=3, **HEADS).config.num_register_tokens == 1
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin", "legacy .bin", ".npz", "sharded"])
+def test_every_kind_of_file(suffix, tmp_path):
+    tensors = timm_tensors()
+    path = tmp_path / f"weights{suffix.removeprefix('legacy ')}"
+    if suffix == ".safetensors":
+        save_file(tensors, path)
+    elif suffix == ".npz":
+        np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    elif suffix == "sharded":
+        names = list(tensors)
+        halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for file, part in halves.items():
+            save_file({name: tensors[name] for name in part}, tmp_path / file)
+        index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        path = tmp_path
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=not suffix.startswith("legacy"))
+    ours = convert_checkpoint(str(path), **HEADS)
+    assert_logits(ours, lambda image: timm_logits(tensors, image))
+
+
+def test_half_precision_becomes_float32(caplog):
+    tensors = {name: tensor.bfloat16() for name, tensor in timm_tensors().items()}
+    ours = convert_checkpoint(tensors, **HEADS)
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+    assert "Weights of bfloat16 became float32" in caplog.text
+    assert_logits(ours, lambda image: timm_logits({n: t.float() for n, t in tensors.items()}, image))
+
+
+def test_the_model_does_not_share_memory_with_the_state_dict():
+    tensors = timm_tensors()
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    ours = convert_checkpoint(tensors, **HEADS)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    assert all(parameter.requires_grad for parameter in ours.parameters())
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_nothing_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": timm_tensors(), "args": Evil()}, "evil.pth")
+    with pytest.raises(ValueError, match=r"evil\.pth.*nothing else is unpickled"):
+        convert_checkpoint("evil.pth")
+    with open("evil.bin", "wb") as file:
+        pickle.dump(Evil(), file)
+    with pytest.raises(ValueError, match=r"evil\.bin"):
+        convert_checkpoint("evil.bin")
+    np.savez("evil.npz", **{"embedding/kernel": np.array([Evil()], dtype=object)}, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"evil\.npz"):
+        convert_checkpoint("evil.npz")
+    assert not os.path.exists("evil")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"\x00" * 64, b"PK\x03\x04 torn", b"{}"])
+def test_a_file_that_is_no_checkpoint(suffix, content, tmp_path):
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\."):
+        convert_checkpoint(path)
+
+
+def test_torn_files(tmp_path):
+    save_file(timm_tensors(), tmp_path / "whole.safetensors")
+    np.savez(tmp_path / "whole.npz", **jax_arrays())
+    torch.save(timm_tensors(), tmp_path / "whole.pt")
+    for whole in list(tmp_path.iterdir()):
+        torn = whole.with_stem("torn")
+        torn.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        with pytest.raises(ValueError, match=r"torn\."):
+            convert_checkpoint(torn, **HEADS)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({}, "holds no named tensors"),
+        ({"a": 1}, "no state dict"),
+        ({"model": {}}, "holds no named tensors"),
+        ({"layer1.0.conv1.weight": torch.ones(3)}, "was not recognised"),
+        ({"patch_embed.proj.weight": torch.ones(4, 3, 2, 2)}, "no blocks"),
+        ("no/such/file.safetensors", "no file or folder"),
+        ("weights.npz", "no file or folder"),
+        ("no/such/folder", "no file or folder"),
+    ],
+    ids=str,
+)
+def test_what_is_no_checkpoint(checkpoint, message):
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(checkpoint)
+
+
+def test_a_folder_without_or_with_two_files_of_weights(tmp_path):
+    with pytest.raises(ValueError, match="must hold one file of weights, found none"):
+        convert_checkpoint(tmp_path)
+    for name in ("a.pth", "b.pth"):
+        torch.save(timm_tensors(), tmp_path / name)
+    with pytest.raises(ValueError, match=r"found a\.pth, b\.pth"):
+        convert_checkpoint(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match="by its name"):
+        convert_checkpoint(tmp_path / "notes.txt")
+
+
+def test_own_weights_without_their_config_are_refused():
+    own = ViTScratchForImageClassification(ViTScratchConfig(**SIZES, intermediate_size=48))
+    with pytest.raises(ValueError, match=r"this package's own.*config\.json"):
+        convert_checkpoint(own.state_dict())
+
+
+# --- What does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_every_misfit_is_listed_with_its_number():
+    tensors = timm_tensors()
+    for name in ("norm.weight", "blocks.1.attn.qkv.bias", "head.bias"):
+        del tensors[name]
+    tensors |= {"odd.one": torch.ones(2), "odd.two": torch.ones(2)}
+    tensors["blocks.2.mlp.fc1.weight"] = torch.ones(47, 32)
+    tensors["blocks.0.norm1.bias"][3] = float("nan")
+    tensors["pos_embed"][0, 2, 1] = float("inf")
+    with pytest.raises(ValueError) as caught:
+        convert_checkpoint(tensors, **HEADS)
+    text = str(caught.value)
+    assert "missing are 3 (blocks.1.attn.qkv.bias, norm.weight, head.bias)" in text
+    assert "left over are 2 (odd.one, odd.two)" in text
+    assert "misshapen are 1 (blocks.2.mlp.fc1.weight (47, 32) instead of (48, 32))" in text
+    assert "not finite are 2 (pos_embed, blocks.0.norm1.bias)" in text
+
+
+def test_only_the_first_ten_names_are_listed():
+    tensors = timm_tensors() | {f"odd.{i:02}": torch.ones(2) for i in range(13)}
+    with pytest.raises(ValueError, match=r"left over are 13 \(odd\.00, .*odd\.09, \.\.\.\)"):
+        convert_checkpoint(tensors, **HEADS)
+
+
+@pytest.mark.parametrize("layout", ["transformers", "timm", "torchvision", "jax"])
+def test_each_tensor_is_needed(layout):
+    tensors = {
+        "transformers": lambda: of_transformers("ViTForImageClassification")[1].state_dict(),
+        "timm": lambda: timm_tensors(scale="ls{}.gamma"),
+        "torchvision": lambda: torchvision_tensors(representation=20),
+        "jax": lambda: jax_arrays(representation=20),
+    }[layout]()
+    wholes = {"cls_token", "cls"}  # without a class token it is another, whole model, whose positions do not fit
+    for name in tensors:
+        rest = {key: value for key, value in tensors.items() if key != name}
+        with pytest.raises(ValueError) as caught:
+            convert_checkpoint(rest, **HEADS)
+        if name not in wholes and "patch_embed" not in name and not name.startswith(("embedding", "conv_proj")):
+            assert name.replace("vit.", "") in str(caught.value) or "left over" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("blocks.0.mlp.w12.weight", "SwiGLU"),
+        ("blocks.0.mlp.w3.weight", "SwiGLU"),
+        ("blocks.0.mlp.fc1_g.weight", "SwiGLU"),
+        ("norm_pre.weight", "before the first block"),
+        ("fc_norm.weight", "after mean pooling"),
+        ("attn_pool.latent.weight", "attention pooling"),
+        ("blocks.0.attn.q_norm.weight", "normalised queries"),
+        ("blocks.0.attn.q_bias", "without a key bias"),
+        ("blocks.0.attn.relative_position_bias_table", "relative or rotary"),
+        ("patch_embed.backbone.stem.conv.weight", "convolutional stem"),
+        ("blocks.0.attns.0.norm.weight", "parallel blocks"),
+        ("blocks.0.attn.norm.weight", "norms inside"),
+    ],
+)
+def test_what_the_model_has_not_is_refused_by_name(name, what):
+    with pytest.raises(ValueError, match=f"{what}.*{name}".replace(".", r"\.").replace(r"\.*", ".*")):
+        convert_checkpoint(timm_tensors() | {name: torch.ones(3)}, **HEADS)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["vision_model.pre_layrnorm.weight", "vision_model.embeddings.patch_embedding.weight"],
+        ["visual.ln_pre.weight", "visual.conv1.weight"],
+        ["Transformer/encoderblock/LayerNorm_0/scale", "embedding/kernel"],
+        ["embedding/kernel", "MAPHead_0/probe"],
+        ["conv_proj.conv_last.weight", "conv_proj.conv_bn_relu_0.0.weight"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_towers_of_other_kinds_are_refused_by_name(names):
+    with pytest.raises(ValueError, match="which this model has not"):
+        convert_checkpoint({name: torch.ones(3, 3, 3, 3) for name in names})
+
+
+def test_swiglu_is_refused_in_every_spelling():
+    config = transformers.Dinov2Config(**SIZES, mlp_ratio=2, use_swiglu_ffn=True)
+    with pytest.raises(ValueError, match="SwiGLU"):
+        convert_checkpoint(transformers.Dinov2Model(config).state_dict(), **HEADS)
+    packed = timm_tensors()
+    for i in range(3):
+        packed[f"blocks.{i}.mlp.fc1.weight"], packed[f"blocks.{i}.mlp.fc1.bias"] = torch.ones(96, 32), torch.ones(96)
+    with pytest.raises(ValueError, match="SwiGLU"):
+        convert_checkpoint(packed, **HEADS)
+
+
+@pytest.mark.parametrize(
+    ("hints", "message"),
+    [
+        ({"hidden_size": 64}, "hidden_size=64, but the tensors say 32"),
+        ({"patch_size": 16}, "patch_size=16, but the tensors say 8"),
+        ({"num_hidden_layers": 12}, "num_hidden_layers=12, but the tensors say 3"),
+        ({"num_attention_heads": 5}, "must be divisible by num_attention_heads"),
+        ({"heads": 4}, "'heads' is not a field"),
+        ({"hidden_act": "gelu_"}, "hidden_act"),
+        ({"grid_size": (2, 4)}, "10 positions, which do not fit 2 x 4 patches"),
+    ],
+    ids=str,
+)
+def test_hints_that_cannot_be(hints, message):
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(timm_tensors(), **{**HEADS, **hints})
+
+
+def test_sources_that_cannot_be():
+    with pytest.raises(ValueError, match="'keras' is unknown; use one of transformers, timm"):
+        convert_checkpoint(timm_tensors(), "keras")
+    with pytest.raises(ValueError, match="source='torchvision', but the state dict has timm's names"):
+        convert_checkpoint(timm_tensors(), "torchvision")
+
+
+def test_a_config_that_contradicts_the_tensors(tmp_path):
+    _, theirs = of_transformers("ViTForImageClassification")
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, value, message in [
+        ("hidden_size", 64, r"config\.json says hidden_size=64"),
+        ("image_size", 32, "10 positions, which do not fit 4 x 4 patches"),
+        ("model_type", "swin", "model_type 'swin'"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="no JSON file"):
+        convert_checkpoint(tmp_path)
+
+
+def test_heads(caplog):
+    with pytest.raises(ValueError, match="width 32 is no multiple of 64; pass num_attention_heads="):
+        convert_checkpoint(timm_tensors())
+    assert convert_checkpoint(timm_tensors(D=128, L=1)).config.num_attention_heads == 2
+    assert "Assumed 2 heads of 64 channels" in caplog.text
+
+
+@pytest.mark.slow
+def test_heads_of_vit_huge_are_the_published_ones():
+    assert convert_checkpoint(timm_tensors(D=1280, M=8, L=1)).config.num_attention_heads == 16
+
+
+# --- Resolution, classes, labels -------------------------------------------------------------------------------------
+
+
+def test_a_grid_that_is_no_square():
+    tensors = timm_tensors(patches=10)
+    with pytest.raises(ValueError, match="no square grid"):
+        convert_checkpoint(tensors, **HEADS)
+    ours = convert_checkpoint(tensors, grid_size=(2, 5), **HEADS)
+    assert ours.config.image_size == (16, 40)
+    assert_logits(ours, lambda image: timm_logits(tensors, image))
+
+
+@pytest.mark.parametrize(
+    "name", ["ViTForImageClassification", "DeiTForImageClassification", "Dinov2Model", "Dinov2WithRegistersModel"]
+)
+@pytest.mark.parametrize("size", [40, (16, 48)])
+def test_positions_are_resized_as_the_family_does(name, size, tmp_path, caplog):
+    _, theirs = of_transformers(name)
+    theirs.save_pretrained(tmp_path)
+    ours = convert_checkpoint(tmp_path, image_size=size)
+    assert ours.config.image_hw == (size if isinstance(size, tuple) else (size, size))
+    assert "Resized the positions from 3x3 to" in caplog.text
+    extra = {} if name.startswith("Dinov2") else {"interpolate_pos_encoding": True}
+    pixels = images(ours).float()
+    with torch.no_grad():  # in single precision, in which DINOv2 resizes
+        expected, actual = theirs(pixels, output_hidden_states=True, **extra), ours(pixels, output_hidden_states=True)
+    for state, wanted in zip(actual.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(state, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_the_same_resolution_is_no_change(caplog):
+    convert_checkpoint(timm_tensors(), image_size=24, num_labels=CLASSES, **HEADS)
+    assert "Resized" not in caplog.text and "new head" not in caplog.text
+    with pytest.raises(ValueError, match="must be divisible by patch_size"):
+        convert_checkpoint(timm_tensors(), image_size=30, **HEADS)
+
+
+def test_other_classes_make_the_head_anew(caplog):
+    tensors = timm_tensors()
+    old, new = convert_checkpoint(tensors, **HEADS), convert_checkpoint(tensors, num_labels=3, **HEADS)
+    assert "Made a new head for 3 classes" in caplog.text
+    assert new.classifier.weight.shape == (3, 32) and not new.classifier.weight.any() and not new.classifier.bias.any()
+    assert new.classifier.weight.requires_grad and new.config.id2label == {i: f"LABEL_{i}" for i in range(3)}
+    for name, tensor in old.vit.state_dict().items():
+        assert torch.equal(tensor, new.vit.state_dict()[name])
+
+
+def test_labels(tmp_path):
+    names = {i: f"class {i}" for i in range(CLASSES)}
+    ours = convert_checkpoint(timm_tensors(), id2label=names, **HEADS)
+    assert ours.config.id2label == names and ours.config.label2id["class 2"] == 2 and ours.classifier.weight.any()
+    with pytest.raises(ValueError, match=r"id2label names 2 classes, but there are 6.*num_labels=2"):
+        convert_checkpoint(timm_tensors(), id2label={0: "a", 1: "b"}, **HEADS)
+    two = convert_checkpoint(timm_tensors(), id2label={0: "a", 1: "b"}, num_labels=2, **HEADS)
+    assert two.config.id2label == {0: "a", 1: "b"} and not two.classifier.weight.any()
+    headless = convert_checkpoint(timm_tensors(classes=None), id2label={0: "a", 1: "b", 2: "c"}, **HEADS)
+    assert headless.config.num_labels == 3
+
+    _, theirs = of_transformers("ViTForImageClassification", id2label=names)
+    theirs.save_pretrained(tmp_path)
+    assert convert_checkpoint(tmp_path).config.id2label == names
+
+
+def test_label_files(tmp_path):
+    (tmp_path / "labels.txt").write_text("cat\ndog\n\n")
+    (tmp_path / "list.json").write_text('["cat", "dog"]')
+    (tmp_path / "object.json").write_text('{"1": "dog", "0": "cat"}')
+    for name in ("labels.txt", "list.json", "object.json"):
+        assert read_labels(tmp_path / name) == {0: "cat", 1: "dog"}
+    for name, content in {"a.json": '{"1": "dog"}', "b.json": "[", "c.txt": "", "d.json": '"cat"'}.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            read_labels(tmp_path / name)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_labels(tmp_path / "none.txt")
+
+
+# --- Our own folders, and the Hub ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own():
+    config = ViTScratchConfig(
+        **SIZES, intermediate_size=48, num_labels=CLASSES, num_register_tokens=2, layerscale_value=0.1
+    )
+    return randomised(ViTScratchForImageClassification(config))
+
+
+def test_own_folder(own, tmp_path, caplog):
+    own.save_pretrained(tmp_path)
+    same = convert_checkpoint(tmp_path)
+    fields = ViTScratchConfig.__dataclass_fields__
+    assert all(getattr(same.config, name) == getattr(own.config, name) for name in fields if name in SIZES)
+    assert all(torch.equal(tensor, own.state_dict()[name]) for name, tensor in same.state_dict().items())
+    other = convert_checkpoint(tmp_path / "model.safetensors", image_size=(16, 48), num_labels=3, drop_path_rate=0.2)
+    assert other.config.image_size == (16, 48) and other.config.num_labels == 3
+    assert other.vit.layers[-1].drop_path.p == 0.2
+    assert "Resized the positions" in caplog.text and "Made a new head for 3 classes" in caplog.text
+    pixels = torch.randn(1, 3, 16, 48)
+    expected = own.vit(pixels, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(other.vit(pixels).last_hidden_state, expected)
+    with pytest.raises(ValueError, match="'drop_path' is not a field"):
+        convert_checkpoint(tmp_path, drop_path=0.2)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        convert_checkpoint(tmp_path, intermediate_size=64)
+
+
+def test_own_fixed_positions(tmp_path):
+    config = ViTScratchConfig(**SIZES, intermediate_size=48, position_embedding_type="sincos")
+    model = randomised(ViTScratchForImageClassification(config))
+    model.save_pretrained(tmp_path)
+    pixels = torch.randn(1, 3, 24, 24)
+    torch.testing.assert_close(convert_checkpoint(tmp_path)(pixels).logits, model(pixels).logits)
+    larger = convert_checkpoint(tmp_path, image_size=40)
+    assert larger.vit.embeddings.position_embeddings.shape == (1, 26, 32)
+    fresh = ViTScratchForImageClassification(larger.config).vit.embeddings.position_embeddings
+    torch.testing.assert_close(larger.vit.embeddings.position_embeddings, fresh)
+
+
+def test_own_encoder_and_masked_image_model(tmp_path, caplog):
+    from modeling_vit_scratch import modeling_vit_scratch as modeling
+
+    config = ViTScratchConfig(**SIZES, intermediate_size=48, encoder_stride=8)
+    for name in ("ViTScratchModel", "ViTScratchForMaskedImageModeling"):
+        model = randomised(getattr(modeling, name)(config))
+        model.save_pretrained(tmp_path / name)
+        ours = convert_checkpoint(tmp_path / name, num_labels=3)
+        encoder = getattr(model, "vit", model)
+        for key, tensor in ours.vit.state_dict().items():
+            assert torch.equal(tensor, encoder.state_dict()[key])
+        assert not ours.classifier.weight.any()
+    assert "Left out the pre-training decoder" in caplog.text and "Made a new head for 3 classes" in caplog.text
+
+
+def test_own_folder_with_missing_tensors(own, tmp_path):
+    own.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["vit.layers.1.mlp.fc1.bias"]
+    save_file(tensors | {"odd": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing are 1 \(vit\.layers\.1\.mlp\.fc1\.bias\); left over are 1 \(odd\)"):
+        convert_checkpoint(tmp_path)
+
+
+def test_hub_id(tmp_path, monkeypatch):
+    """The files that are asked for, and what is said where there are none; the client itself is stubbed."""
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+    from modeling_vit_scratch import conversion
+
+    _, theirs = of_transformers("ViTForImageClassification")
+    theirs.save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo_id, name, revision=None):
+        asked.append((repo_id, name, revision))
+        if repo_id != "google/vit":
+            raise RepositoryNotFoundError("404", response=None) if False else OSError("404 Repository Not Found\nmore")
+        if not (tmp_path / name).exists():
+            raise EntryNotFoundError(name) if False else _entry_error(EntryNotFoundError, name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(conversion, "hf_hub_download", download)
+    assert_same(convert_checkpoint("google/vit", revision="v2"), theirs)
+    assert ("google/vit", "config.json", "v2") in asked and ("google/vit", "pytorch_model.bin", "v2") not in asked
+    with pytest.raises(ValueError, match=r"nobody/nothing is no file or folder here, and the Hub.*404"):
+        convert_checkpoint("nobody/nothing")
+
+
+def _entry_error(error_class, name):
+    error = error_class.__new__(error_class)
+    Exception.__init__(error, name)
+    return error
+
+
+# --- The image processor ---------------------------------------------------------------------------------------------
+
+
+def test_processors_of_the_families():
+    model = ViTScratchForImageClassification(ViTScratchConfig(**{**SIZES, "image_size": 224}, intermediate_size=48))
+    for family in FAMILIES:
+        processor = image_processor_for(family, model)
+        pixels = processor(np.full((300, 400, 3), 255, np.uint8), return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, 224, 224)
+        expected = (1 - torch.tensor(processor.image_mean)) / torch.tensor(processor.image_std)
+        torch.testing.assert_close(pixels[0, :, 100, 100], expected)
+    by_family = {family: image_processor_for(family, model) for family in FAMILIES}
+    assert list(by_family["transformers"].image_mean) == [0.5, 0.5, 0.5] and by_family["transformers"].resample == 2
+    assert dict(by_family["transformers"].size) == {"height": 224, "width": 224}
+    assert by_family["timm"].size["shortest_edge"] == 248 and by_family["timm"].resample == 3
+    assert by_family["torchvision"].size["shortest_edge"] == 256 and by_family["torchvision"].resample == 2
+    assert by_family["dinov2"].size["shortest_edge"] == 256 and by_family["dinov2"].image_mean[0] == 0.485
+
+
+def test_processor_of_the_checkpoint(tmp_path, caplog):
+    _, theirs = of_transformers("ViTForImageClassification")
+    theirs.save_pretrained(tmp_path)
+    own = transformers.ViTImageProcessorPil(size={"height": 24, "width": 24}, image_mean=[0.1, 0.2, 0.3], resample=3)
+    own.save_pretrained(tmp_path)
+    processor = image_processor_for(tmp_path, convert_checkpoint(tmp_path))
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3] and processor.resample == 3
+    assert "resizes to" not in caplog.text
+    larger = image_processor_for(tmp_path, convert_checkpoint(tmp_path, image_size=48))
+    assert (larger.size["height"], larger.size["width"]) == (48, 48) and "resizes to 48x48 now" in caplog.text
+
+
+def test_cropping_processor_grows_with_the_model(tmp_path, caplog):
+    _, theirs = of_transformers("Dinov2Model", image_size=48)
+    theirs.save_pretrained(tmp_path)
+    transformers.BitImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 24, "width": 24}, image_mean=[0.5] * 3
+    ).save_pretrained(tmp_path)
+    processor = image_processor_for(tmp_path, convert_checkpoint(tmp_path))  # as DINOv2's: made for 518, cropped to 224
+    assert processor.size["shortest_edge"] == 64 and processor.crop_size["height"] == 48
+    assert "crops to 48x48 now" in caplog.text
+    assert processor(np.zeros((50, 90, 3), np.uint8), return_tensors="pt")["pixel_values"].shape == (1, 3, 48, 48)
+
+
+def timm_folder(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    save_file(timm_tensors(), folder / "model.safetensors")
+    config = {
+        "architecture": "vit_base_patch16_224", "num_classes": CLASSES, "global_pool": "token",
+        "label_names": [f"n{i}" for i in range(CLASSES)], "label_descriptions": {"n1": "a cat"},
+        "model_args": {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 1.5},
+        "pretrained_cfg": {
+            "input_size": [3, 24, 24], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear",
+            "crop_pct": 0.75, "crop_mode": "center",
+        },
+    }  # fmt: skip
+    for name, change in changes.items():
+        config[name] = {**config[name], **change} if isinstance(change, dict) else change
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_timm_folder(tmp_path, caplog):
+    folder = timm_folder(tmp_path / "a")
+    ours = convert_checkpoint(folder)
+    assert "Assumed" not in caplog.text and ours.config.id2label[1] == "a cat" and ours.config.id2label[2] == "n2"
+    assert_logits(ours, lambda image: timm_logits(timm_tensors(), image))
+    processor = image_processor_for(folder, ours)
+    assert [*processor.image_mean, *processor.image_std] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert processor.size["shortest_edge"] == 32 and processor.crop_size["height"] == 24 and processor.resample == 2
+    squash = image_processor_for(timm_folder(tmp_path / "b", pretrained_cfg={"crop_mode": "squash"}), ours)
+    assert dict(squash.size) == {"height": 24, "width": 24}
+    tanh = convert_checkpoint(timm_folder(tmp_path / "c", model_args={"act_layer": "gelu_tanh"}, global_pool="avg"))
+    assert_logits(tanh, lambda image: timm_logits(timm_tensors(), image, gelu=tanh_gelu, mean=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"global_pool": "max"}, {"model_args": {"act_layer": "mish"}}, {"model_args": {"norm_layer": "rmsnorm"}}],
+    ids=str,
+)
+def test_timm_options_the_model_has_not(changes, tmp_path):
+    with pytest.raises(ValueError, match="timm's .*which this model has not"):
+        convert_checkpoint(timm_folder(tmp_path, **changes))
