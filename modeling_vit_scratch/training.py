@@ -126,6 +126,7 @@ class ImageTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser understands this order only
         default="none", metadata={"help": "'none', or 'trackio', 'tensorboard', 'wandb', ..."}
     )
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Has no use here: all are used."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has no use here: a batch has no others."})
 
     def __post_init__(self):
@@ -275,8 +276,15 @@ class StopOnSignal(TrainerCallback):
             stop = bool(flag.item())
             self.signal = self.signal or (signal.SIGTERM if stop else None)
         if stop:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+            control.should_training_stop = True
+            # At an epoch's end the evaluation comes first, as it does in a run that is not stopped.
+            control.should_save = control.should_save or not state.epoch.is_integer()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.signal is not None:
+            finished = state.epoch.is_integer()
+            control.should_save = finished
+            control.should_evaluate = control.should_evaluate and finished
 
     def on_train_end(self, args, state, control, **kwargs):
         for number, handler in self._previous.items():
@@ -523,6 +531,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     if args.device.type == "cuda" and torch.cuda.is_bf16_supported() and not args.fp16:
         args.bf16 = True
     set_seed(args.seed)
+    transformers.utils.logging.disable_progress_bar()  # of reading and writing files; training keeps its own
 
     # A new model takes mean and std from the data; a trained one comes with the processor it was trained with.
     trained = None if model_args.model_name_or_path is None else load_trained(model_args)

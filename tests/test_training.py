@@ -1,0 +1,344 @@
+"""A whole run as a user starts it, its options and recipes, and what it refuses."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import RANDOM, ROOT, SCRIPTS, TINY, fork_run, history, load_script, options, wait_all, weights
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
+
+from modeling_vit_scratch import checkpoints, training
+
+finetune = load_script("finetune")
+IN_FOLDER = {
+    "model.safetensors", "config.json", "preprocessor_config.json",
+    "configuration_vit_scratch.py", "modeling_vit_scratch.py",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished tiny run: (folder, its options)."""
+    folder = tmp_path_factory.mktemp("run") / "output"
+    argv = options(folder, config_overrides=RANDOM)
+    assert finetune.main(argv) == 0
+    return folder, argv
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Press Ctrl-C after a given step, once."""
+    step = {}
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step.get("at"):
+                step.clear()
+                signal.raise_signal(signal.SIGINT)
+
+    original = training.ImageTrainer.__init__
+
+    def with_interrupt(self, *args, **kwargs):
+        # Before StopOnSignal in the list, so that the signal is seen in the same step.
+        original(self, *args, **{**kwargs, "callbacks": [Interrupt(), *kwargs["callbacks"]]})
+
+    monkeypatch.setattr(training.ImageTrainer, "__init__", with_interrupt)
+    return step
+
+
+def test_output_folder_is_a_hub_repository(run):
+    folder, _ = run
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {*IN_FOLDER, "README.md", "metrics.json", "history.csv", "predictions_test.csv", "plots"}
+    assert {path.name for path in (folder / "plots").iterdir()} == {
+        "training_curves.png", "per_class_accuracy.png", "confusion_matrix.png",
+    }  # fmt: skip
+    for checkpoint in checkpoints.list_checkpoints(folder):
+        assert {path.name for path in checkpoint.iterdir()} >= IN_FOLDER
+        assert set(json.loads((checkpoint / "config.json").read_text())["auto_map"]) >= {
+            "AutoConfig", "AutoModel", "AutoModelForImageClassification",
+        }  # fmt: skip
+    assert not list(folder.rglob("training_args.bin"))
+
+
+def test_metrics_count_the_whole_split_and_agree_with_the_saved_model(run):
+    folder, _ = run
+    metrics = json.loads((folder / "metrics.json").read_text())
+    predictions = (folder / "predictions_test.csv").read_text().splitlines()[1:]
+    assert metrics["test"]["examples"] == len(predictions) == 64
+    right = sum(row.split(",")[1] == row.split(",")[2] for row in predictions)
+    assert metrics["test"]["accuracy"] == pytest.approx(right / 64)
+    assert sum(map(sum, metrics["test"]["confusion_matrix"])) == 64
+    assert metrics["model"]["parameters"] == sum(tensor.numel() for tensor in weights(folder).values())
+    best = max(float(row["eval_accuracy"]) for row in history(folder) if row["eval_accuracy"])
+    assert metrics["validation"]["accuracy"] == pytest.approx(best)
+
+
+def test_saved_folder_predicts_what_the_run_reported(run):
+    """Model and processor from disk, on the original picture, against the row the run wrote for it."""
+    from modeling_vit_scratch.data import load_raw, load_records
+
+    folder, _ = run
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    records, names = load_records(load_raw("digits"), max_eval_samples=64)
+    assert [model.config.id2label[index] for index in range(10)] == names
+    images = [records["test"].image(index, 3) for index in range(64)]
+    with torch.no_grad():
+        probabilities = model(**processor(images, return_tensors="pt")).logits.softmax(-1)
+    for row, p in zip((folder / "predictions_test.csv").read_text().splitlines()[1:], probabilities, strict=True):
+        assert row.split(",")[2] == names[int(p.argmax())]
+        assert float(row.split(",")[3]) == pytest.approx(p.max().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_ctrl_c_then_resume_is_bit_identical_to_never_stopping(run, tmp_path, interrupt, capsys, step):
+    """Stopped between two log entries (every 3 steps), and at the end of an epoch (of 5 steps)."""
+    reference, argv = run
+    argv = [str(tmp_path) if word == str(reference) else word for word in argv]
+    interrupt["at"] = step
+    assert finetune.main(argv) == 130
+    assert "--resume_from_checkpoint last" in capsys.readouterr().out
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [f"checkpoint-{step}"]
+    assert finetune.main([*argv, "--resume_from_checkpoint", "last"]) == 0
+    assert history(tmp_path) == history(reference)
+    assert all(torch.equal(tensor, weights(tmp_path)[name]) for name, tensor in weights(reference).items())
+    for split in ("validation", "test"):
+        a, b = (json.loads((folder / "metrics.json").read_text())[split] for folder in (tmp_path, reference))
+        assert a == b
+
+
+def test_damaged_checkpoint_is_named_and_passed_over(run, tmp_path, capsys):
+    _, argv = run
+    argv = options(tmp_path, num_train_epochs=3)
+    assert finetune.main(argv) == 0
+    newest, before = checkpoints.list_checkpoints(tmp_path)[:2]
+    path = newest / "optimizer.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert checkpoints.last_good_checkpoint(tmp_path)[0] == before
+    assert finetune.main([*argv, "--resume_from_checkpoint", "last"]) == 0
+    note = capsys.readouterr().err
+    assert f"{newest.name} is passed over: optimizer.pt is damaged" in note
+    assert checkpoints.damage(newest) is None  # trained again from the one before it
+    (newest / "model.safetensors").unlink()
+    assert checkpoints.damage(newest) == "model.safetensors is missing"
+    assert finetune.main([*argv, "--resume_from_checkpoint", str(newest)]) == 2
+
+
+def test_killed_while_saving_leaves_no_visible_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "publish", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        finetune.main(options(tmp_path, num_train_epochs=1))
+    assert checkpoints.list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config_overrides": "hidden_size=32,num_attention_heads=2,intermediate_size=16"}, ["hidden_size", "16", "32"]),
+        ({"per_device_train_batch_size": 16}, ["per_device_train_batch_size", "64", "16"]),
+        ({"max_train_samples": 300}, ["images", "320", "300"]),
+        ({"seed": 7}, ["seed", "42", "7"]),
+    ],
+)
+def test_resuming_another_run_is_refused_with_both_values(run, capsys, change, words):
+    folder, _ = run
+    argv = options(folder, **({"config_overrides": RANDOM} | change))
+    assert finetune.main([*argv, "--resume_from_checkpoint", "last"]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+
+
+def test_taken_output_folder_is_refused(run, capsys):
+    folder, argv = run
+    before = (folder / "metrics.json").read_text()
+    assert finetune.main(argv) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (folder / "metrics.json").read_text() == before
+
+
+def test_infinite_loss_stops_the_run_within_the_step(tmp_path, capsys):
+    argv = options(tmp_path, learning_rate=1e30, max_grad_norm=0, optim="sgd")
+    assert finetune.main(argv) == 1
+    message = capsys.readouterr().err
+    assert "learning rate 8e+29" in message and "last good checkpoint: none" in message
+    assert "at step 3" in message  # the first step moves the zero classifier only
+
+
+def test_dry_run_checks_and_writes_nothing(tmp_path, capsys):
+    folder = tmp_path / "new"
+    assert finetune.main([*options(folder, preset="showcase", config_overrides=None), "--dry_run", "True"]) == 0
+    text = capsys.readouterr().out
+    for words in ("847,626", "27,268,096", "320 train, 64 validation, 64 test", "64 = 64 per device x 1 process x 1"):
+        assert words in text
+    assert list(folder.iterdir()) == []
+
+
+def test_printed_steps_and_last_learning_rate_are_those_of_the_run(tmp_path, capsys):
+    argv = options(tmp_path, warmup_steps=0.2, lr_scheduler_type="cosine", logging_steps=1, max_train_samples=330)
+    assert finetune.main([*argv, "--gradient_accumulation_steps", "4"]) == 0
+    text = capsys.readouterr().out
+    rates = [float(row["learning_rate"]) for row in history(tmp_path) if row["learning_rate"]]
+    assert len(rates) == 4 and "steps            4 (" in text  # 6 batches: 2 steps an epoch
+    assert f"last step {rates[-1]:.3g}" in text
+
+
+def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
+    """330 images: the last group of micro-batches is short, and uneven."""
+    plain = {
+        "horizontal_flip": 0, "crop_padding": 0, "optim": "sgd", "learning_rate": 0.1, "max_train_samples": 330,
+        "label_smoothing_factor": 0.1, "max_grad_norm": 0,
+    }  # fmt: skip
+    for name, batch, steps in (("one", 64, 1), ("four", 16, 4)):
+        changes = plain | {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
+        assert finetune.main(options(tmp_path / name, **changes)) == 0
+    one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
+    assert all(torch.allclose(one[name], four[name], atol=1e-6) for name in one)
+    assert any(tensor.abs().max() > 0 for name, tensor in one.items() if name == "classifier.weight")
+
+
+def test_trained_folder_starts_another_run_with_other_classes(run, tmp_path, capsys):
+    folder, _ = run
+    pictures = tmp_path / "pictures"
+    from modeling_vit_scratch.data import load_raw, load_records
+
+    records, _ = load_records(load_raw("digits"))
+    for index in range(60):
+        name = "even" if records["train"].labels[index] % 2 == 0 else "odd"
+        (pictures / name).mkdir(parents=True, exist_ok=True)
+        records["train"].image(index, 3).save(pictures / name / f"{index}.png")
+    argv = options(tmp_path / "out", dataset_name=pictures, config_overrides=None, model_name_or_path=folder)
+    assert finetune.main([*argv, "--train_val_split", "0.2"]) == 0
+    assert "The head is new: 2 classes instead of the 10" in capsys.readouterr().out
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "even", 1: "odd"} and model.classifier.weight.abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 63])
+def test_two_processes_compute_what_one_does(tmp_path, size):
+    """SGD and no randomness: same global batch, same weights; the split is counted exactly once."""
+    plain = {
+        "horizontal_flip": 0, "crop_padding": 0, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0,
+        "max_eval_samples": size, "max_train_samples": 384, "num_train_epochs": 9, "save_strategy": "no",
+    }  # fmt: skip
+    argv = {n: options(tmp_path / str(n), **plain, per_device_train_batch_size=64 // n) for n in (1, 2)}
+    for n in (1, 2):
+        assert wait_all(fork_run(argv[n], n, tmp_path / f"log{n}")) == [0] * n
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    for n in (1, 2):
+        metrics = json.loads((tmp_path / str(n) / "metrics.json").read_text())
+        assert metrics["test"]["examples"] == metrics["validation"]["examples"] == size
+        assert metrics["training"]["steps"] == 54
+        rows = (tmp_path / str(n) / "predictions_test.csv").read_text().splitlines()
+        assert len(rows) == size + 1 and len({row.split(",")[0] for row in rows}) == size + 1
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_the_others_down(tmp_path):
+    """Under torchrun, as a user starts it: the launcher must not wait for the survivors."""
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
+        "import finetune\n"
+        "from modeling_vit_scratch import training\n"
+        "step = training.ImageTrainer.training_step\n"
+        "def dies(self, *args, **kwargs):\n"
+        "    if self.state.global_step == 6 and self.args.process_index == 1:\n"
+        "        os._exit(3)\n"
+        "    return step(self, *args, **kwargs)\n"
+        "training.ImageTrainer.training_step = dies\n"
+        "sys.exit(finetune.main())\n"
+    )
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", str(script)]
+    done = subprocess.run(
+        [sys.executable, *command, *options(tmp_path / "out", num_train_epochs=4)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0 and "exitcode  : 3" in done.stderr
+    good, notes = checkpoints.last_good_checkpoint(tmp_path / "out")
+    assert good is not None and notes == []
+
+
+# --- options and recipes ---
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_command_line_wins_over_the_recipe(tmp_path):
+    path = write(tmp_path, "dataset_name: digits\nlearning_rate: 3e-3\nseed: 1\nconfig_overrides: {hidden_size: 64}\n")
+    model, data, args = finetune.parse([str(path), "--seed", "2", "--output_dir", str(tmp_path)])
+    assert (data.dataset_name, args.learning_rate, args.seed) == ("digits", 3e-3, 2)
+    assert training.make_config(model, ["a", "b"]).hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rat: 1", ["learning_rat", "learning_rate"]),
+        ("seed: 1\nseed: 2", ["seed", "twice"]),
+        ("seed: one", ["--seed", "one"]),
+        ("seed: 1.5", ["--seed", "1.5"]),
+        ("use_cpu: 7", ["--use_cpu"]),
+        ("lr_scheduler_type: linaer", ["--lr_scheduler_type", "linaer"]),
+        ("- 1", ["option: value"]),
+        ("seed: [", ["recipe"]),
+    ],
+)
+def test_bad_recipes_are_refused(tmp_path, capsys, text, words):
+    with pytest.raises(SystemExit) as stop:
+        finetune.parse([str(write(tmp_path, text)), "--dataset_name", "digits"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+
+
+def test_abbreviated_options_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        finetune.parse(["--dataset_name", "digits", "--learning", "1"])
+    assert "--learning" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_names_its_command(recipe, tmp_path):
+    text = recipe.read_text()
+    assert text.startswith("#") and f"scripts/finetune.py scripts/recipes/{recipe.name}" in text
+    options_of_recipe = ["--output_dir", str(tmp_path), "--dataset_name", "digits", "--use_cpu", "True"]
+    model, _, _ = finetune.parse([str(recipe), *options_of_recipe])
+    training.make_config(model, ["a", "b"])
+
+
+def test_help_shows_the_usual_options_and_help_all_the_rest(capsys):
+    for flag, rare in (("--help", False), ("--help_all", True)):
+        with pytest.raises(SystemExit) as stop:
+            finetune.parse([flag])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert "--dataset_name" in text and "--learning_rate" in text and "--preset" in text
+        assert ("--adam_beta1" in text) == rare
+
+
+def test_preset_and_overrides_are_checked(tmp_path, capsys):
+    for change, words in (
+        ({"preset": "bse"}, ["bse", "base"]),
+        ({"config_overrides": "hidden_sise=3"}, ["hidden_sise", "hidden_size"]),
+        ({"config_overrides": "hidden_size"}, ["field=value"]),
+    ):
+        assert finetune.main(options(tmp_path / "x", **change)) == 2
+        message = capsys.readouterr().err
+        assert all(word in message for word in words), message
+
+
+def test_tiny_settings_are_tiny():
+    assert "hidden_size=16" in TINY and (ROOT / "setup.cfg").exists()
