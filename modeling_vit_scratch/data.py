@@ -1,7 +1,6 @@
 """Pictures and labels, from wherever they are to uint8 tensors.
 
-A Hub dataset, a local folder in the Hub's layout, an image folder with one directory per class, or the bundled
-`digits` become an `ImageSplits`: train, validation and test datasets whose samples are
+What `sources.py` finds becomes an `ImageSplits`: train, validation and test datasets whose samples are
 `{"pixel_values": uint8 (C, H, W), "labels": int}`, and what belongs to them (class names, mean, standard deviation).
 Pixels stay integers until they are augmented and normalised as a batch on the training device (`augmentation.py`).
 
@@ -10,85 +9,42 @@ sample in worker processes (`LazyImages`). Both give the same pixels for the sam
 """
 
 import difflib
-import io
-import logging
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .augmentation import crop_box
+from .sources import CIFAR10, DIGITS, VALIDATION_SPLITS, default_dataset, load_image, load_raw
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "CIFAR10",
+    "DIGITS",
+    "DecodedImages",
+    "ImageSplits",
+    "LazyImages",
+    "collate",
+    "decode",
+    "default_dataset",
+    "load_image",
+    "load_raw",
+    "load_records",
+    "load_splits",
+    "pixel_statistics",
+]
 
-CIFAR10 = "uoft-cs/cifar10"
-DIGITS = "digits"
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
-VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 # Half of a small machine's memory; CIFAR-10 takes 0.18e9.
 MAX_DECODED_BYTES = 4e9
 # Pictures that mean and standard deviation are taken from; at 32 px already 8 million pixels.
 MAX_STATISTICS_IMAGES = 8192
-
-
-def load_image(source: bytes | str | Path | Image.Image, num_channels: int = 3) -> Image.Image:
-    """Decode a picture to 8-bit grey (1 channel) or RGB (3 channels), upright.
-
-    EXIF rotation is applied; 16-bit and floating-point grey are scaled to 8 bits; transparent pixels are laid on
-    white; CMYK, palette, 1-bit and grey pictures are converted; an animation gives its first frame.
-
-    Args:
-        source: Encoded bytes, a path, or an open picture.
-        num_channels: 1 or 3.
-
-    Raises:
-        ValueError: The picture cannot be decoded, or has NaN or infinite pixels.
-    """
-    if num_channels not in (1, 3):
-        raise ValueError(f"pictures have 1 or 3 channels, not {num_channels}; set num_channels to 1 or 3.")
-    try:
-        image = source
-        if not isinstance(source, Image.Image):
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # each decoder fails in its own way
-        raise ValueError(f"unreadable image ({type(error).__name__}: {error})") from error
-    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        image = _to_8_bit(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB" if num_channels == 3 else "L")
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit integers in [0, 65535], or floats in [0, 1] or [0, 255], to 8 bits."""
-    pixels = np.asarray(image).astype(np.float64)
-    if not np.isfinite(pixels).all():
-        raise ValueError("unreadable image (NaN or infinite pixels)")
-    if image.mode == "F":
-        scale = 255 if pixels.max() <= 1 else 1
-        if pixels.min() < 0 or pixels.max() > 255:
-            raise ValueError(
-                f"unreadable image (floating-point pixels in [{pixels.min():g}, {pixels.max():g}]; "
-                "only [0, 1] and [0, 255] have a meaning)"
-            )
-    else:
-        scale = 255 / 65535
-    return Image.fromarray(np.clip(np.rint(pixels * scale), 0, 255).astype(np.uint8))
 
 
 class _Records:
@@ -175,7 +131,9 @@ class LazyImages(torch.utils.data.Dataset):
 
     def __init__(self, records: _Records, processor, num_channels: int, crop_scale: float | None = None, seed: int = 0):
         self.records, self.processor, self.num_channels = records, processor, num_channels
-        self.crop_scale, self.seed, self.epoch = crop_scale, seed, 0
+        self.crop_scale, self.seed = crop_scale, seed
+        # Shared memory: worker processes that outlive an epoch (persistent_workers) see the next one too.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.labels = torch.from_numpy(records.labels)
 
     def __len__(self) -> int:
@@ -183,12 +141,12 @@ class LazyImages(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch: int):
         """Called by the training loop: other crops in each epoch."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict:
         image = self.records.image(index, self.num_channels)
         if self.crop_scale is not None:
-            image = image.crop(crop_box(image.size, self.crop_scale, (self.seed, self.epoch, index)))
+            image = image.crop(crop_box(image.size, self.crop_scale, (self.seed, int(self._epoch), index)))
         return {"pixel_values": _to_tensor(image, self.processor), "labels": self.labels[index]}
 
 
@@ -221,141 +179,6 @@ class ImageSplits:
     records: dict[str, _Records] = field(repr=False)
 
 
-def load_raw(
-    name: str,
-    config_name: str | None = None,
-    data_files: dict[str, str] | None = None,
-    cache_dir: str | None = None,
-    token: str | None = None,
-    image_size: tuple[int, int] = (32, 32),
-) -> datasets.DatasetDict:
-    """A dataset by its Hub id, its folder, or the name "digits"; pictures still encoded.
-
-    Args:
-        name: Where it is; a folder is in the Hub's layout, or has one directory per class (with or without directories
-            for the splits above them).
-        config_name: Which of a Hub dataset's configurations.
-        data_files: Split name -> folder with one directory per class; used instead of `name`.
-        cache_dir: Where `datasets` keeps its files.
-        token: For private Hub datasets.
-        image_size: (height, width) at which digits are drawn.
-
-    Raises:
-        ValueError: There is no such dataset, or a class directory of an image folder has no images.
-    """
-    if name == DIGITS and not data_files:
-        return _digits(image_size)
-    folders = {split: Path(folder) for split, folder in (data_files or {}).items()}
-    if not folders and Path(name).is_dir() and _is_image_folder(Path(name)):
-        folders = {split.name: split for split in sorted(Path(name).iterdir()) if _is_split(split)}
-        folders = folders or {"train": Path(name)}
-    try:
-        if folders:
-            return datasets.DatasetDict(
-                {split: _image_folder(folder, split, cache_dir) for split, folder in folders.items()}
-            )
-        loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token)
-    except ValueError:
-        raise
-    except (OSError, ConnectionError, RuntimeError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(
-            f"dataset {name!r} could not be loaded: {error} "
-            "Give a Hub id, a folder with one directory per class, or 'digits'."
-        ) from error
-    return loaded
-
-
-def _is_image_folder(folder: Path) -> bool:
-    has_tables = any(folder.rglob("*.parquet")) or any(folder.rglob("*.arrow"))
-    return not has_tables and not (folder / "metadata.csv").exists() and any(folder.iterdir())
-
-
-def _is_split(folder: Path) -> bool:
-    known = ("train", "training", "test", "testing", *VALIDATION_SPLITS)
-    return folder.is_dir() and folder.name.lower() in known
-
-
-def _image_folder(folder: Path, split: str, cache_dir: str | None) -> datasets.Dataset:
-    """Pictures of a folder with one directory per class, labelled by the directories' sorted names."""
-    if not folder.is_dir():
-        raise ValueError(f"split {split!r}: there is no folder {folder}.")
-    directories = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not directories:
-        raise ValueError(f"split {split!r}: {folder} has no directories; put the pictures into one per class.")
-    loose = [path.name for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions()]
-    if loose:
-        raise ValueError(f"split {split!r}: {loose[0]} lies in {folder} beside the classes; move it into one of them.")
-    paths, labels = [], []
-    for label, directory in enumerate(directories):
-        files = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
-        if not files:
-            raise ValueError(
-                f"split {split!r}: class {directory.name!r} has no images; add some or remove {directory}."
-            )
-        paths += [str(path) for path in files]
-        labels += [label] * len(files)
-    features = datasets.Features(
-        {
-            "image": datasets.Image(decode=False),
-            "label": datasets.ClassLabel(names=[directory.name for directory in directories]),
-        }
-    )
-    columns = {"image": [{"bytes": None, "path": path} for path in paths], "label": labels}
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-def _digits(image_size: tuple[int, int]) -> datasets.DatasetDict:
-    """scikit-learn's 1,797 handwritten digits (UCI ML repository), drawn at `image_size`, a fifth of them for test."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    rows = np.arange(len(digits.target))
-    train, test = _stratified_cut(digits.target, share=0.2, seed=0)
-    features = datasets.Features(
-        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[str(n) for n in range(10)])}
-    )
-
-    def drawn(selected: np.ndarray) -> datasets.Dataset:
-        images = []
-        for row in rows[selected]:
-            image = Image.fromarray(np.rint(digits.images[row] * (255 / 16)).astype(np.uint8))
-            buffer = io.BytesIO()
-            image.resize((image_size[1], image_size[0]), Image.Resampling.BICUBIC).save(buffer, "png")
-            images.append({"bytes": buffer.getvalue(), "path": None})
-        return datasets.Dataset.from_dict({"image": images, "label": digits.target[selected]}, features=features)
-
-    return datasets.DatasetDict({"train": drawn(train), "test": drawn(test)})
-
-
-def default_dataset(seconds: float = 10.0) -> str:
-    """The dataset of a run that names none: CIFAR-10 from the Hub or its cache, else the bundled digits.
-
-    Args:
-        seconds: How long the Hub may take to answer. If it does not, this process stays offline.
-    """
-    answer = []
-
-    def ask():
-        try:
-            huggingface_hub.HfApi().dataset_info(CIFAR10, timeout=seconds)
-            answer.append(True)
-        except Exception as error:  # whatever goes wrong here, the Hub cannot be had
-            logger.debug("The Hub did not answer: %s", error)
-
-    # A deadline of its own: a server that accepts and dribbles outlasts every timeout of a single read.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if answer:
-        return CIFAR10
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        datasets.load_dataset_builder(CIFAR10)
-        return CIFAR10
-    except Exception:  # not in the cache
-        return DIGITS
-
-
 def _find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str, ...], kind: str) -> str:
     if wanted is not None:
         if wanted not in dataset.column_names:
@@ -368,9 +191,8 @@ def _find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str
     feature = datasets.Image if kind == "image" else datasets.ClassLabel
     typed = [name for name, value in dataset.features.items() if isinstance(value, feature)]
     named = [name for name in known if name in dataset.column_names]
-    if kind == "label" and len(typed) > 1:  # CIFAR-100 has fine_label and coarse_label
-        typed = [name for name in known if name in typed] or typed
-    for candidates in (typed, named):
+    # Of several images or labels the one of a usual name: image, not mask; fine_label, not coarse_label (CIFAR-100).
+    for candidates in ([name for name in named if name in typed], typed, named):
         if candidates:
             return candidates[0]
     raise ValueError(
@@ -393,6 +215,13 @@ def _class_names(dataset: datasets.Dataset, label_column: str, split: str) -> li
             f"row {row} of split {split!r}: label {wrong[0]!r} is a {type(wrong[0]).__name__}; "
             "labels are whole numbers or names."
         )
+    negative = [value for value in values if isinstance(value, int) and value < 0]
+    if negative:
+        row = list(dataset[label_column]).index(negative[0])
+        raise ValueError(
+            f"row {row} of split {split!r}: label {negative[0]} is negative, which usually means that it is not known; "
+            "label or remove it."
+        )
     return [str(value) for value in sorted(values)]
 
 
@@ -408,7 +237,8 @@ def _labels(dataset: datasets.Dataset, label_column: str, class_names: list[str]
             )
         lookup = {index: index for index in range(len(class_names))}
     else:
-        lookup = {type(values[0])(name): index for index, name in enumerate(class_names)}
+        lookup = {name: index for index, name in enumerate(class_names)}
+        values = [str(value) if isinstance(value, int) else value for value in values]
     labels = np.empty(len(values), dtype=np.int64)
     for row, value in enumerate(values):
         if value is None:

@@ -1,0 +1,261 @@
+"""Where pictures come from: a Hub dataset, a folder, or the bundled digits; and how one picture is decoded.
+
+Everything here is still encoded pictures in `datasets` tables; `data.py` makes tensors of them.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import threading
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+from PIL import Image, ImageOps
+
+logger = logging.getLogger(__name__)
+
+CIFAR10 = "uoft-cs/cifar10"
+DIGITS = "digits"
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+# Directory name -> split, for image folders.
+SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_FOLDERS |= dict.fromkeys(VALIDATION_SPLITS, "validation")
+# What marks a folder as one in the Hub's layout instead of an image folder.
+TABLES = (".parquet", ".arrow", ".tar")
+# Files that operating systems leave in folders.
+LITTER = ("thumbs.db", "desktop.ini")
+
+
+def load_image(source: bytes | str | Path | Image.Image, num_channels: int = 3) -> Image.Image:
+    """Decode a picture to 8-bit grey (1 channel) or RGB (3 channels), upright.
+
+    EXIF rotation is applied; 16-bit and floating-point grey are scaled to 8 bits; transparent pixels are laid on
+    white; CMYK, palette, 1-bit and grey pictures are converted; an animation gives its first frame.
+
+    Args:
+        source: Encoded bytes, a path, or an open picture.
+        num_channels: 1 or 3.
+
+    Raises:
+        ValueError: The picture cannot be decoded, has NaN or infinite pixels, or more pixels than PIL thinks safe.
+    """
+    if num_channels not in (1, 3):
+        raise ValueError(f"pictures have 1 or 3 channels, not {num_channels}; set num_channels to 1 or 3.")
+    try:
+        if isinstance(source, Image.Image):
+            image = _upright(source)
+        else:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                image = _upright(opened)
+        if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+            image = _to_8_bit(image)
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB" if num_channels == 3 else "L")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each decoder fails in its own way
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(f"unreadable image ({reason})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:  # PIL itself only warns, up to twice as many
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are more than the {limit:,} that PIL thinks safe: a decompression "
+            "bomb? If not, shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        )
+    image.load()
+    return ImageOps.exif_transpose(image)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Integers in [0, 65535], or floats in [0, 1] or [0, 255], to 8 bits."""
+    pixels = np.asarray(image).astype(np.float64)
+    if not np.isfinite(pixels).all():
+        raise ValueError("NaN or infinite pixels")
+    low, high = pixels.min(), pixels.max()
+    if image.mode == "F":
+        if low < 0 or high > 255:
+            raise ValueError(
+                f"floating-point pixels in [{low:g}, {high:g}]; only [0, 1] and [0, 255] have a known meaning"
+            )
+        scale = 255 if high <= 1 else 1
+    else:
+        if low < 0 or high > 65535:
+            raise ValueError(f"integer pixels in [{low:g}, {high:g}]; only 16 bits, [0, 65535], have a known meaning")
+        scale = 255 / 65535
+    return Image.fromarray(np.rint(pixels * scale).astype(np.uint8))
+
+
+def load_raw(
+    name: str,
+    config_name: str | None = None,
+    data_files: dict[str, str] | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    image_size: tuple[int, int] = (32, 32),
+    streaming: bool = False,
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """A dataset by its Hub id, its folder, or the name "digits"; pictures still encoded.
+
+    Args:
+        name: Where it is; a folder is in the Hub's layout, or has one directory per class (with or without directories
+            for the splits above them).
+        config_name: Which of a Hub dataset's configurations.
+        data_files: Split name -> folder with one directory per class; used instead of `name`.
+        cache_dir: Where `datasets` keeps its files.
+        token: For private Hub datasets.
+        image_size: (height, width) at which digits are drawn.
+        streaming: Read a Hub dataset, or a folder in its layout, while it is used instead of preparing it on disk.
+
+    Raises:
+        ValueError: There is no such dataset, or a class directory of an image folder has no images.
+    """
+    if name == DIGITS and not data_files:
+        return _digits(image_size)
+    folders = {split: Path(folder) for split, folder in (data_files or {}).items()}
+    if not folders and name and Path(name).is_dir() and _is_image_folder(Path(name)):
+        folders = _split_folders(Path(name))
+    if folders:
+        return datasets.DatasetDict({split: _image_folder(folder, split) for split, folder in folders.items()})
+    try:
+        return datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
+    except Exception as error:  # each format, and each way of not being there, fails in its own way
+        raise ValueError(
+            f"dataset {name!r} could not be loaded: {str(error).strip().removesuffix('.')}. "
+            "Give a Hub id, a folder with one directory per class, or 'digits'."
+        ) from error
+
+
+def _is_image_folder(folder: Path) -> bool:
+    if any((folder / f"metadata{suffix}").exists() for suffix in (".csv", ".jsonl")) or not any(folder.iterdir()):
+        return False
+    saved = ("dataset_dict.json", "state.json")  # Dataset.save_to_disk
+    return not any(
+        name in saved or name.endswith(TABLES) for _, _, files in os.walk(folder, followlinks=True) for name in files
+    )
+
+
+def _visible_directories(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """Split -> its folder; all of it is train if no directories of classes are grouped by split.
+
+    A directory that is named like a split is one, except beside others and with no directories in it: then it is a
+    class (car, train, bus).
+    """
+    directories = _visible_directories(folder)
+    named = [path for path in directories if path.name.lower() in SPLIT_FOLDERS]
+    if len(named) < len(directories):
+        named = [path for path in named if _visible_directories(path)]
+    splits = {}
+    for path in named:
+        split = SPLIT_FOLDERS[path.name.lower()]
+        if split in splits:
+            raise ValueError(f"{splits[split]} and {path} are both {split!r}; keep one of them.")
+        splits[split] = path
+    ignored = [path.name for path in directories if path not in named]
+    if splits and ignored:
+        logger.warning("Not used, because it lies beside the splits in %s: %s", folder, ", ".join(ignored))
+    return splits or {"train": folder}
+
+
+def _image_folder(folder: Path, split: str) -> datasets.Dataset:
+    """Pictures of a folder with one directory per class, labelled by the directories' sorted names."""
+    if not folder.is_dir():
+        raise ValueError(f"split {split!r}: there is no folder {folder}.")
+    directories = _visible_directories(folder)
+    if not directories:
+        raise ValueError(f"split {split!r}: {folder} has no directories; put the pictures into one per class.")
+    loose = [path.name for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions()]
+    if loose:
+        raise ValueError(f"split {split!r}: {loose[0]} lies in {folder} beside the classes; move it into one of them.")
+    paths, labels = [], []
+    for label, directory in enumerate(directories):
+        files = sorted(path for path in directory.rglob("*") if path.is_file() and _is_visible(path, directory))
+        if not files:
+            raise ValueError(
+                f"split {split!r}: class {directory.name!r} has no images; add some or remove {directory}."
+            )
+        paths += [str(path) for path in files]
+        labels += [label] * len(files)
+    features = datasets.Features(
+        {
+            "image": datasets.Image(decode=False),
+            "label": datasets.ClassLabel(names=[directory.name for directory in directories]),
+        }
+    )
+    columns = {"image": [{"bytes": None, "path": path} for path in paths], "label": labels}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _is_visible(path: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return not hidden and path.name.lower() not in LITTER
+
+
+def _digits(image_size: tuple[int, int]) -> datasets.DatasetDict:
+    """scikit-learn's 1,797 handwritten digits (UCI ML repository), drawn at `image_size`, a fifth of them for test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    rows = np.arange(len(digits.target))
+    train, test = train_test_split(rows, test_size=0.2, stratify=digits.target, random_state=0)
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[str(n) for n in range(10)])}
+    )
+
+    def drawn(rows: np.ndarray) -> datasets.Dataset:
+        images = []
+        for row in rows:
+            image = Image.fromarray(np.rint(digits.images[row] * (255 / 16)).astype(np.uint8))
+            buffer = io.BytesIO()
+            # Uncompressed: the same bytes, and so the same fingerprint, whatever zlib is installed.
+            image.resize((image_size[1], image_size[0]), Image.Resampling.BICUBIC).save(buffer, "ppm")
+            images.append({"bytes": buffer.getvalue(), "path": None})
+        return datasets.Dataset.from_dict({"image": images, "label": digits.target[rows]}, features=features)
+
+    return datasets.DatasetDict({"train": drawn(np.sort(train)), "test": drawn(np.sort(test))})
+
+
+def default_dataset(seconds: float = 10.0) -> str:
+    """The dataset of a run that names none: CIFAR-10 from the Hub or its cache, else the bundled digits.
+
+    Args:
+        seconds: How long all of this may take. If the Hub has not answered by then, this process stays offline.
+    """
+    answered = threading.Event()
+
+    def ask():
+        # Whatever goes wrong here, the Hub cannot be had.
+        with contextlib.suppress(Exception):
+            huggingface_hub.HfApi().dataset_info(CIFAR10, timeout=seconds)
+            answered.set()
+
+    # A deadline of its own: a server that accepts and dribbles outlasts every timeout of a single read. A tenth is left
+    # for looking into the cache.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(0.9 * seconds)
+    if answered.is_set():
+        return CIFAR10
+    stay_offline()
+    try:
+        datasets.load_dataset_builder(CIFAR10)
+        return CIFAR10
+    except Exception:  # not in the cache
+        return DIGITS
+
+
+def stay_offline():
+    """Ask nothing of the Hub any more in this process: only what is cached counts."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
