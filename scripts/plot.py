@@ -1,18 +1,18 @@
 """Draw what a model learned and what it sees, as PNG and SVG.
 
-python scripts/plot.py rollout heads runs/my_model --images photo.jpg --output plots
-python scripts/plot.py curves runs/first runs/second                two runs in one figure
-python scripts/plot.py all runs/my_model --dataset uoft-cs/cifar10  everything, on a test split
+python scripts/plot.py rollout heads runs/my_model --images photo.jpg
+python scripts/plot.py all runs/my_model --dataset uoft-cs/cifar10
+python scripts/plot.py curves runs/first runs/second --output compared
 
 KIND is one or more of
-  of the model          filters, positions
-  of pictures           patches, rollout, heads, distance
-  of a labelled split   mistakes, reliability, features
-  of a split or a run   confusion, per-class (without --dataset: the numbers that the run saved)
-  of a run              curves
-  all                   each of these that the input allows
+  filters positions                 of the model alone
+  patches rollout heads distance    of pictures (--images or --dataset)
+  mistakes reliability features     of a labelled split (--dataset)
+  confusion per-class               of a split, or as the run saved them
+  curves                            of a run's history.csv; several runs compare
+  all                               each of these that the input allows
 
-MODEL is a folder or a Hub id of this package's models; for curves, one or more folders (or history.csv files).
+MODEL is a folder or a Hub id of this package's models, or of a run for curves.
 The files written are listed on standard output.
 """
 
