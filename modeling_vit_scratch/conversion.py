@@ -394,8 +394,8 @@ def _read_torch(path: Path) -> dict:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
-            f"{path} is no checkpoint of tensors alone{f' (it holds {found[1]})' if found else ''}, and nothing else is "
-            "unpickled; where you trust it, load it and save its state dict."
+            f"{path} holds more than tensors{f' ({found[1]})' if found else ''}, and nothing else is unpickled; "
+            "where you trust it, load it and save its state dict."
         ) from error
     except Exception as error:  # torn and foreign files fail in many ways
         raise ValueError(f"{path} is no checkpoint that torch can read: {_line(error)}") from error
@@ -1337,6 +1337,8 @@ def _transformers_config(config: ViTScratchConfig, config_class: type):
     if hasattr(config_class, "mlp_ratio"):
         fields |= {"mlp_ratio": config.intermediate_size // config.hidden_size}
         fields |= {"layerscale_value": float(config.layerscale_value)}
+    if config.representation_size and hasattr(config_class, "pooler_output_size"):
+        fields |= {"pooler_output_size": config.representation_size}
     if hasattr(config_class, "num_register_tokens"):
         fields |= {"num_register_tokens": config.num_register_tokens}
     if hasattr(config_class, "use_mask_token"):
@@ -1465,8 +1467,9 @@ def verify_checkpoint(
 ) -> Verification:
     """Run the source library's own model and ours on the same random images, in double precision.
 
-    The reference reads the checkpoint by its own library's code, so a mistake in our tables shows. It is compared at
-    the checkpoint's resolution, and with the checkpoint's head if it has one that our model can express.
+    The reference reads the checkpoint by its own library's code, so a mistake in our tables shows. What only hints or
+    published values tell (heads, epsilon, activation of a bare file) is the same on both sides. It is compared at the
+    checkpoint's resolution, and with the checkpoint's head if it has one that our model can express.
 
     Args:
         checkpoint: As for `convert_checkpoint`.

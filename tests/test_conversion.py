@@ -8,7 +8,6 @@ import json
 import math
 import os
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
@@ -105,7 +104,9 @@ def assert_same(ours: ViTScratchForImageClassification, theirs: torch.nn.Module,
 OF_TRANSFORMERS = {
     "ViTForImageClassification": ("transformers", transformers.ViTConfig, {"intermediate_size": 48}),
     "ViTModel": ("transformers", transformers.ViTConfig, {"intermediate_size": 48, "pooler_output_size": 20}),
-    "ViTForMaskedImageModeling": ("transformers", transformers.ViTConfig, {"intermediate_size": 48, "encoder_stride": 8}),
+    "ViTForMaskedImageModeling": (
+        "transformers", transformers.ViTConfig, {"intermediate_size": 48, "encoder_stride": 8},
+    ),
     "DeiTForImageClassification": ("deit", transformers.DeiTConfig, {"intermediate_size": 48}),
     "DeiTModel": ("deit", transformers.DeiTConfig, {"intermediate_size": 48}),
     "Dinov2Model": ("dinov2", transformers.Dinov2Config, {"mlp_ratio": 2}),
@@ -431,7 +432,9 @@ TIMM_CASES = {
     "registers without positions": ({"registers": 4, "positions": "none"}, {"positions": "none"}, {}),
     "registers with positions": ({"registers": 4, "positions": "all"}, {"positions": "all"}, {}),
     "no class token": ({"cls": False, "bias": False, "positions": "none"}, {"positions": "none", "mean": True}, {}),
-    "registers, no class token": ({"cls": False, "registers": 2, "positions": "none"}, {"positions": "none", "mean": True}, {}),
+    "registers, no class token": (
+        {"cls": False, "registers": 2, "positions": "none"}, {"positions": "none", "mean": True}, {},
+    ),
     "mean pooling": ({}, {"mean": True}, {"pooling": "mean"}),
     "tanh GELU": ({}, {"gelu": tanh_gelu}, {"hidden_act": "gelu_pytorch_tanh"}),
     "another epsilon": ({}, {"eps": 1e-5}, {"layer_norm_eps": 1e-5}),
@@ -1095,5 +1098,255 @@ def test_timm_folder(tmp_path, caplog):
     ids=str,
 )
 def test_timm_options_the_model_has_not(changes, tmp_path):
-    with pytest.raises(ValueError, match="timm's .*which this model has not"):
+    with pytest.raises(ValueError, match=r"timm's .*which this model has not"):
         convert_checkpoint(timm_folder(tmp_path, **changes))
+
+
+# --- The way out -----------------------------------------------------------------------------------------------------
+
+PLAIN = {**SIZES, "intermediate_size": 64, "num_labels": CLASSES, "layer_norm_eps": 1e-5}
+SCALED = {**PLAIN, "layerscale_value": 0.1}
+EXPORTS = {
+    "transformers": PLAIN,
+    "transformers, no qkv bias": PLAIN | {"qkv_bias": False, "hidden_act": "gelu_pytorch_tanh"},
+    "transformers, no squares": PLAIN | {"image_size": (16, 40), "patch_size": (4, 8)},
+    "transformers, fixed positions": PLAIN | {"position_embedding_type": "sincos"},
+    "transformers, dinov2": SCALED,
+    "transformers, dinov2 with registers": SCALED | {"num_register_tokens": 3},
+    "transformers, dinov2 and mean pooling": SCALED | {"pooling": "mean"},
+    "timm": PLAIN,
+    "timm, registers": SCALED | {"num_register_tokens": 3, "layer_norm_eps": 1e-6},
+    "timm, mean pooling": PLAIN | {"pooling": "mean", "use_cls_token": False, "hidden_act": "quick_gelu"},
+    "timm, mean pooling of the patches": PLAIN | {"pooling": "mean", "num_register_tokens": 2},
+    "timm, no final norm": PLAIN | {"use_final_norm": False, "intermediate_size": 50},
+    "timm, no squares": PLAIN | {"image_size": (16, 40), "patch_size": (4, 8)},
+    "torchvision": PLAIN,
+    "torchvision, tanh layer": PLAIN | {"representation_size": 20},
+    "jax": PLAIN,
+    "jax, tanh layer": PLAIN | {"representation_size": 20},
+    "jax, mean pooling": PLAIN | {"pooling": "mean", "use_cls_token": False},
+}
+
+
+def to_export(case: str) -> tuple[str, ViTScratchForImageClassification]:
+    config = ViTScratchConfig(**EXPORTS[case], id2label={i: f"class {i}" for i in range(CLASSES)} or None)
+    return case.split(",")[0], randomised(ViTScratchForImageClassification(config))
+
+
+def hints_for(config: ViTScratchConfig) -> dict:
+    names = ("num_attention_heads", "layer_norm_eps", "hidden_act", "pooling", "use_final_norm")
+    return {name: getattr(config, name) for name in names} | {"grid_size": config.grid_hw}
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_out_then_in_is_the_identity(case, where, tmp_path):
+    target, model = to_export(case)
+    if where == "memory":
+        exported = export_checkpoint(model, target)
+        assert {type(tensor) for tensor in exported.values()} == {np.ndarray if target == "jax" else torch.Tensor}
+        back = convert_checkpoint(exported, **hints_for(model.config))
+    else:  # all that the tensors cannot tell is in config.json
+        export_checkpoint(model, target, tmp_path)
+        back = convert_checkpoint(tmp_path)
+        assert back.config.id2label == model.config.id2label
+    expected = dict(model.state_dict())
+    if model.config.position_embedding_type == "sincos":  # comes back as learned positions of the same values
+        expected["vit.embeddings.position_embeddings"] = model.vit.embeddings.position_embeddings
+    assert set(back.state_dict()) == set(expected)
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    pixels = images(model).float()
+    with torch.no_grad():
+        assert torch.equal(back(pixels).logits, model(pixels).logits)
+
+
+@pytest.mark.parametrize("case", [case for case in EXPORTS if case.startswith("transformers")])
+def test_exported_to_transformers(case, tmp_path):
+    _, model = to_export(case)
+    export_checkpoint(model, "transformers", tmp_path)
+    theirs, report = transformers.AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert "vit_scratch" not in theirs.config.model_type
+    assert_same(model, theirs.eval())
+    theirs.float().load_state_dict(export_checkpoint(model.float(), "transformers"))  # the names in memory
+
+
+@pytest.mark.parametrize(
+    "case", ["timm", "timm, mean pooling of the patches", "torchvision", "torchvision, tanh layer"]
+)
+def test_exported_tensors_compute_the_same_in_torch_layouts(case):
+    target, model = to_export(case)
+    tensors = export_checkpoint(model, target)
+    if target == "timm":
+        computed = {"mean": model.config.pooling == "mean", "positions": "all"}
+        assert_logits(model, lambda image: timm_logits(tensors, image, eps=1e-5, **computed))
+    else:
+        assert_logits(model, lambda image: torchvision_logits(tensors, image, eps=1e-5))
+
+
+@pytest.mark.parametrize("case", ["jax", "jax, tanh layer", "jax, mean pooling"])
+def test_exported_arrays_compute_the_same(case):
+    _, model = to_export(case)
+    arrays = export_checkpoint(model, "jax")
+    assert set(arrays) == set(
+        jax_arrays(cls=model.config.use_cls_token, representation=model.config.representation_size)
+    )
+    assert_logits(model, lambda image: jax_logits(arrays, image, eps=1e-5))
+
+
+@needs_timm
+@pytest.mark.parametrize("case", [case for case in EXPORTS if case.startswith("timm")])
+def test_timm_loads_the_folder(case, tmp_path):
+    _, model = to_export(case)
+    if model.config.layer_norm_eps != 1e-6:  # which timm's config.json cannot say
+        model.config.layer_norm_eps = 1e-6
+        for module in model.modules():
+            module.eps = 1e-6
+    export_checkpoint(model, "timm", tmp_path)
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).double().eval()
+    pixels = images(model)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(pixels), model.double()(pixels).logits, atol=NEAR, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "what"),
+    [
+        ("transformers", {"num_register_tokens": 2}, "registers"),
+        ("transformers", {"pooling": "mean"}, "mean pooling"),
+        ("transformers", {"representation_size": 20}, "a tanh layer"),
+        ("transformers", {"use_final_norm": False}, "no final norm"),
+        ("transformers", {"layerscale_value": 0.1, "intermediate_size": 48}, "no multiple"),
+        ("timm", {"representation_size": 20}, "a tanh layer"),
+        ("timm", {"hidden_act": "mish"}, "the activation mish"),
+        ("torchvision", {"layerscale_value": 0.1}, "layer scale"),
+        ("torchvision", {"qkv_bias": False}, "no bias of query"),
+        ("torchvision", {"num_channels": 1}, "1 channels"),
+        ("torchvision", {"image_size": (16, 40)}, "no squares"),
+        ("jax", {"num_register_tokens": 2}, "registers"),
+        ("jax", {"pooling": "mean"}, "mean pooling"),
+    ],
+)
+def test_what_a_target_has_not_is_refused(target, fields, what):
+    model = ViTScratchForImageClassification(ViTScratchConfig(**{**PLAIN, **fields}))
+    with pytest.raises(ValueError, match=f"{target} has no model with .*{what}"):
+        export_checkpoint(model, target)
+    with pytest.raises(ValueError, match="target 'keras' is unknown"):
+        export_checkpoint(model, "keras")
+
+
+@pytest.mark.parametrize("crop", [None, 0.75])
+@pytest.mark.parametrize("target", ["transformers", "timm", "torchvision", "jax"])
+def test_the_image_processor_goes_out_and_comes_back(crop, target, tmp_path):
+    _, model = to_export("timm")
+    numbers = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3}
+    processor = transformers.ViTImageProcessorPil(size={"height": 24, "width": 24}, **numbers)
+    if crop:
+        processor = transformers.BitImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size={"height": 24, "width": 24}, **numbers
+        )
+    export_checkpoint(model, target, tmp_path, processor)
+    back = image_processor_for(tmp_path, convert_checkpoint(tmp_path))
+    picture = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
+    expected, actual = (p(picture, return_tensors="pt")["pixel_values"] for p in (processor, back))
+    torch.testing.assert_close(actual, expected, atol=0.03, rtol=0)  # with torchvision, a level of 255 off in places
+
+
+# --- The proof -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_verify_runs_transformers_own_class(name, tmp_path):
+    family, theirs = of_transformers(name)
+    for checkpoint, hints in [
+        (theirs.state_dict(), {**HEADS, "layer_norm_eps": 1e-5, "source": family}),
+        (tmp_path, {}),
+    ]:
+        theirs.save_pretrained(tmp_path)
+        proof = verify_checkpoint(checkpoint, **hints)
+        assert proof.passed and proof.largest < 1e-4 and proof.reference.startswith("transformers'")
+        expected = ["embeddings", "block 1", "block 2", "block 3", "final norm"]
+        expected += ["tanh layer"] if name in ("ViTModel", "DeiTModel") else []
+        expected += ["logits"] if name.endswith("ForImageClassification") else []
+        assert list(proof.differences) == expected
+        assert proof.top5 == (2 if "logits" in expected else None)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"layer_norm_eps": 1e-6}, {"hidden_act": "gelu_pytorch_tanh"}, {"num_attention_heads": 8}], ids=str
+)
+def test_verify_notices(wrong, tmp_path):
+    _, theirs = of_transformers("ViTForImageClassification", layer_norm_eps=1e-12)
+    theirs.save_pretrained(tmp_path)  # the config tells the reference what is right
+    assert verify_checkpoint(tmp_path).passed
+    proof = verify_checkpoint(tmp_path, **wrong)
+    assert not proof.passed and proof.differences["embeddings"] < NEAR and proof.differences["logits"] > 1e-4
+
+
+@pytest.mark.parametrize(
+    "tensor", ["vit.layers.1.attention.qkv.weight", "vit.embeddings.patch_embeddings.projection.weight"]
+)
+def test_verify_notices_a_tensor_in_the_wrong_order(tensor):
+    _, theirs = of_transformers("ViTForImageClassification")
+    hints = {**HEADS, "layer_norm_eps": 1e-5}
+    ours = convert_checkpoint(theirs.state_dict(), **hints)
+    weight = ours.get_parameter(tensor)
+    with torch.no_grad():
+        weight.copy_(weight.reshape(2, -1).flip(0).reshape(weight.shape))
+    assert not verify_checkpoint(theirs.state_dict(), model=ours, **hints).passed
+
+
+@needs_timm
+@pytest.mark.parametrize("case", ["plain", "deit3 as published", "registers with positions", "no class token"])
+def test_verify_runs_timm(case):
+    shapes, _, hints = TIMM_CASES[case]
+    assert verify_checkpoint(timm_tensors(**shapes), **{**HEADS, **hints}).passed
+
+
+@needs_timm
+@pytest.mark.parametrize("registers", [0, 4])
+def test_verify_runs_timm_for_dinov2(registers):
+    tensors = timm_tensors(registers=registers, scale="ls{}.gamma", classes=None, register="register_tokens")
+    assert verify_checkpoint({**tensors, "mask_token": torch.ones(1, 32)}, **HEADS).passed
+
+
+@needs_timm
+def test_verify_runs_timm_for_its_folders_and_npz_files(tmp_path):
+    assert verify_checkpoint(timm_folder(tmp_path / "timm")).passed
+    assert not verify_checkpoint(timm_folder(tmp_path / "timm"), layer_norm_eps=1e-5).passed
+    np.savez(tmp_path / "vit.npz", **jax_arrays())
+    assert verify_checkpoint(tmp_path / "vit.npz").passed
+    tanh = convert_checkpoint(tmp_path / "vit.npz", hidden_act="gelu_pytorch_tanh")
+    tanh.config.hidden_act = "gelu"  # as the reference is made
+    assert not verify_checkpoint(tmp_path / "vit.npz", model=tanh).passed
+    with pytest.raises(NotImplementedError, match="tanh layer"):
+        verify_checkpoint(jax_arrays(representation=20))
+
+
+@needs_torchvision
+def test_verify_runs_torchvision():
+    assert verify_checkpoint(torchvision_tensors(representation=20), **HEADS).passed
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_verify_exports(case):
+    target, model = to_export(case)
+    if (target in ("timm", "jax") and timm is None) or (target == "torchvision" and torchvision is None):
+        pytest.skip(f"the library that reads {target} does not import here")
+    if case == "jax, tanh layer":
+        pytest.skip("no library reads it")
+    exported = export_checkpoint(model, target)
+    assert verify_checkpoint(exported, model=model, grid_size=model.config.grid_hw).passed
+
+
+@pytest.mark.skipif(timm is not None, reason="timm imports here")
+def test_verify_says_that_it_cannot():
+    with pytest.raises(ImportError, match="timm cannot be imported here"):
+        verify_checkpoint(timm_tensors(), **HEADS)
+
+
+def test_verify_refuses_our_own(own, tmp_path):
+    own.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="nothing to compare it with"):
+        verify_checkpoint(tmp_path)
