@@ -1,7 +1,7 @@
 """A trained folder on the Hub and back: the model card, checks before a push, one commit for everything, and proof.
 
 A folder is pushed whole or not at all: what would not load on the other side is refused before anything is sent, and
-what is sent becomes visible in a single commit. Nothing here ever prints a token or a path of this machine.
+what is sent becomes visible in a single commit. A token is never shown, and never sent in a file.
 """
 
 import ast
@@ -810,7 +810,7 @@ def _hub_errors(repo_id: str, token: str | None, what: str) -> Iterator[None]:
                 f"{HfApi().endpoint} does not answer as it should; nothing is lost, and the same call again is safe."
             )
             reason += f" {_one_line(error)}"
-        raise HubError(redact(f"{repo_id} {what}: {reason}", token or get_token())) from None
+        raise HubError(redact(f"{repo_id} {what}: {reason}", token or get_token())[:1000]) from None
 
 
 def _status(error: BaseException) -> int | None:
@@ -825,7 +825,7 @@ def _one_line(error: BaseException) -> str:
         text = " ".join(str(error).split())
         texts.append(f"{type(error).__name__}: {text}" if text else type(error).__name__)
         error = error.__cause__
-    return " <- ".join(texts)[:600]
+    return " <- ".join(texts)
 
 
 # Run by `python -c` where this package cannot be imported; the job comes as JSON on standard input.
@@ -1082,8 +1082,9 @@ class HubPushCallback(TrainerCallback):
             else:
                 self.report(f"pushed to {pushed.url}" if pushed.changed else f"{pushed.url} is up to date")
                 return pushed
-        flags = " --private" * self.private + (f" --revision {self.revision}" if self.revision else "")
-        self._show(f"the folder is complete; push it later: push_to_hub.py {folder} {self.repo_id}{flags}")
+        command = ["python", "scripts/push_to_hub.py", str(folder), self.repo_id] + ["--private"] * self.private
+        command += ["--revision", self.revision] if self.revision else []
+        self._show(f"the folder is complete; push it later: {shlex.join(command)}")
         return None
 
     def _enqueue(self, snapshot: Path, message: str):

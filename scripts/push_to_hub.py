@@ -14,13 +14,12 @@ import sys
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    description, _, rest = __doc__.partition("\n\n")
-    examples, _, notes = rest.partition("\n\n")
+    description, examples, *notes = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
         prog="push_to_hub.py",
-        usage=f"push_to_hub.py FOLDER REPO_ID [options] | [FOLDER] --verify REPO_ID [options]\n\nexamples:\n{examples}",
+        usage=examples.strip().replace("\n    ", "\n       "),
         description=description,
-        epilog=notes,
+        epilog="\n\n".join(notes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -1,12 +1,12 @@
 """hub.py and scripts/push_to_hub.py, with the real huggingface_hub client over HTTP and hub_server.py's small Hub."""
 
 import ast
-import contextlib
 import hashlib
 import importlib.util
 import json
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -77,6 +77,14 @@ def make_processor(size: int = 16) -> ViTImageProcessorPil:
 def write_metrics(folder: Path, **changes):
     metrics = {key: value for key, value in {**METRICS, **changes}.items() if value is not None}
     (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def load_script():
+    path = Path(__file__).parents[1] / "scripts" / "push_to_hub.py"
+    spec = importlib.util.spec_from_file_location("push_to_hub", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -484,7 +492,7 @@ def test_a_server_that_accepts_and_never_answers(folder, hub, no_waiting, where,
     hub_module.push_folder(folder, "me/x")
     make_model(seed=1).save_pretrained(folder)
     before, head = digest(folder), hub.head("me/x")
-    monkeypatch.setattr(hub_module, "TIMEOUT_SECONDS", 0.4)
+    monkeypatch.setattr(hub_module, "TIMEOUT_SECONDS", 1.0)
     hub.fault(*where, "hang")
     start = time.monotonic()
     with pytest.raises(hub_module.HubError, match="Timeout"):
@@ -498,30 +506,24 @@ def test_tokens_appear_nowhere(folder, hub, no_waiting, caplog, capfd, monkeypat
     """Not in errors, logs or output, not even if the server sends it back."""
     caplog.set_level("INFO")
     caplog.set_level("DEBUG", logger="huggingface_hub")
-    texts = []
-    for token in (TOKEN, WRONG_TOKEN, OTHER_TOKEN, "a-token-unlike-others"):
+    tokens, texts = (TOKEN, WRONG_TOKEN, OTHER_TOKEN, "a-token-unlike-others"), []
+    for token in tokens:
         monkeypatch.setenv("HF_TOKEN", token)
-        hub.fault("POST", "/api/repos/create", 500)
-        for _ in range(2):  # the server repeats the token; then it answers as it should
-            with contextlib.suppress(hub_module.HubError):
+        for where in ("/api/repos/create", "/commit/"):
+            make_model(seed=len(texts)).save_pretrained(folder)
+            hub.fault("POST", where, 400)
+            with pytest.raises(hub_module.HubError) as failure:
                 hub_module.push_folder(folder, "me/x")
-            try:
-                hub_module.push_folder(folder, "me/x")
-            except hub_module.HubError as error:
-                texts.append(str(error))
-                assert error.__cause__ is None and error.__suppress_context__
-        hub.fault("POST", "/commit/", 400, times=9)
-        make_model(seed=len(texts)).save_pretrained(folder)
-        with contextlib.suppress(hub_module.HubError):
-            hub_module.push_folder(folder, "me/x")
+            texts.append(str(failure.value))
+            assert failure.value.__cause__ is None and failure.value.__suppress_context__
         hub.heal()
+    assert sum("fault 400 for Bearer ***" in text for text in texts) == 5  # only one of the users gets to the commit
     callback = hub_module.HubPushCallback("me/x", token=WRONG_TOKEN, retry_seconds=())
     assert callback.push_final(folder) is None and callback.errors
     out, err = capfd.readouterr()
     everything = "\n".join([*texts, *callback.errors, caplog.text, out, err, *map(str, hub.files("me/x").values())])
-    for token in (TOKEN, WRONG_TOKEN, OTHER_TOKEN, "a-token-unlike-others"):
+    for token in tokens:
         assert token not in everything
-    assert texts
 
 
 # During training
@@ -579,7 +581,7 @@ def test_training_goes_on_without_the_server_and_the_push_is_retried_at_the_end(
 ):
     shown = []
     callback = hub_module.HubPushCallback("me/t", retry_seconds=(), report=shown.append)
-    monkeypatch.setattr(hub_module, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(hub_module, "TIMEOUT_SECONDS", 2.0)
     hub.fault("POST", "/commit/", action, after=1)  # the first checkpoint arrives, the second does not
     folder = tmp_path / "out"
     trainer = train(folder, callback)
@@ -589,10 +591,10 @@ def test_training_goes_on_without_the_server_and_the_push_is_retried_at_the_end(
         assert hub.commits("me/t") == ["Training in progress, step 1 of 2"]
         shutil.copytree(made, folder, dirs_exist_ok=True)
         assert callback.push_final(folder) is None
-        assert "push_to_hub.py" in shown[-1] and str(folder) in shown[-1]
+        command = shlex.split(shown[-1].partition("push it later: ")[2])
         hub.start()
-        assert callback.push_final(folder).changed
-        assert hub.commits("me/t")[-1] == "End of training"
+        assert load_script().main(command[2:]) == 0
+        assert hub.commits("me/t")[-1] == "Upload model" and b"61.84" in hub.files("me/t")["README.md"]
     else:
         assert hub.commits("me/t") == ["Training in progress, step 1 of 2", "Training in progress, step 2 of 2"]
     assert not list(folder.glob(".hub_push-*"))
@@ -609,7 +611,7 @@ def saved(folder: Path, step: int, seed: int) -> tuple[SimpleNamespace, SimpleNa
 
 def test_training_does_not_wait_and_a_checkpoint_may_be_deleted_meanwhile(tmp_path, hub):
     callback = hub_module.HubPushCallback("me/t", report=lambda line: None)
-    slow = hub.fault("POST", "/preupload/", "delay", times=9, seconds=0.7)
+    slow = hub.fault("POST", "/preupload/", "delay", times=9, seconds=1.0)
     pushes = [saved(tmp_path, step, seed=step) for step in (1, 2, 3)]
     start = time.monotonic()
     for i, (args, state) in enumerate(pushes):
@@ -618,7 +620,7 @@ def test_training_does_not_wait_and_a_checkpoint_may_be_deleted_meanwhile(tmp_pa
             while not slow.hits:
                 time.sleep(0.01)
             start = time.monotonic()
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 0.9
     weights = [(tmp_path / f"checkpoint-{step}" / "model.safetensors").read_bytes() for step in (1, 2, 3)]
     for step in (1, 2, 3):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
@@ -660,11 +662,7 @@ def test_only_the_main_process_pushes(tmp_path, hub):
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[1] / "scripts" / "push_to_hub.py"
-    spec = importlib.util.spec_from_file_location("push_to_hub", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script()
 
 
 def test_script(folder, hub, script, capsys):
@@ -703,9 +701,8 @@ def test_script_help_begins_with_an_example(script, capsys):
     with pytest.raises(SystemExit) as end:
         script.main(["--help"])
     text = capsys.readouterr().out
-    assert (
-        end.value.code == 0 and "python scripts/push_to_hub.py runs/showcase me/my-vit" in text.split("positional")[0]
-    )
+    assert end.value.code == 0
+    assert text.startswith("usage: python scripts/push_to_hub.py runs/showcase me/my-vit")
 
 
 # Pulled elsewhere: child processes
