@@ -12,7 +12,7 @@ KIND is one or more of
   curves                            of a run's history.csv; several runs compare
   all                               each of these that the input allows
 
-MODEL is a folder or a Hub id of this package's models, or of a run for curves.
+MODEL is a folder, file or Hub id: of this package, or what convert.py reads.
 The files written are listed on standard output.
 """
 
@@ -23,11 +23,12 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
 
-import modeling_vit_scratch  # noqa: F401  registers the auto classes
 from modeling_vit_scratch import plots
-from modeling_vit_scratch.data import LazyImages, collate, decode, load_image, load_raw, load_records
+from modeling_vit_scratch.conversion import convert_checkpoint, image_processor_for
+from modeling_vit_scratch.data import load_records
+from modeling_vit_scratch.metrics import ImageClassificationMetrics
+from modeling_vit_scratch.sources import load_image, load_raw
 
 FILES = {
     "filters": "patch_filters",
@@ -117,7 +118,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Sight:
-    """A model, its processor and its pictures, and what the model makes of them; each is computed once.
+    """A model, its image processor and its pictures, and what the model makes of them.
 
     Args:
         args: The parsed arguments.
@@ -128,117 +129,123 @@ class Sight:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.failed = args, 0
-        self.model, self.processor = _load(args.models[0], args.device)
+        self.model = convert_checkpoint(args.models[0]).to(args.device)
+        self.processor = image_processor_for(args.models[0], self.model) if args.images or args.dataset else None
         self.config = self.model.config
-        self.dataset, self.pictures, self.titles = None, [], []
+        # Classifiers start at zero: one that is still there was never trained, or is not in the checkpoint.
+        self.can_classify = any(bool(p.any()) for p in self.model.classifier.parameters())
+        self.records, self.pictures, self.titles, self._answers = None, [], [], None
         if args.dataset:
-            self.dataset, self.class_names = self._split()
-            shown = range(min(args.max_pictures, len(self.dataset)))
-            self.pictures = [self.dataset[i]["pixel_values"] for i in shown]
-            self.titles = [self.class_names[int(self.dataset[i]["labels"])] for i in shown]
+            self._open_split()
+            shown = range(min(args.max_pictures, len(self.records)))
+            self.pictures = list(self.batch(shown))
+            self.titles = [self.class_names[self.records.labels[i]] for i in shown]
         elif args.images:
             self._read(_files(args.images))
-        self._answers = None
 
     def _read(self, files: list[Path]):
         for file in tqdm(files, desc="Reading", unit="image", delay=2, leave=False):
             try:
-                image = load_image(file, self.config.num_channels)
+                self.pictures += self._process([load_image(file, self.config.num_channels)])
             except (ValueError, OSError) as error:
                 self.failed += 1
                 say(f"{file}: {error}")
                 continue
-            pixels = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
-            self.pictures.append(torch.from_numpy(pixels[0]).round().to(torch.uint8))
             self.titles.append(file.name)
         if not self.pictures:
             raise ValueError(f"none of {len(files)} pictures could be read.")
 
-    def _split(self) -> tuple[torch.utils.data.Dataset, list[str]]:
+    def _open_split(self):
         args = self.args
         raw = load_raw(args.dataset, args.dataset_config_name, image_size=self.config.image_hw)
         limits = {"max_train_samples": args.max_samples, "max_eval_samples": args.max_samples}
         records, names = load_records(raw, args.image_column_name, args.label_column_name, **limits)
         if args.split not in records:
             raise ValueError(f"there is no split {args.split!r}; {args.dataset} has {', '.join(records)}.")
-        records = records[args.split]
+        self.records, self.class_names = records[args.split], names
         own = [self.config.id2label[i] for i in range(self.config.num_labels)]
-        if sorted(own) == sorted(names):  # the same classes, perhaps in another order
-            records.labels = torch.tensor([own.index(name) for name in names]).numpy()[records.labels]
-            names = own
+        if not self.can_classify or own == names:
+            return
+        if sorted(own) == sorted(names):  # the same classes in another order
+            self.records.labels = torch.tensor([own.index(name) for name in names]).numpy()[self.records.labels]
+            self.class_names = own
         elif len(own) == len(names):
             say(f"the model's classes ({own[0]}, ...) have other names than the data's ({names[0]}, ...).")
         else:
             raise ValueError(f"the model has {len(own)} classes, but {args.dataset} has {len(names)}.")
-        channels = self.config.num_channels
-        return decode(records, self.processor, channels) or LazyImages(records, self.processor, channels), names
+
+    def _process(self, images: list) -> torch.Tensor:
+        """Pictures as the model's image processor cuts and resizes them, not yet normalised: uint8 (B, C, H, W)."""
+        pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        return pixels.round().to(torch.uint8)
+
+    def batch(self, indices: range) -> torch.Tensor:
+        """Pictures of the split: uint8 (B, C, H, W)."""
+        return self._process(self.records.images(indices, self.config.num_channels))
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """One picture of the split: uint8 (C, H, W)."""
+        return self.batch(range(index, index + 1))[0]
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W) to what the model takes, as its image processor does."""
+        """uint8 (B, C, H, W) to what the model takes."""
         pixels = pixels.to(self.args.device).float()
         if self.processor.do_rescale:
             pixels = pixels * self.processor.rescale_factor
         if self.processor.do_normalize:
-            mean, std = (
-                torch.tensor(v, device=pixels.device) for v in (self.processor.image_mean, self.processor.image_std)
-            )
-            pixels = (pixels - mean[:, None, None]) / std[:, None, None]
+            for_channels = (self.processor.image_mean, self.processor.image_std)
+            mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in for_channels)
+            pixels = (pixels - mean) / std
         return pixels
 
     @torch.inference_mode()
     def answers(self) -> dict[str, torch.Tensor]:
         """Of every picture of the split: probabilities (n, classes), features (n, D), labels (n,)."""
         if self._answers is None:
-            loader = torch.utils.data.DataLoader(self.dataset, self.args.batch_size, collate_fn=collate)
-            probabilities, features, labels = [], [], []
-            for batch in tqdm(loader, desc="Classifying", unit="batch", delay=2, leave=False):
-                pooled = self.model.vit(self.normalise(batch["pixel_values"])).pooler_output
-                logits = self.model.classifier(self.model.pre_logits(pooled))
-                probabilities.append(logits.float().softmax(dim=1).cpu())
-                features.append(pooled.float().cpu())
-                labels.append(batch["labels"])
-            parts = {"probabilities": probabilities, "features": features, "labels": labels}
-            self._answers = {name: torch.cat(values) for name, values in parts.items()}
+            probabilities, features = [], []
+            with tqdm(total=len(self.records), desc="Classifying", unit="image", delay=2, leave=False) as bar:
+                for start in range(0, len(self.records), self.args.batch_size):
+                    pixels = self.batch(range(start, min(start + self.args.batch_size, len(self.records))))
+                    pooled = self.model.vit(self.normalise(pixels)).pooler_output
+                    logits = self.model.classifier(self.model.pre_logits(pooled))
+                    probabilities.append(logits.float().softmax(dim=1).cpu())
+                    features.append(pooled.float().cpu())
+                    bar.update(len(pixels))
+            self._answers = {
+                "probabilities": torch.cat(probabilities),
+                "features": torch.cat(features),
+                "labels": torch.from_numpy(self.records.labels),
+            }
         return self._answers
 
+    def judgements(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities (n, classes) and labels (n,) of the split.
+
+        Raises:
+            ValueError: The model has no trained classifier.
+        """
+        if not self.can_classify:
+            raise ValueError(f"{self.args.models[0]} has no trained classifier.")
+        answers = self.answers()
+        return answers["probabilities"], answers["labels"]
+
     @torch.inference_mode()
-    def look(self, pictures: list[torch.Tensor]):
-        """The model's output with attention maps for a few pictures."""
-        return self.model(self.normalise(torch.stack(pictures)), output_attentions=True)
+    def look(self, pictures: torch.Tensor):
+        """The model's output with attention maps, of a few pictures (B, C, H, W)."""
+        return self.model(self.normalise(pictures), output_attentions=True)
 
     def distance(self, most: int = 128) -> torch.Tensor:
         """`attention_distance` over up to 128 pictures, as many as in the paper."""
-        pictures = self.pictures
-        if self.dataset is not None:
-            pictures = [self.dataset[i]["pixel_values"] for i in range(min(most, len(self.dataset)))]
+        n = min(most, len(self.pictures if self.records is None else self.records))
         geometry = self.config.grid_hw, self.config.patch_hw, self.config.num_prefix_tokens
         total = 0
-        chunks = range(0, len(pictures[:most]), 8)  # maps are large: 12 MB for each picture of ViT-B/16
-        for start in tqdm(chunks, desc="Measuring", unit="batch", delay=2, leave=False):
-            chunk = pictures[start : min(start + 8, most)]
-            total = total + len(chunk) * plots.attention_distance(self.look(chunk).attentions, *geometry)
-        return total / len(pictures[:most])
-
-
-def _load(name: str, device: str):
-    """A model of this package and its image processor, all weights present."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "vit_scratch":
-            raise ValueError(f"{name} is a {config.model_type!r} model; convert it with scripts/convert.py first.")
-        model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
-    except OSError as error:
-        raise ValueError(f"no model could be loaded from {name}: {str(error).splitlines()[0]}") from error
-    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
-    if wrong:
-        raise ValueError(f"the weights of {name} do not fit: {len(wrong)} are missing or left over, e.g. {wrong[0]}.")
-    try:
-        processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError):
-        height, width = model.config.image_hw
-        processor = ViTImageProcessorPil(size={"height": height, "width": width})
-        say(f"{name} has no image processor: taking mean {processor.image_mean} and std {processor.image_std}.")
-    return model.eval().to(device), processor
+        with tqdm(total=n, desc="Measuring", unit="image", delay=2, leave=False) as bar:
+            for start in range(0, n, 8):  # maps are large: 22 MB for each picture of ViT-B/16
+                end = min(start + 8, n)
+                chunk = torch.stack(self.pictures[start:end]) if self.records is None else self.batch(range(start, end))
+                total = total + len(chunk) * plots.attention_distance(self.look(chunk).attentions, *geometry)
+                bar.update(len(chunk))
+        return total / n
 
 
 def _files(paths: list[str]) -> list[Path]:
@@ -281,29 +288,28 @@ def draw(kind: str, args: argparse.Namespace, sight: Sight | None) -> dict[str, 
         N = config.grid_hw[0] * config.grid_hw[1]
         even = plots.attention_distance([torch.ones(1, 1, N, N)], config.grid_hw, config.patch_hw, 0).item()
         return {name: plots.plot_attention_distance(sight.distance(), uniform=even)}
-    if kind in NEED_LABELS:
+    if kind == "features":
         answers = sight.answers()
-        probabilities, labels = answers["probabilities"], answers["labels"]
-        if kind == "reliability":
-            return {name: plots.plot_reliability(probabilities, labels)}
-        if kind == "features":
-            return {name: plots.plot_features(answers["features"], labels, sight.class_names, seed=args.seed)}
-        images = _Pictures(sight.dataset)
-        return {name: plots.plot_mistakes(images, probabilities, labels, sight.class_names, args.count)}
+        figure = plots.plot_features(answers["features"], answers["labels"], sight.class_names, seed=args.seed)
+        return {name: figure}
+    if kind == "reliability":
+        return {name: plots.plot_reliability(*sight.judgements())}
+    if kind == "mistakes":
+        return {name: plots.plot_mistakes(sight, *sight.judgements(), sight.class_names, args.count)}
 
     pictures, titles = sight.pictures[: args.max_pictures], sight.titles[: args.max_pictures]
     numbers = [""] if len(pictures) == 1 else [f"_{i + 1}" for i in range(len(pictures))]
     if kind == "patches":
         drawn = [plots.plot_patch_sequence(picture, config.patch_hw) for picture in pictures]
         return {f"{name}{number}": figure for number, figure in zip(numbers, drawn, strict=True)}
-    output = sight.look(pictures)
+    output = sight.look(torch.stack(pictures))
     where = config.grid_hw, config.num_prefix_tokens, config.pooling
     if kind == "rollout":
         maps = plots.patch_map(plots.attention_rollout(output.attentions), *where)
-        p, guess = output.logits.float().softmax(dim=1).max(dim=1)
-        titles = [
-            f"{t}: the model says {config.id2label[int(k)]} ({q:.0%})" for t, k, q in zip(titles, guess, p, strict=True)
-        ]
+        if sight.can_classify:
+            p, guess = output.logits.float().softmax(dim=1).max(dim=1)
+            answers = [f"{config.id2label[int(k)]} ({q:.0%})" for k, q in zip(guess, p, strict=True)]
+            titles = [f"{title}: the model says {answer}" for title, answer in zip(titles, answers, strict=True)]
         return {name: plots.plot_attention_rollout(pictures, maps, titles)}
     L = config.num_hidden_layers
     layer = args.layer - 1 if args.layer > 0 else args.layer + L
@@ -315,25 +321,11 @@ def draw(kind: str, args: argparse.Namespace, sight: Sight | None) -> dict[str, 
     return {f"{name}{number}": figure for number, figure in zip(numbers, drawn, strict=True)}
 
 
-class _Pictures:
-    """The pictures of a dataset by index, without their labels."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.dataset[index]["pixel_values"]
-
-
 def _results(args: argparse.Namespace, sight: Sight | None):
     """Confusion matrix, per-class accuracy and class names: of the split, or as the run saved them."""
-    if sight is not None and sight.dataset is not None:
-        answers = sight.answers()
-        from modeling_vit_scratch.metrics import ImageClassificationMetrics
-
-        result = ImageClassificationMetrics().compute(
-            predictions=answers["probabilities"], references=answers["labels"]
-        )
+    if sight is not None and sight.records is not None:
+        probabilities, labels = sight.judgements()
+        result = ImageClassificationMetrics().compute(predictions=probabilities, references=labels)
         return result["confusion_matrix"], result["per_class_accuracy"], sight.class_names
     file = Path(args.models[0]) / "metrics.json"
     if not file.is_file():

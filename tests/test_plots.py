@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from transformers import ViTImageProcessorPil
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, plots
 
@@ -619,7 +619,7 @@ def test_script_says_what_the_model_says(script, folder):
     """The split's answers are those of the model called by hand on processed pictures."""
     sight = script.Sight(script.parse(["features", str(folder), "--dataset", "digits", "--max_samples", "20"]))
     answers = sight.answers()
-    picture = Image.fromarray(sight.dataset[3]["pixel_values"].permute(1, 2, 0).numpy())
+    picture = Image.fromarray(sight[3].permute(1, 2, 0).numpy())
     with torch.no_grad():
         pixels = sight.processor(picture, return_tensors="pt")["pixel_values"]
         logits = sight.model(pixels).logits
@@ -636,6 +636,7 @@ def test_script_finds_classes_by_name(script, folder, tmp_path):
     model.config.id2label = {i: str(9 - i) for i in range(10)}
     model.config.label2id = {str(9 - i): i for i in range(10)}
     model.save_pretrained(tmp_path)
+    ViTImageProcessorPil.from_pretrained(folder).save_pretrained(tmp_path)
     words = ["features", "--dataset", "digits", "--max_samples", "50"]
     straight, turned = (script.Sight(script.parse([words[0], str(path), *words[1:]])) for path in (folder, tmp_path))
     assert turned.class_names == straight.class_names[::-1]
@@ -700,11 +701,35 @@ def test_script_usage(script, words, text, capsys):
 
 def test_script_refuses_what_is_no_model(script, folder, tmp_path, capsys):
     assert script.main(["filters", str(tmp_path / "nothing" / "there" / "x"), "--output", str(tmp_path)]) == 2
-    assert "no model could be loaded" in capsys.readouterr().err
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    assert "there is no file or folder" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert script.main(["filters", str(tmp_path), "--output", str(tmp_path)]) == 2
-    assert "convert" in capsys.readouterr().err
-    encoder = tmp_path / "encoder"
-    ViTScratchForImageClassification.from_pretrained(folder).vit.save_pretrained(encoder)
-    assert script.main(["filters", str(encoder), "--output", str(tmp_path)]) == 2
-    assert "classifier" in capsys.readouterr().err
+    assert capsys.readouterr().err
+
+
+def test_script_takes_encoders_and_other_libraries(script, folder, tmp_path, capsys):
+    """An encoder without a classifier shows what it can; a transformers model is converted on the way."""
+    model = ViTScratchForImageClassification.from_pretrained(folder)
+    processor = ViTImageProcessorPil.from_pretrained(folder)
+    model.vit.save_pretrained(tmp_path / "encoder")
+    processor.save_pretrained(tmp_path / "encoder")
+    words = [str(tmp_path / "encoder"), "--dataset", "digits", "--max_samples", "40", "--output", str(tmp_path / "p")]
+    assert script.main(["features", "rollout", *words]) == 0
+    assert script.main(["mistakes", *words]) == 1
+    assert "no trained classifier" in capsys.readouterr().err
+
+    torch.manual_seed(0)
+    other = ViTForImageClassification(
+        ViTConfig(
+            image_size=32, patch_size=16, hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=8, num_labels=10,
+        )
+    )  # fmt: skip
+    other.save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    words = ["mistakes", "distance", str(tmp_path / "vit"), "--dataset", "digits", "--max_samples", "40"]
+    assert script.main([*words, "--output", str(tmp_path / "q")]) == 0
+    sight = script.Sight(script.parse(words))
+    with torch.no_grad():
+        logits = other.eval()(sight.normalise(sight.batch(range(5)))).logits
+    torch.testing.assert_close(sight.judgements()[0][:5], logits.softmax(1), atol=1e-5, rtol=1e-4)
