@@ -407,6 +407,11 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
     return _table(rows)
 
 
+def _public_name(name: str) -> str:
+    """A data set's name as others may see it: no path of this machine."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def _parts(splits: ImageSplits) -> dict[str, torch.utils.data.Dataset]:
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     return {name: part for name, part in parts.items() if part is not None}
@@ -573,7 +578,13 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     if lazy and args.dataloader_num_workers == 0:
         args.dataloader_num_workers = max((os.cpu_count() or 1) - 1, 1)
     clock, stop = Clock(), StopOnSignal()
-    push, args.push_to_hub = args.push_to_hub, False  # hub.py pushes everything in one commit
+    pushes = None
+    if args.push_to_hub:  # by hub.py, which sends everything in one commit, code files included
+        args.push_to_hub = False
+        repo_id = args.hub_model_id or Path(args.output_dir).name
+        pushes = hub.HubPushCallback(repo_id, bool(args.hub_private_repo), args.hub_revision, args.hub_token)
+        if is_main:
+            hub.prepare_repo(pushes.repo_id, pushes.private, pushes.token)
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
     facts = _run_facts(model.config, splits, args)
@@ -588,7 +599,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         train_dataset=splits.train,
         eval_dataset=splits.validation,
         processing_class=processor,
-        callbacks=[clock, stop],
+        callbacks=[clock, stop, *([pushes] if pushes and args.hub_strategy.value != "end" else [])],
     )
     trainer.add_callback(ResumeLoss(trainer))
     steps, last_rate = _schedule(args, len(trainer.get_train_dataloader()))
@@ -620,7 +631,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     metrics = {
         "task": "image-classification",
         "dataset": {
-            "name": splits.name,
+            "name": _public_name(splits.name),
             "splits": {name: len(part) for name, part in _parts(splits).items()},
             "class_names": splits.class_names,
         },
@@ -670,14 +681,17 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
     }
-    metrics["command"] = shlex.join(["python", *sys.argv])
+    metrics["command"] = hub.public_command(shlex.join(["python", *sys.argv]), data_name)
     if is_main:
-        _finish(folder, metrics, trainer.state.log_history, push, args)
+        _finish(folder, metrics, trainer.state.log_history)
+        pushed = pushes and pushes.push_final(folder)
+        if pushed:
+            print(f"Pushed to {pushed.url}")
     return metrics
 
 
-def _finish(folder: Path, metrics: dict, log_history: list[dict], push: bool, args: ImageTrainingArguments):
-    """Write what people look at: numbers, curves, card; say the result; push if asked."""
+def _finish(folder: Path, metrics: dict, log_history: list[dict]):
+    """Write what people look at: numbers, curves, card; say the result."""
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     _write_history(folder, log_history)
     final = "test" if "test" in metrics else "validation"
@@ -702,8 +716,3 @@ def _finish(folder: Path, metrics: dict, log_history: list[dict], push: bool, ar
     )
     shown["everything is in"] = folder
     print(_table(shown))
-    if push:
-        url = hub.push_folder(
-            folder, args.hub_model_id or folder.name, private=bool(args.hub_private_repo), token=args.hub_token
-        )
-        print(f"Pushed to {url}")

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser
 
 from modeling_vit_scratch.data import DIGITS, default_dataset
+from modeling_vit_scratch.hub import HubError
 from modeling_vit_scratch.training import DataArguments, ImageTrainingArguments, ModelArguments, finetune
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"finetune.py: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, HubError) as error:
         print(f"finetune.py: {error}", file=sys.stderr)
         return 1
     return 0 if result is not None else 130  # 130: stopped by Ctrl-C, as shells count it

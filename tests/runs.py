@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,7 @@ def fork_run(argv: list[str], processes: int = 1, log: Path | None = None) -> li
         code = 70
         try:
             os.setpgid(0, 0)
+            torch.set_num_threads(1)  # the OpenMP threads of the parent do not survive the fork
             if log is not None:
                 descriptor = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(descriptor, 1)

@@ -62,6 +62,8 @@ def test_importing_a_script_does_nothing(script):
 
 
 def test_files_that_the_readme_names_exist():
-    named = re.findall(r"(?:scripts|modeling_vit_scratch|tests)/[\w./-]+\.(?:py|yaml|png|svg)", (ROOT / "README.md").read_text())
+    named = re.findall(
+        r"(?:scripts|modeling_vit_scratch|tests)/[\w./-]+\.(?:py|yaml|png|svg)", (ROOT / "README.md").read_text()
+    )
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []

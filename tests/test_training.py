@@ -140,7 +140,10 @@ def test_killed_while_saving_leaves_no_visible_checkpoint(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"config_overrides": "hidden_size=32,num_attention_heads=2,intermediate_size=16"}, ["hidden_size", "16", "32"]),
+        (
+            {"config_overrides": "hidden_size=32,num_attention_heads=2,intermediate_size=16"},
+            ["hidden_size", "16", "32"],
+        ),
         ({"per_device_train_batch_size": 16}, ["per_device_train_batch_size", "64", "16"]),
         ({"max_train_samples": 300}, ["images", "320", "300"]),
         ({"seed": 7}, ["seed", "42", "7"]),

@@ -1,0 +1,96 @@
+"""SIGKILL at any moment, then resume: weights, history and metrics are those of the run that was never stopped."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import RANDOM, fork_run, history, options, wait_all, weights
+
+from modeling_vit_scratch import checkpoints, training
+
+KILLS = ("step", "saving", "evaluating", "step", "saving")  # for each number of workers and processes
+
+
+def settings(output: Path, workers: int) -> list[str]:
+    """Augmentation, dropout, stochastic depth, a scheduler; saving, evaluating and logging out of step."""
+    return options(
+        output, config_overrides=RANDOM, per_device_train_batch_size=8, num_train_epochs=3, save_strategy="steps",
+        eval_strategy="steps", save_steps=8, eval_steps=8, logging_steps=3, lr_scheduler_type="cosine",
+        warmup_steps=0.1, label_smoothing_factor=0.1, crop_padding=2, dataloader_num_workers=workers,
+    )  # fmt: skip
+
+
+def finish(argv: list[str], processes: int, log: Path):
+    assert wait_all(fork_run(argv, processes, log)) == [0] * processes, Path(f"{log}.0").read_text()[-3000:]
+
+
+def kill(argv: list[str], processes: int, log: Path, moment: str, marker: Path, rng: random.Random):
+    """Start a run, and kill all its processes in mid-step, mid-save or mid-evaluation."""
+    output = Path(argv[argv.index("--output_dir") + 1])
+    ids = fork_run(argv, processes, log)
+    due = rng.randrange(1, 8)  # which save or evaluation
+    deadline = time.monotonic() + 100
+    seen = set()
+    while time.monotonic() < deadline:
+        if moment == "saving" and (output / checkpoints.STAGING).exists():
+            if len(checkpoints.list_checkpoints(output)) + len(seen) >= min(due, 2):
+                time.sleep(rng.uniform(0, 0.02))
+                break
+            seen.add(len(seen))
+        elif moment == "evaluating" and marker.exists() and marker.stat().st_size >= due:
+            time.sleep(rng.uniform(0, 0.02))
+            break
+        elif moment == "step" and marker.exists():
+            time.sleep(rng.uniform(0, 1.5))
+            break
+        time.sleep(0.0005)
+    for child in ids:
+        os.kill(child, signal.SIGKILL)
+    return wait_all(ids)
+
+
+def outcome(folder: Path) -> tuple:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return history(folder), metrics["validation"], metrics["test"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (2, 1), (0, 2), (2, 2)])
+def test_killed_and_resumed_is_identical(tmp_path, monkeypatch, workers, processes):
+    marker = tmp_path / "evaluations"
+    evaluate = training.ImageTrainer.evaluate
+
+    def marked(self, *args, **kwargs):
+        with open(marker, "a") as file:
+            file.write(".")
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.ImageTrainer, "evaluate", marked)
+    reference = tmp_path / "reference"
+    finish(settings(reference, workers), processes, tmp_path / "log")
+    expected, expected_weights = outcome(reference), weights(reference)
+    rng = random.Random(workers * 10 + processes)
+    identical = killed = 0
+    for number, moment in enumerate(KILLS):
+        output = tmp_path / f"run{number}"
+        argv = settings(output, workers)
+        marker.unlink(missing_ok=True)
+        codes = kill(argv, processes, tmp_path / "log", moment, marker, rng)
+        killed += -signal.SIGKILL in codes
+        last, notes = checkpoints.last_good_checkpoint(output)
+        assert notes == [], "a checkpoint became visible before it was whole"
+        if last is None:
+            shutil.rmtree(output, ignore_errors=True)
+        finish(argv if last is None else [*argv, "--resume_from_checkpoint", "last"], processes, tmp_path / "log")
+        same = all(torch.equal(tensor, weights(output)[name]) for name, tensor in expected_weights.items())
+        assert same and outcome(output) == expected, f"{moment} kill, resumed from {last and last.name}"
+        identical += 1
+    print(f"{killed} kills, {identical} identical (workers {workers}, processes {processes})")
+    assert killed == identical == len(KILLS)
