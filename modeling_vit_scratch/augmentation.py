@@ -6,11 +6,23 @@ drawn, whatever was prefetched when it stopped.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+# RandAugment (Cubuk et al., 2020, sec. 3), in the order of its list.
+RAND_AUGMENT_OPS = (
+    "identity", "auto_contrast", "equalize", "rotate", "solarize", "color", "posterize", "contrast", "brightness",
+    "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
+)  # fmt: skip
+TABLE_OPS = ("auto_contrast", "equalize", "solarize", "posterize", "contrast", "brightness")
+BLEND_OPS = ("color", "sharpness")
+AFFINE_OPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+# Streams of randomness of one batch: switching one operation on or off leaves the others' draws as they are.
+_RAND_AUGMENT, _ERASING, _MIXING = 1, 2, 3
 
 
 def stateless_generator(*key: int) -> torch.Generator:
@@ -18,6 +30,9 @@ def stateless_generator(*key: int) -> torch.Generator:
     # SeedSequence mixes all bits of all numbers: neighbouring keys give unrelated streams.
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+# One picture in a worker process
 
 
 def crop_box(size: tuple[int, int], scale: float, key: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -42,6 +57,9 @@ def crop_box(size: tuple[int, int], scale: float, key: tuple[int, ...]) -> tuple
             left, top = generator.integers(width - w + 1), generator.integers(height - h + 1)
             return int(left), int(top), int(left + w), int(top + h)
     return 0, 0, width, height
+
+
+# Batches: crop and flip
 
 
 def random_crop(images: torch.Tensor, padding: int, mode: str, generator: torch.Generator) -> torch.Tensor:
@@ -70,10 +88,300 @@ def random_flip(images: torch.Tensor, p: float, generator: torch.Generator) -> t
     return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
+# Batches: RandAugment
+
+
+def draw_rand_augment(batch: int, num_ops: int, key: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which operations, and in which direction, each picture gets; a function of the key alone.
+
+    Returns:
+        int64 (num_ops, B), indices into `RAND_AUGMENT_OPS`; and float32 (num_ops, B), -1 or 1. On the CPU.
+    """
+    generator = np.random.default_rng(key)
+    ops = generator.integers(len(RAND_AUGMENT_OPS), size=(num_ops, batch))
+    signs = generator.integers(2, size=(num_ops, batch)) * 2 - 1
+    return torch.from_numpy(ops), torch.from_numpy(signs).float()
+
+
+def rand_augment(
+    images: torch.Tensor, ops: torch.Tensor, signs: torch.Tensor, magnitude: float, fill: list[int]
+) -> torch.Tensor:
+    """RandAugment (Cubuk et al., 2020), byte for byte as with PIL: uint8 (B, C, H, W) -> uint8 (B, C, H, W).
+
+    The ranges are AutoAugment's (Cubuk et al., 2019, table 6), reached at magnitude 10: shear 0.3, translation 150/331
+    of the side, rotation 30 degrees, enhancement factors 1 +- 0.9, posterize to 4 bits, solarize everything.
+
+    Args:
+        images: 1 or 3 channels.
+        ops: int64 (N, B), on the CPU: what each picture goes through, one row after the other.
+        signs: float32 (N, B), on the CPU: direction, -1 or 1, of operations that have one.
+        magnitude: In [0, 10].
+        fill: Of pixels that come from outside, one byte per channel.
+    """
+    for op, sign in zip(ops, signs, strict=True):
+        groups = ((TABLE_OPS, _by_table), (BLEND_OPS, _by_blend), (AFFINE_OPS, _by_affine))
+        result = images.clone()
+        for names, function in groups:
+            members = [RAND_AUGMENT_OPS.index(name) for name in names]
+            # Sorted by operation, so that each is one slice of the group.
+            index = torch.cat([(op == member).nonzero()[:, 0] for member in members])
+            counts = [int((op == member).sum()) for member in members]
+            if len(index) == 0:
+                continue
+            strength = (sign[index].double() * (magnitude / 10)).to(images.device)
+            index = index.to(images.device)
+            slices = dict(zip(names, _slices(counts), strict=True))
+            result[index] = function(images[index], slices, strength, magnitude / 10, fill)
+        images = result
+    return images
+
+
+def _slices(counts: list[int]) -> list[slice]:
+    ends = np.cumsum(counts).tolist()
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def _grey(images: torch.Tensor) -> torch.Tensor:
+    """Luminance by ITU-R 601-2 as PIL rounds it: uint8 (n, C, H, W) -> int32 (n, 1, H, W)."""
+    if images.shape[1] == 1:
+        return images.int()
+    red, green, blue = images.int().split(1, dim=1)
+    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+
+
+def _blend(base: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """base + factor (images - base), in float32, clipped and cut off to bytes."""
+    base = base.float()
+    return (base + factor.float() * (images.float() - base)).clamp(0, 255).byte()
+
+
+def _by_table(images, slices, strength, magnitude, fill) -> torch.Tensor:
+    """Operations that map each value of a channel to another, by look-up tables uint8 (n, C, 256)."""
+    n, C, H, W = images.shape
+    values = torch.arange(256, device=images.device)
+    table = values.byte().repeat(n, C, 1)
+    pixels = images.flatten(2).long()  # (n, C, H * W)
+
+    rows = slices["auto_contrast"]
+    if rows.start < rows.stop:
+        low, high = (bound.double()[..., None] for bound in pixels[rows].aminmax(dim=2))
+        scale = high.new_tensor(255) / (high - low)  # 255 / ... would round twice
+        stretched = (values * scale + -low * scale).clamp(0, 255).byte()  # float64, in PIL's order
+        table[rows] = torch.where(high > low, stretched, table[rows])
+
+    rows = slices["equalize"]
+    if rows.start < rows.stop:
+        selected = pixels[rows]
+        histogram = torch.zeros(len(selected), C, 256, dtype=torch.int64, device=images.device)
+        histogram.scatter_add_(2, selected, torch.ones_like(selected))
+        brightest = histogram.gather(2, selected.amax(2, keepdim=True))
+        step = (H * W - brightest).div(255, rounding_mode="floor")  # (n, C, 1)
+        before = histogram.cumsum(2) - histogram
+        level = (before + step // 2).div(step.clamp(min=1), rounding_mode="floor").clamp(max=255)
+        table[rows] = torch.where(step > 0, level.byte(), table[rows])
+
+    rows = slices["solarize"]
+    table[rows] = torch.where(values < 256 * (1 - magnitude), values, 255 - values).byte()
+
+    rows = slices["posterize"]
+    table[rows] = (values & (0xFF << round(4 * magnitude))).byte()
+
+    rows = slices["contrast"]
+    total = _grey(images[rows]).long().sum((1, 2, 3))
+    mean = (2 * total + H * W) // (2 * H * W)  # rounded half up
+    table[rows] = _blend(mean.view(-1, 1, 1), values, 1 + 0.9 * strength[rows].view(-1, 1, 1)).expand(-1, C, -1)
+
+    rows = slices["brightness"]
+    table[rows] = _blend(torch.zeros_like(values), values, 1 + 0.9 * strength[rows].view(-1, 1, 1)).expand(-1, C, -1)
+    return table.gather(2, pixels).view(n, C, H, W)
+
+
+def _by_blend(images, slices, strength, magnitude, fill) -> torch.Tensor:
+    """Operations that move a picture to or from another one made of it: its grey, or its smoothed version."""
+    base = images.clone()
+    base[slices["color"]] = _grey(images[slices["color"]]).byte()
+    rows = slices["sharpness"]
+    sharp = images[rows].int()
+    if sharp.numel() and min(sharp.shape[2:]) > 2:  # borders stay as they are
+        H, W = sharp.shape[2:]
+        around = sum(sharp[:, :, i : H - 2 + i, j : W - 2 + j] for i in range(3) for j in range(3))
+        base[rows, :, 1:-1, 1:-1] = ((2 * (around + 4 * sharp[:, :, 1:-1, 1:-1]) + 13) // 26).byte()  # rounded / 13
+    return _blend(base, images, 1 + 0.9 * strength.view(-1, 1, 1, 1))
+
+
+def _by_affine(images, slices, strength, magnitude, fill) -> torch.Tensor:
+    """Operations that move pixels: an affine map from each pixel to the nearest one it comes from."""
+    n, C, H, W = images.shape
+    matrix = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64, device=images.device).repeat(n, 1)
+    rows = slices["rotate"]
+    angle = strength[rows] * -math.radians(30)
+    cos, sin = angle.cos(), angle.sin()
+    x, y = W / 2, H / 2
+    matrix[rows] = torch.stack([cos, sin, x - x * cos - y * sin, -sin, cos, y + x * sin - y * cos], dim=1)
+    for name, column, reach in (
+        ("shear_x", 1, 0.3), ("shear_y", 3, 0.3), ("translate_x", 2, 150 / 331 * W), ("translate_y", 5, 150 / 331 * H),
+    ):  # fmt: skip
+        matrix[slices[name], column] = strength[slices[name]] * reach
+    # From the middle of a pixel, in whole 1/65536 of a pixel: exact, and so the same on every device.
+    matrix[:, 2] += (matrix[:, 0] + matrix[:, 1]) / 2
+    matrix[:, 5] += (matrix[:, 3] + matrix[:, 4]) / 2
+    a, b, c, d, e, f = (matrix * 65536 + 0.5).floor().long()[:, :, None, None].unbind(1)  # (n, 1, 1) each
+    across, down = torch.arange(W, device=images.device), torch.arange(H, device=images.device)[:, None]
+    x, y = (a * across + b * down + c) >> 16, (d * across + e * down + f) >> 16  # (n, H, W)
+    inside = ((x >= 0) & (x < W) & (y >= 0) & (y < H))[:, None]
+    source = (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)).view(n, 1, H * W).expand(-1, C, -1)
+    outside = torch.tensor(fill, dtype=torch.uint8, device=images.device).view(1, C, 1, 1)
+    return torch.where(inside, images.flatten(2).gather(2, source).view(n, C, H, W), outside)
+
+
+# Batches: random erasing
+
+
+def draw_erasing(batch: int, size: tuple[int, int], p: float, key: tuple[int, ...]) -> np.ndarray:
+    """Rectangles of random erasing (Zhong et al., 2020, alg. 1); a function of the key alone.
+
+    The area is uniform in [0.02, 0.4] of the picture's and the aspect ratio uniform in [0.3, 1 / 0.3], the published
+    settings; the position is uniform among those that fit.
+
+    Args:
+        batch: Number of pictures B.
+        size: (height, width) in pixels.
+        p: Probability in [0, 1].
+        key: What the randomness is a function of.
+
+    Returns:
+        int64 (B, 4): top, left, height, width in pixels; height and width 0 for a picture that stays as it is.
+    """
+    generator = np.random.default_rng(key)
+    H, W = size
+    area = generator.uniform(0.02, 0.4, (batch, 10)) * H * W
+    ratio = generator.uniform(0.3, 1 / 0.3, (batch, 10))
+    height, width = np.rint(np.sqrt(area * ratio)).astype(int), np.rint(np.sqrt(area / ratio)).astype(int)
+    fits = (height < H) & (width < W) & (height > 0) & (width > 0)
+    first = fits.argmax(1)[:, None]  # of ten draws
+    erased = fits.any(1) & (generator.random(batch) < p)
+    height, width = (np.take_along_axis(side, first, 1)[:, 0] * erased for side in (height, width))
+    top, left = generator.integers(H - height + 1), generator.integers(W - width + 1)
+    return np.stack([top, left, height, width], axis=1)
+
+
+def random_erasing(images: torch.Tensor, boxes: np.ndarray, key: tuple[int, ...]) -> torch.Tensor:
+    """Fill each picture's rectangle with noise, uniform in [0, 255]: uint8 (B, C, H, W) -> uint8 (B, C, H, W).
+
+    Args:
+        boxes: int64 (B, 4), as `draw_erasing` gives them.
+        key: What the noise is a function of.
+    """
+    erased = np.flatnonzero(boxes[:, 2] * boxes[:, 3])
+    noise = np.random.default_rng(key).integers(256, size=(len(erased), *images.shape[1:]), dtype=np.uint8)
+    inside = _inside(boxes[erased], images)
+    index = torch.from_numpy(erased).to(images.device)
+    images = images.clone()
+    images[index] = torch.where(inside, torch.from_numpy(noise).to(images.device), images[index])
+    return images
+
+
+def _inside(boxes: np.ndarray, images: torch.Tensor) -> torch.Tensor:
+    """Whether a pixel lies in its picture's box (top, left, height, width): bool (n, 1, H, W)."""
+    top, left, height, width = torch.from_numpy(boxes).to(images.device).view(-1, 4, 1, 1, 1).unbind(1)
+    down = torch.arange(images.shape[2], device=images.device)[:, None]
+    across = torch.arange(images.shape[3], device=images.device)
+    return (down >= top) & (down < top + height) & (across >= left) & (across < left + width)
+
+
+# Batches: mixing
+
+
+def draw_mixing(
+    batch: int, size: tuple[int, int], mixup_alpha: float, cutmix_alpha: float, p: float, key: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What mixup (Zhang et al., 2018) and cutmix (Yun et al., 2019, eq. 2) do; a function of the key alone.
+
+    With both, each mixed picture gets the one or the other at even odds.
+
+    Args:
+        batch: Number of pictures B.
+        size: (height, width) in pixels.
+        mixup_alpha: Of the Beta distribution of shares; 0 for no mixup.
+        cutmix_alpha: Likewise for cutmix.
+        p: Probability in [0, 1] that a picture is mixed.
+        key: What the randomness is a function of.
+
+    Returns:
+        int64 (B,), whom each picture is mixed with, a permutation; float32 (B,), mixup's share of its own pixels; and
+        int64 (B, 4), cutmix's box (top, left, height, width), which the partner's pixels fill.
+    """
+    generator = np.random.default_rng(key)
+    H, W = size
+    partners = generator.permutation(batch)
+    mixed = generator.random(batch) < p
+    cut = generator.random(batch) < (0 if not cutmix_alpha else 0.5 if mixup_alpha else 1)
+    shares = generator.beta(mixup_alpha or 1, mixup_alpha or 1, batch)
+    shares = np.where(mixed & ~cut & bool(mixup_alpha), shares, 1)
+    side = np.sqrt(1 - generator.beta(cutmix_alpha or 1, cutmix_alpha or 1, batch)) * (mixed & cut)
+    bounds = []
+    for length in (H, W):  # a box around a point anywhere, clipped
+        center, reach = generator.integers(length, size=batch), (length * side).astype(int)
+        low, high = (center - reach // 2).clip(0, length), (center - reach // 2 + reach).clip(0, length)
+        bounds += [low, high - low]
+    top, height, left, width = bounds
+    return partners, shares.astype(np.float32), np.stack([top, left, height, width], axis=1)
+
+
+def mix(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    num_labels: int,
+    partners: np.ndarray,
+    shares: np.ndarray,
+    boxes: np.ndarray,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix pictures and labels as `draw_mixing` says; a label's share is the share of its pixels.
+
+    Args:
+        images: Floating point (B, C, H, W).
+        labels: int64 (B,).
+        num_labels: Number of classes K.
+
+    Returns:
+        Pictures (B, C, H, W) and class probabilities, float32 (B, K).
+    """
+    partners, shares = (torch.from_numpy(value).to(images.device) for value in (partners, shares))
+    own = torch.where(_inside(boxes, images), 0, shares.view(-1, 1, 1, 1))  # (B, 1, H, W)
+    share = own.mean((1, 2, 3))[:, None]
+    targets = F.one_hot(labels, num_labels).float()
+    images = images[partners].lerp(images, own.to(images.dtype))
+    return images, share * targets + (1 - share) * targets[partners]
+
+
+# Normalisation, and all of it
+
+
 def normalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """Bytes to normalised floats, as the image processor does: uint8 (B, C, H, W) -> float32 (B, C, H, W)."""
     mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
     return (images.float() / 255 - mean) / std
+
+
+AUGMENTATIONS = ("crop", "flip", "rand_augment", "erasing", "mixup", "cutmix")
+
+
+def parse_until(text: str | float | None) -> dict[str, float]:
+    """When augmentations stop: "0.9" (all of them) or "mixup=0.8,rand_augment=0.9", as shares of the training.
+
+    Raises:
+        ValueError: The text has another form.
+    """
+    until = {}
+    for item in filter(None, str("" if text is None else text).replace(" ", "").split(",")):
+        name, separator, share = item.rpartition("=")
+        try:
+            until |= dict.fromkeys([name] if separator else AUGMENTATIONS, float(share))
+        except ValueError as error:
+            raise ValueError(
+                f"{item!r} is not of the form name=share, e.g. mixup=0.9, nor a share of the training for all."
+            ) from error
+    return until
 
 
 @dataclass(frozen=True)
@@ -87,6 +395,14 @@ class Augmentation:
         crop_mode: "constant" or "reflect".
         horizontal_flip: Probability in [0, 1].
         seed: What all randomness is a function of, with the step and the rank.
+        rand_augment_ops: Operations of RandAugment that each picture goes through; 0 switches it off.
+        rand_augment_magnitude: Their strength in [0, 10]; see `rand_augment`.
+        erasing: Probability in [0, 1] of erasing a rectangle; see `draw_erasing`.
+        mixup_alpha: Of the Beta distribution of shares; 0 switches mixup off. See `draw_mixing`.
+        cutmix_alpha: Likewise for cutmix.
+        mix_probability: In [0, 1]: how many pictures are mixed, with either.
+        num_labels: Number of classes; needed for mixing.
+        until: Of `AUGMENTATIONS`, by name: the share of the training, in [0, 1], after which it stops; 1 if not named.
     """
 
     mean: list[float]
@@ -95,26 +411,86 @@ class Augmentation:
     crop_mode: str = "constant"
     horizontal_flip: float = 0.0
     seed: int = 0
+    rand_augment_ops: int = 0
+    rand_augment_magnitude: float = 5.0
+    erasing: float = 0.0
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    mix_probability: float = 1.0
+    num_labels: int | None = None
+    until: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.crop_padding < 0:
             raise ValueError(f"crop_padding ({self.crop_padding}) must be at least 0 pixels.")
         if self.crop_mode not in ("constant", "reflect"):
             raise ValueError(f"crop_mode ({self.crop_mode!r}) must be 'constant' or 'reflect'.")
-        if not 0 <= self.horizontal_flip <= 1:
-            raise ValueError(f"horizontal_flip ({self.horizontal_flip}) must be a probability in [0, 1].")
+        for name in ("horizontal_flip", "erasing", "mix_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be a probability in [0, 1].")
+        for name in ("rand_augment_ops", "mixup_alpha", "cutmix_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0, which switches it off.")
+        if not 0 <= self.rand_augment_magnitude <= 10:
+            raise ValueError(f"rand_augment_magnitude ({self.rand_augment_magnitude}) must be in [0, 10].")
+        if self.rand_augment_ops and len(self.mean) not in (1, 3):
+            raise ValueError(f"RandAugment knows grey and RGB, not {len(self.mean)} channels; set rand_augment_ops=0.")
+        if (self.mixup_alpha or self.cutmix_alpha) and (self.num_labels or 0) < 2:
+            raise ValueError(f"mixup and cutmix need num_labels ({self.num_labels}), the number of classes.")
+        for name, share in self.until.items():
+            if name not in AUGMENTATIONS:
+                raise ValueError(f"until: {name!r} is none of {', '.join(AUGMENTATIONS)}.")
+            if not 0 <= share <= 1:
+                raise ValueError(f"until: {name} ({share}) must be a share of the training in [0, 1].")
 
-    def __call__(self, images: torch.Tensor, step: int, rank: int) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, step: int, rank: int, progress: float = 0.0) -> torch.Tensor:
         """Augment and normalise a batch: uint8 (B, C, H, W) -> float32 (B, C, H, W), on the images' device.
 
         Args:
             images: On any device.
             step: Batches this rank has trained on before, over the whole run.
             rank: Of this process.
+            progress: Share of the training that is done, in [0, 1].
         """
-        generator = stateless_generator(self.seed, step, rank)
-        if self.crop_padding:
+        key = (self.seed, step, rank)
+        generator = stateless_generator(*key)
+        if self.crop_padding and self._is_on("crop", progress):
             images = random_crop(images, self.crop_padding, self.crop_mode, generator)
-        if self.horizontal_flip:
+        if self.horizontal_flip and self._is_on("flip", progress):
             images = random_flip(images, self.horizontal_flip, generator)
+        if self.rand_augment_ops and self._is_on("rand_augment", progress):
+            ops, signs = draw_rand_augment(len(images), self.rand_augment_ops, (*key, _RAND_AUGMENT))
+            fill = [round(255 * value) for value in self.mean]
+            images = rand_augment(images, ops, signs, self.rand_augment_magnitude, fill)
+        if self.erasing and self._is_on("erasing", progress):
+            boxes = draw_erasing(len(images), images.shape[2:], self.erasing, (*key, _ERASING))
+            images = random_erasing(images, boxes, (*key, _ERASING, 1))
         return normalize(images, self.mean, self.std)
+
+    def with_labels(
+        self, images: torch.Tensor, labels: torch.Tensor, step: int, rank: int, progress: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augment, normalise and mix a batch.
+
+        Args:
+            images: uint8 (B, C, H, W), on any device.
+            labels: int64 (B,), on the same.
+            step: Batches this rank has trained on before, over the whole run.
+            rank: Of this process.
+            progress: Share of the training that is done, in [0, 1].
+
+        Returns:
+            float32 (B, C, H, W); and the labels as they were, or, where pictures are mixed, class probabilities,
+            float32 (B, K).
+        """
+        images = self(images, step, rank, progress)
+        mixup_alpha = self.mixup_alpha if self._is_on("mixup", progress) else 0
+        cutmix_alpha = self.cutmix_alpha if self._is_on("cutmix", progress) else 0
+        if not (mixup_alpha or cutmix_alpha):
+            return images, labels
+        key = (self.seed, step, rank, _MIXING)
+        drawn = draw_mixing(len(images), images.shape[2:], mixup_alpha, cutmix_alpha, self.mix_probability, key)
+        return mix(images, labels, self.num_labels, *drawn)
+
+    def _is_on(self, name: str, progress: float) -> bool:
+        return progress < self.until.get(name, 1.0) or self.until.get(name, 1.0) == 1.0
