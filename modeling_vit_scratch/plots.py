@@ -561,11 +561,14 @@ def plot_position_similarity(position_embeddings: torch.Tensor, grid_hw: tuple[i
     Args:
         position_embeddings: (1, P, D).
         grid_hw: Patches (down, across).
-        most: Tiles down and across; of larger grids evenly spaced patches are compared.
+        most: Tiles down and across; of larger or very long grids evenly spaced patches are compared.
     """
     h, w = grid_hw
     similarity = position_similarity(position_embeddings, grid_hw).numpy()
-    rows, columns = (np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(int)) for size in grid_hw)
+    down, across = min(h, most), min(w, most)
+    across = min(across, max(2, 16 * down * h // w))  # at most 16 times as wide as high, 4 times as high as wide
+    down = min(down, max(2, 4 * across * w // h))
+    rows, columns = (np.linspace(0, n - 1, k).round().astype(int) for n, k in ((h, down), (w, across)))
     cell = math.ceil(24 / min(h, w))  # canvas pixels, so that the gaps can be narrow
     high, wide, gap = h * cell, w * cell, 3 if min(h, w) <= 24 else math.ceil(min(h, w) / 8)
     canvas = np.full((len(rows) * (high + gap) - gap, len(columns) * (wide + gap) - gap), np.nan)
@@ -576,7 +579,8 @@ def plot_position_similarity(position_embeddings: torch.Tensor, grid_hw: tuple[i
 
     flat = canvas.shape[1] > 4 * canvas.shape[0]
     scale = (9.0 if flat else 5.2) / max(canvas.shape)  # inches
-    figure = _figure(scale * canvas.shape[1] + (0.6 if flat else 1.4), scale * canvas.shape[0] + (1.7 if flat else 0.9))
+    width = max(scale * canvas.shape[1] + (0.6 if flat else 1.4), 3.8)
+    figure = _figure(width, scale * canvas.shape[0] + (1.7 if flat else 0.9))
     axes = figure.subplots()
     low = min(0.0, math.floor(4 * similarity.min()) / 4)
     image = axes.imshow(canvas, cmap="cividis", vmin=low, vmax=1, interpolation="nearest")
@@ -781,7 +785,7 @@ def plot_features(
 ) -> Figure:
     """Features in the plane, by PCA and by t-SNE, in the classes' colours and shapes; see `project_features`.
 
-    Up to 20 classes are in the legend; of more, the name stands at the median of the class.
+    Of more than 20 classes the number stands at the class's median; up to 120 are in the legend.
 
     Args:
         features: (n, D), e.g. `pooler_output`.
@@ -798,17 +802,27 @@ def plot_features(
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:most].sort().values
     features, labels = features[chosen], labels[chosen]
 
-    figure = _figure(9.6, 4.9)
+    many = classes > 20
+    legend = {"ncols": 8, "fontsize": 6, "columnspacing": 1} if many else {"ncols": 5, "fontsize": 9}
+    figure = _figure(9.6, 4.5 + (0.13 if many else 0.2) * math.ceil(min(classes, 120) / legend["ncols"]))
     for axes, method in zip(figure.subplots(1, 2), ("pca", "tsne"), strict=True):
         points, share = project_features(features, method, seed)
         for k in labels.unique().tolist():
             x, y = points[labels == k].T
             style = {"color": CATEGORIES[k % len(CATEGORIES)], "marker": MARKERS[k % len(MARKERS)]}
-            axes.scatter(x, y, s=10, alpha=0.75, linewidths=0, label=names[k], rasterized=True, **style)
-            if classes > 20:
-                text = axes.text(x.median(), y.median(), names[k], fontsize=6, ha="center", va="center")
+            axes.scatter(
+                x,
+                y,
+                s=10,
+                alpha=0.75,
+                linewidths=0,
+                label=f"{k} {names[k]}" if many else names[k],
+                rasterized=True,
+                **style,
+            )
+            if many and method == "tsne":
+                text = axes.text(x.median(), y.median(), str(k), fontsize=7, ha="center", va="center")
                 text.set_path_effects([withStroke(linewidth=2, foreground="white")])
-                _plain(text)
         axes.set_aspect("equal", adjustable="datalim")
         if method == "pca":
             axes.set(xlabel=f"component 1 ({share[0]:.0%} of the variance)", title="PCA")
@@ -816,9 +830,9 @@ def plot_features(
         else:
             axes.set(xlabel="no unit: only nearness counts", title="t-SNE", xticks=[], yticks=[])
         _tidy(axes)
-    if classes <= 20:
+    if classes <= 120:
         handles = figure.axes[0].get_legend_handles_labels()[0]
-        _legend(figure, handles, loc="outside lower center", ncols=min(5, len(handles)), markerscale=2)
+        _legend(figure, handles, loc="outside lower center", markerscale=1.3 if many else 2, **legend)
     figure.suptitle(f"Features of {len(labels):,} pictures", fontsize=11)
     return figure
 
