@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
+from modeling_vit_scratch import augmentation as augmentation_module
 from modeling_vit_scratch.augmentation import (
     AUGMENTATIONS,
     RAND_AUGMENT_OPS,
@@ -386,11 +387,16 @@ def test_nothing_but_normalisation_by_default():
     assert same_labels is labels
 
 
-def test_a_function_of_seed_step_and_rank_only():
-    images, labels = photos(32), torch.arange(32) % 10
+@pytest.mark.parametrize(
+    "used", [("crop", "flip"), ("rand_augment",), ("erasing",), ("mixup", "cutmix"), AUGMENTATIONS]
+)
+def test_a_function_of_seed_step_and_rank_only(used):
+    images, labels = noise(64), torch.arange(64) % 10
+    off = dict.fromkeys(set(AUGMENTATIONS) - set(used), 0.0)
+    fields = EVERYTHING | {"erasing": 1.0}
 
     def run(seed=0, step=5, rank=1):
-        return Augmentation(MEAN, STD, seed=seed, **EVERYTHING).with_labels(images, labels, step, rank)
+        return Augmentation(MEAN, STD, seed=seed, until=off, **fields).with_labels(images, labels, step, rank)
 
     first, targets = run()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
@@ -400,6 +406,16 @@ def test_a_function_of_seed_step_and_rank_only():
     for other in (run(seed=1), run(step=6), run(rank=0), run(step=1, rank=5)):
         same = (other[0] == first).flatten(1).all(1)
         assert same.float().mean() < 0.1, "each of seed, step and rank changes nearly every picture"
+
+
+def test_each_draw_has_a_stream_of_its_own(monkeypatch):
+    keys = []
+    for name in ("draw_rand_augment", "draw_erasing", "random_erasing", "draw_mixing"):
+        function = getattr(augmentation_module, name)
+        monkeypatch.setattr(augmentation_module, name, lambda *a, f=function: keys.append(a[-1]) or f(*a))
+    Augmentation(MEAN, STD, seed=7, **EVERYTHING).with_labels(noise(4), torch.arange(4), 5, 3)
+    assert len(keys) == len(set(keys)) == 4
+    assert all(key[:3] == (7, 5, 3) for key in keys)
 
 
 def test_global_randomness_is_neither_read_nor_moved():
