@@ -724,6 +724,11 @@ def convert_checkpoint(
     return _change(model, headless, image_size, num_labels, id2label, antialias)
 
 
+def is_own(checkpoint, revision: str | None = None) -> bool:
+    """Whether a file, folder or Hub id holds a model that this package saved."""
+    return _own_folder(checkpoint, revision) is not None
+
+
 def _own_folder(checkpoint, revision: str | None) -> Path | None:
     """The folder of a checkpoint that this package saved, or None."""
     if isinstance(checkpoint, Mapping):

@@ -1,0 +1,175 @@
+"""Bring another library's Vision Transformer into this package, or one of this package out, and prove it.
+
+python scripts/convert.py google/vit-base-patch16-224 vit --verify            from the Hub, with the proof
+python scripts/convert.py vit_b_16-c867db91.pth vit --labels imagenet.txt     a file, and the names of its classes
+python scripts/convert.py dinov2_vits14.pth dino --image_size 224 --num_labels 10    to be fine-tuned
+python scripts/convert.py vit vit-timm --to timm --verify                     out again
+
+OUT becomes a folder that is a Hub repository: weights, config, image processor and code (with --to, the weights and
+the config of that library). What was recognised, assumed and changed is said on the standard error; the table of
+differences goes to the standard output. Exit status: 0; 1, nothing written, if the proof fails or cannot be had; 2 if
+the checkpoint or an option is wrong.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from modeling_vit_scratch.conversion import (
+    FAMILIES,
+    TARGETS,
+    TOLERANCE,
+    Verification,
+    convert_checkpoint,
+    export_checkpoint,
+    image_processor_for,
+    is_own,
+    read_labels,
+    verify_checkpoint,
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    example, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="convert.py",
+        usage="convert.py CHECKPOINT OUT [--verify] [--option value ...]",
+        description=f"{rest.partition(chr(10) * 2)[0]}\n\n{example}\n\n{rest.partition(chr(10) * 2)[2]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what and where")
+    what.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="File (.safetensors, .npz, .pt, .pth, .bin), folder or Hub id."
+    )
+    what.add_argument("out", metavar="OUT", type=Path, help="Folder to write.")
+    what.add_argument("--source", choices=tuple(FAMILIES), help="Where it comes from. Default: told by the names.")
+    what.add_argument("--revision", help="Branch, tag or commit of a Hub id.")
+    what.add_argument("--to", choices=tuple(TARGETS), help="Write in another library's layout instead of ours.")
+    untold = parser.add_argument_group("what the tensors do not tell (default: config.json, then the published value)")
+    untold.add_argument("--num_attention_heads", type=int, help="Heads. Default: 64 channels each.")
+    untold.add_argument("--layer_norm_eps", type=float, help="Epsilon of the LayerNorms.")
+    untold.add_argument("--hidden_act", help="Activation, e.g. 'gelu', or 'gelu_pytorch_tanh' as in Google's code.")
+    untold.add_argument("--pooling", choices=("cls", "mean"), help="What the classifier sees.")
+    untold.add_argument(
+        "--grid_size", type=int, nargs=2, metavar=("DOWN", "ACROSS"), help="Patches, where they are no square."
+    )
+    change = parser.add_argument_group("changes")
+    change.add_argument(
+        "--image_size", type=int, nargs="+", metavar="PIXELS", help="Resize the positions: one number, or two (h w)."
+    )
+    change.add_argument("--num_labels", type=int, help="Classes; another number makes the head anew.")
+    change.add_argument(
+        "--labels", type=Path, metavar="FILE", help="Names of the classes: text, one a line, or a JSON list."
+    )
+    proof = parser.add_argument_group("proof")
+    proof.add_argument(
+        "--verify",
+        action="store_true",
+        help=f"Run the source library's own model on the same random images; fail above {TOLERANCE:g}.",
+    )
+    proof.add_argument("--num_images", type=int, default=2, help="Random images to compare on (default: 2).")
+    return parser
+
+
+def print_table(proof: Verification):
+    """The differences, on the standard output."""
+    width = max(map(len, proof.differences))
+    print(f"{proof.reference} on {proof.num_images} random images, in double precision\n")
+    print(f"{'output':{width}}  largest difference")
+    for name, difference in proof.differences.items():
+        print(f"{name:{width}}  {difference:.1e}")
+    if proof.top5 is not None:
+        print(f"{'top-5':{width}}  agree on {proof.top5} of {proof.num_images}")
+    else:
+        print(f"{'top-5':{width}}  no classifier to compare")
+    verdict = "the same function" if proof.passed else "NOT the same function"
+    print(f"\n{verdict}: {proof.largest:.1e}, where {TOLERANCE:g} is allowed\n")
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    out, checkpoint = arguments.out, arguments.checkpoint
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"OUT {out} is a file; name a folder.")
+    if Path(checkpoint).exists() and out.resolve() in (Path(checkpoint).resolve(), Path(checkpoint).resolve().parent):
+        raise ValueError(f"OUT {out} holds the checkpoint itself; name another folder.")
+    if arguments.num_images < 1:
+        raise ValueError(f"--num_images ({arguments.num_images}) must be at least 1.")
+    size = arguments.image_size
+    if size is not None and len(size) > 2:
+        raise ValueError(f"--image_size takes one number or two, got {len(size)}.")
+    size = None if size is None else size[0] if len(size) == 1 else tuple(size)
+    labels = None if arguments.labels is None else read_labels(arguments.labels)
+    names = ("num_attention_heads", "layer_norm_eps", "hidden_act", "pooling")
+    hints = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.grid_size is not None:
+        hints["grid_size"] = tuple(arguments.grid_size)
+    where = {"source": arguments.source, "revision": arguments.revision}
+
+    model = convert_checkpoint(
+        checkpoint, image_size=size, num_labels=arguments.num_labels, id2label=labels, **where, **hints
+    )
+    own = arguments.source is None and is_own(checkpoint, arguments.revision)
+    processor = None
+    try:
+        processor = image_processor_for(checkpoint, model, **where)
+    except ValueError as error:
+        if not own:
+            raise
+        print(f"No image processor was written: {error}", file=sys.stderr)
+
+    proofs = []
+    if arguments.verify and not own:
+        proofs.append(
+            lambda: verify_checkpoint(
+                checkpoint, num_images=arguments.num_images, num_labels=arguments.num_labels, **where, **hints
+            )
+        )
+    if arguments.verify and arguments.to:
+        proofs.append(
+            lambda: verify_checkpoint(
+                export_checkpoint(model, arguments.to),
+                model=model,
+                num_images=arguments.num_images,
+                grid_size=model.config.grid_hw,
+            )
+        )
+    if arguments.verify and not proofs:
+        raise ValueError(f"{checkpoint} is this package's own: there is nothing to verify without --to.")
+    for prove in proofs:
+        try:
+            proof = prove()
+        except (ImportError, NotImplementedError) as error:
+            print(f"convert.py: not verified, nothing written: {error}", file=sys.stderr)
+            return 1
+        print_table(proof)
+        if not proof.passed:
+            print("convert.py: the proof failed, nothing written.", file=sys.stderr)
+            return 1
+
+    if arguments.to:
+        export_checkpoint(model, arguments.to, out, processor)
+    else:
+        model.save_pretrained(out)
+        if processor is not None:
+            processor.save_pretrained(out)
+    print(f"Wrote {out}.", file=sys.stderr)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    transformers_logging.disable_progress_bar()
+    try:
+        return convert(arguments)
+    except (ValueError, OSError) as error:
+        print(f"convert.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
