@@ -1027,6 +1027,10 @@ def test_trainer_gives_the_same_weights_with_1_and_4_accumulation_steps(soft, tm
         equal(four[name], one[name], 2e-5)
     assert max((one[name] - start[name]).abs().max() for name in one) > 1e-2
     assert one_losses == pytest.approx(four_losses, abs=1e-4)
+    pictures = Pictures(soft)
+    with torch.no_grad():
+        first = make(ViTScratchForImageClassification)(pictures.pixels[:8], labels=pictures.labels[:8]).loss
+    assert one_losses[0] == pytest.approx(first.item(), abs=1e-4)  # not divided by the number of classes
 
 
 def test_trainer_takes_only_labels_for_labels(tmp_path):

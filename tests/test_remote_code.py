@@ -156,6 +156,13 @@ def test_folder_is_complete(saved):
 def test_every_name_of_the_auto_map_exists():
     import modeling_vit_scratch
 
+    assert set(AUTO_MAP) == {
+        "AutoBackbone",
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageClassification",
+        "AutoModelForMaskedImageModeling",
+    }
     for auto_class, name in AUTO_MAP.items():
         cls = getattr(modeling_vit_scratch, name.split(".")[1])
         assert cls._auto_class == auto_class
