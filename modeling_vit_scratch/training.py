@@ -26,11 +26,11 @@ import yaml
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoImageProcessor, Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from . import checkpoints, hub, plots
+from . import checkpoints, conversion, hub, plots
 from .augmentation import Augmentation, normalize
 from .configuration_vit_scratch import PRESETS, ViTScratchConfig
 from .data import ImageSplits, LazyImages, collate, load_splits
@@ -53,8 +53,13 @@ class ModelArguments:
         default=None, metadata={"help": "Fields of the config to change, e.g. 'num_hidden_layers=4,pooling=mean'."}
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a trained model to start from, instead of a preset."}
+        default=None,
+        metadata={
+            "help": "Trained model to start from instead of a preset: folder, file or Hub id, also of transformers, "
+            "timm, torchvision, Google, DINO, DINOv2, DeiT, MAE."
+        },
     )
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train the head only (linear probe)."})
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels; a trained model's positions are interpolated to it."}
     )
@@ -117,6 +122,10 @@ class ImageTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Pictures per step and process."})
     per_device_eval_batch_size: int = field(default=250, metadata={"help": "Pictures per evaluation step and process."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "Another one for the classifier."})
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Factor on the learning rate for each block further from the head, e.g. 0.75."}
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: 'no', 'steps' or 'epoch'."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: 'no', 'steps', 'epoch' or 'best'."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the best one besides."})
@@ -136,6 +145,32 @@ class ImageTrainingArguments(TrainingArguments):
         ):
             self.load_best_model_at_end = False
         super().__post_init__()
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay ({self.layer_decay}) must be in (0, 1]; 1 switches it off.")
+
+
+def parameter_groups(model: ViTScratchForImageClassification, args: ImageTrainingArguments) -> list[dict]:
+    """Parameters by learning rate and weight decay, the trained ones only; the base rate comes first.
+
+    Layer-wise decay (BEiT, Bao et al., 2022, app. H): block l of L learns at `learning_rate * layer_decay ** (L - l)`,
+    l from 1, the embeddings as block 0, and what follows the blocks at `learning_rate`, the classifier at
+    `head_learning_rate` if given. `model.no_weight_decay()` names what is not decayed.
+    """
+    excluded, L = model.no_weight_decay(), model.config.num_hidden_layers
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        block = 0 if ".embeddings." in name else L
+        if ".layers." in name:
+            block = int(name.partition(".layers.")[2].partition(".")[0]) + 1
+        rate = args.learning_rate * args.layer_decay ** (L - block)
+        if name.startswith("classifier.") and args.head_learning_rate is not None:
+            rate = args.head_learning_rate
+        decay = 0.0 if name in excluded else args.weight_decay
+        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    return sorted(groups.values(), key=lambda group: group["lr"] != args.learning_rate)
 
 
 class ImageTrainer(Trainer):
@@ -214,9 +249,11 @@ class ImageTrainer(Trainer):
             rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def get_decay_parameter_names(self, model) -> list[str]:
-        excluded = model.no_weight_decay()
-        return [name for name, _ in model.named_parameters() if name not in excluded]
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            self.optimizer = optimizer_class(parameter_groups(model or self.model, self.args), **settings)
+        return self.optimizer
 
 
 class Clock(TrainerCallback, ExportableState):
@@ -291,14 +328,20 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
 
-def make_config(arguments: ModelArguments, class_names: list[str]) -> ViTScratchConfig:
-    """The preset's config with its overrides, for these classes."""
+def config_overrides(arguments: ModelArguments) -> dict:
+    """The fields that `--config_overrides` names, with their values."""
     overrides = {}
     for item in filter(None, (arguments.config_overrides or "").split(",")):
         name, separator, value = item.partition("=")
         if not separator:
             raise ValueError(f"config_overrides: {item!r} is not of the form field=value.")
         overrides[name.strip()] = yaml.safe_load(value)
+    return overrides
+
+
+def make_config(arguments: ModelArguments, class_names: list[str]) -> ViTScratchConfig:
+    """The preset's config with its overrides, for these classes."""
+    overrides = config_overrides(arguments)
     if arguments.image_size is not None:
         overrides["image_size"] = arguments.image_size
     labels = dict(enumerate(class_names))
@@ -321,23 +364,25 @@ def make_processor(
 
 
 def load_trained(arguments: ModelArguments) -> tuple[ViTScratchForImageClassification, ViTImageProcessorPil]:
-    """A trained classifier of ours and its image processor, from a folder or the Hub."""
-    source = {"cache_dir": arguments.cache_dir, "token": arguments.token}
-    model = ViTScratchForImageClassification.from_pretrained(arguments.model_name_or_path, **source)
-    return model, AutoImageProcessor.from_pretrained(arguments.model_name_or_path, **source)
+    """A trained classifier, ours or converted from another library, and an image processor with its mean and std."""
+    source = arguments.model_name_or_path
+    fields = config_overrides(arguments)
+    model = conversion.convert_checkpoint(source, image_size=arguments.image_size, **fields)
+    processor = conversion.image_processor_for(source, model)
+    return model, make_processor(model.config, processor.image_mean, processor.image_std)
 
 
 def with_classes(model: ViTScratchForImageClassification, class_names: list[str]) -> ViTScratchForImageClassification:
     """The model for these classes: unchanged if it knows them already, else with a new head (all zero)."""
-    if [model.config.id2label[index] for index in range(model.num_labels)] != class_names:
-        print(f"The head is new: {len(class_names)} classes instead of the {model.num_labels} it was trained for.")
-        model.config.id2label = dict(enumerate(class_names))
-        model.config.label2id = {name: index for index, name in enumerate(class_names)}
-        model.num_labels = len(class_names)
-        model.classifier = torch.nn.Linear(model.classifier.in_features, len(class_names))
-        torch.nn.init.zeros_(model.classifier.weight)
-        torch.nn.init.zeros_(model.classifier.bias)
-    model.config.problem_type = "single_label_classification"
+    config = model.config
+    if [config.id2label[index] for index in range(config.num_labels)] != class_names:
+        logger.warning("The head is new: %d classes instead of %d.", len(class_names), config.num_labels)
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: index for index, name in enumerate(class_names)}
+        width = config.representation_size or config.hidden_size
+        model.num_labels, model.classifier = config.num_labels, torch.nn.Linear(width, config.num_labels)
+        model.classifier.apply(model._init_weights)
+    config.problem_type = "single_label_classification"
     return model
 
 
@@ -393,7 +438,7 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
     rows = {
         "model": f"ViT, {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} "
         f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}",
-        "parameters": f"{trainer.model.num_parameters():,}",
+        "parameters": f"{trainer.model.num_parameters():,}{_frozen(trainer.model)}",
         "FLOPs per image": f"{flops_per_image(trainer.model):,} (forward)",
         "data": f"{splits.name}: {', '.join(sizes)} images, {len(splits.class_names)} classes, {height}x{width} px",
         "global batch": f"{global_batch} = {args.per_device_train_batch_size} per device x {args.world_size} "
@@ -410,6 +455,11 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
 def _public_name(name: str) -> str:
     """A data set's name as others may see it: no path of this machine."""
     return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _frozen(model: ViTScratchForImageClassification) -> str:
+    trained = model.num_parameters(only_trainable=True)
+    return "" if trained == model.num_parameters() else f", of which {trained:,} are trained"
 
 
 def _parts(splits: ImageSplits) -> dict[str, torch.utils.data.Dataset]:
@@ -565,6 +615,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         processor = make_processor(config, splits.mean, splits.std)
     else:
         model = with_classes(trained[0], splits.class_names)
+    if model_args.freeze_backbone:
+        model.vit.requires_grad_(False)
     lazy = isinstance(splits.train, LazyImages)
     padding = data_args.crop_padding
     augmentation = Augmentation(

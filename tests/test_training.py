@@ -10,7 +10,7 @@ import torch
 from runs import RANDOM, ROOT, SCRIPTS, TINY, fork_run, history, load_script, options, wait_all, weights
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
 
-from modeling_vit_scratch import checkpoints, training
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, training
 
 finetune = load_script("finetune")
 IN_FOLDER = {
@@ -205,7 +205,7 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
     assert any(tensor.abs().max() > 0 for name, tensor in one.items() if name == "classifier.weight")
 
 
-def test_trained_folder_starts_another_run_with_other_classes(run, tmp_path, capsys):
+def test_trained_folder_starts_another_run_with_other_classes(run, tmp_path, caplog):
     folder, _ = run
     pictures = tmp_path / "pictures"
     from modeling_vit_scratch.data import load_raw, load_records
@@ -217,9 +217,52 @@ def test_trained_folder_starts_another_run_with_other_classes(run, tmp_path, cap
         records["train"].image(index, 3).save(pictures / name / f"{index}.png")
     argv = options(tmp_path / "out", dataset_name=pictures, config_overrides=None, model_name_or_path=folder)
     assert finetune.main([*argv, "--train_val_split", "0.2"]) == 0
-    assert "The head is new: 2 classes instead of the 10" in capsys.readouterr().out
+    assert "The head is new: 2 classes instead of 10" in caplog.text
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "even", 1: "odd"} and model.classifier.weight.abs().max() > 0
+
+
+def groups(model, **settings):
+    args = training.ImageTrainingArguments("unused", use_cpu=True, learning_rate=1.0, weight_decay=0.1, **settings)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in training.parameter_groups(model, args)
+        for parameter in group["params"]
+    }
+
+
+def test_parameter_groups_follow_layer_decay_head_rate_and_decay_exclusions():
+    config = ViTScratchConfig.preset("showcase", num_hidden_layers=3, use_final_norm=True, num_register_tokens=1)
+    model = ViTScratchForImageClassification(config)
+    found = groups(model, layer_decay=0.5, head_learning_rate=7.0)
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    expected = {
+        "vit.embeddings.patch_embeddings.projection.weight": (0.125, 0.1),
+        "vit.embeddings.position_embeddings": (0.125, 0),
+        "vit.embeddings.register_tokens": (0.125, 0),
+        "vit.layers.0.attention.qkv.weight": (0.25, 0.1),
+        "vit.layers.1.mlp.fc1.bias": (0.5, 0),
+        "vit.layers.2.mlp.fc2.weight": (1, 0.1),
+        "vit.norm.weight": (1, 0),
+        "classifier.weight": (7, 0.1),
+        "classifier.bias": (7, 0),
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert set(groups(model).values()) == {(1, 0.1), (1, 0)}
+    model.vit.requires_grad_(False)
+    assert set(groups(model)) == {"classifier.weight", "classifier.bias"}
+
+
+def test_frozen_backbone_does_not_move_and_higher_resolution_interpolates(run, tmp_path, capsys):
+    folder, _ = run
+    argv = options(tmp_path, config_overrides=None, model_name_or_path=folder, freeze_backbone=True, image_size=64)
+    assert finetune.main(argv) == 0
+    before, after = weights(folder), weights(tmp_path)
+    moved = {name for name in before if before[name].shape != after[name].shape or not before[name].equal(after[name])}
+    assert moved == {"vit.embeddings.position_embeddings", "classifier.weight", "classifier.bias"}
+    assert after["vit.embeddings.position_embeddings"].shape == (1, 64, 16)
+    assert "of which 170 are trained" in capsys.readouterr().out
 
 
 @pytest.mark.slow
