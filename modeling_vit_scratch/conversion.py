@@ -388,9 +388,10 @@ class _SafetensorsFiles(Mapping):
         return len(self.files)
 
 
-def _read_torch(path: Path) -> dict:
+def _read_torch(path: Path, mmap: bool) -> dict:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mmap = mmap and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
@@ -416,18 +417,18 @@ def _read_npz(path: Path) -> Mapping:
     return arrays
 
 
-def _read_file(path: Path) -> Mapping:
+def _read_file(path: Path, mmap: bool = False) -> Mapping:
     if path.name.endswith(".index.json"):
         files = sorted({path.parent / name for name in _read_json(path).get("weight_map", {}).values()})
         if all(file.suffix == ".safetensors" for file in files):
             return _SafetensorsFiles(files)
-        return {name: tensor for file in files for name, tensor in _read_torch(file).items()}
+        return {name: tensor for file in files for name, tensor in _read_torch(file, mmap).items()}
     if path.suffix == ".safetensors":
         return _SafetensorsFiles([path])
     if path.suffix == ".npz":
         return _read_npz(path)
     if path.suffix in SUFFIXES:
-        return _read_torch(path)
+        return _read_torch(path, mmap)
     raise ValueError(f"{path} is no checkpoint by its name; known are {', '.join(SUFFIXES)}.")
 
 
@@ -487,7 +488,8 @@ def _locate(checkpoint, revision: str | None) -> Path:
     return _download(text, revision)
 
 
-def _open(checkpoint, revision: str | None = None) -> _Checkpoint:
+def _open(checkpoint, revision: str | None = None, mmap: bool = False) -> _Checkpoint:
+    """A checkpoint's tensors and config; with `mmap`, those of torch's files stay on disk until they are touched."""
     if isinstance(checkpoint, Mapping):
         opened = _Checkpoint(checkpoint, "the state dict")
     else:
@@ -495,7 +497,7 @@ def _open(checkpoint, revision: str | None = None) -> _Checkpoint:
         path = _weights_in(located) if located.is_dir() else located
         config = path.parent / "config.json"
         opened = _Checkpoint(
-            _read_file(path), str(checkpoint), _read_json(config) if config.is_file() else {}, path.parent, path
+            _read_file(path, mmap), str(checkpoint), _read_json(config) if config.is_file() else {}, path.parent, path
         )
     return _unwrap(opened)
 
@@ -543,6 +545,7 @@ class _Named:
         self.used: set[str] = set()
         self.missing: list[str] = []
         self.dtypes: set[str] = set()
+        self.consume = False  # whether tensors that were copied may be forgotten, to save memory
 
     def find(self, ours: str) -> list[str | None]:
         """For each part of our tensor, the name it has here, or None."""
@@ -719,6 +722,7 @@ def convert_checkpoint(
     else:
         opened = _open(checkpoint, revision)
         family, named = _recognise(opened, source)
+        named.consume = opened.path is not None and isinstance(opened.tensors, dict)
         model, headless = _convert(opened, family, named, hints, new_head=num_labels is not None)
         antialias = FAMILIES[family].antialias
     return _change(model, headless, image_size, num_labels, id2label, antialias)
@@ -1024,6 +1028,9 @@ def _fill(model: ViTScratchForImageClassification, title: str, named: _Named, pl
         if not tensor.isfinite().all():
             infinite.append(theirs)
         state[ours] = torch.empty(empty.shape).copy_(tensor)
+        if named.consume:
+            for name in named.find(ours):
+                named.tensors.pop(named.names[name], None)
     left_over = [name for name in named.names if name not in named.used and name not in plan.left_out]
     _raise_unfit(
         title, {"missing": named.missing, "left over": left_over, "misshapen": misshapen, "not finite": infinite}
@@ -1135,7 +1142,7 @@ def image_processor_for(
         folder = located if located.is_dir() else located.parent
     if folder is not None and (folder / "preprocessor_config.json").is_file():
         return _fit(AutoImageProcessor.from_pretrained(folder), model.config.image_hw)
-    opened = _open(checkpoint, revision)
+    opened = _open(checkpoint, revision, mmap=True)
     if source is None and opened.config.get("model_type") == ViTScratchConfig.model_type:
         raise ValueError(f"{checkpoint} has no preprocessor_config.json.")
     family = FAMILIES[_recognise(opened, source)[0]]

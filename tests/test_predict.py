@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -276,14 +274,14 @@ def test_progress_is_shown_when_it_takes_long(script, model, photos, capsys, mon
     assert "picture" in capsys.readouterr().err
 
 
-def test_help_begins_with_an_example():
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("usage: predict.py PICTURE... --model") and lines[2].startswith(
-        "python scripts/predict.py"
-    )
+def test_help_begins_with_an_example(script, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("usage: predict.py PICTURE... --model")
+    assert lines[2].startswith("python scripts/predict.py photo.jpg --model")
     for group in ("what:", "output:", "speed:"):
         assert group in lines
-    missing = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
-    assert missing.returncode == 2 and "--model" in missing.stderr
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["photo.jpg"])
+    assert "--model" in capsys.readouterr().err
