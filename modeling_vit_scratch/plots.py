@@ -661,7 +661,9 @@ def plot_attention_rollout(
             for panel, title in zip(axes, ["picture", "rollout", "picture × rollout"], strict=True):
                 panel.set_title(title, fontsize=10)
         if titles is not None:
-            _caption(axes[0], titles[row], x=0, ha="left", fontsize=9)
+            # The layout sees a line's height, but not its length: it may run under the next panels.
+            _caption(axes[0], " ", x=0, ha="left", fontsize=9)
+            _caption(axes[0], _cut(titles[row], 90), x=0, ha="left", fontsize=9, in_layout=False)
     return figure
 
 
@@ -921,5 +923,8 @@ def _names(class_names: Sequence[str] | None, classes: int) -> list[str]:
 
 def _short(name: str, length: int = 24) -> str:
     """The first name of several ("tench, Tinca tinca"), cut to `length` letters."""
-    name = name.split(",")[0].strip() or name
-    return name if len(name) <= length else name[: length - 1] + "…"
+    return _cut(name.split(",")[0].strip() or name, length)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -151,7 +151,7 @@ class Sight:
                 self.failed += 1
                 say(f"{file}: {error}")
                 continue
-            self.titles.append(file.name)
+            self.titles.append(file.name if len(file.name) <= 40 else f"{file.name[:26]}…{file.name[-13:]}")
         if not self.pictures:
             raise ValueError(f"none of {len(files)} pictures could be read.")
 

@@ -505,7 +505,8 @@ def test_draws_rollout_and_heads():
     np.testing.assert_allclose(grey.get_array(), images[0].float().mean(0) / 255, atol=1e-6)
     lit = np.asarray(panels[2].images[0].get_array())
     assert lit.max() <= 1 and lit.shape == (24, 16, 3)
-    assert panels[0].texts[0].get_text() == "a $cat$: said $dog"
+    assert panels[0].texts[-1].get_text() == "a $cat$: said $dog"
+    assert not overlaps([panels[0].texts[-1], *panels[3].texts, panels[0].title])
     assert {axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>"} == {"× even share"}
     with pytest.raises(ValueError, match="1 images for 2 maps"):
         plots.plot_attention_rollout(images[:1], maps)
