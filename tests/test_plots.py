@@ -506,7 +506,7 @@ def test_draws_rollout_and_heads():
     lit = np.asarray(panels[2].images[0].get_array())
     assert lit.max() <= 1 and lit.shape == (24, 16, 3)
     assert panels[0].texts[-1].get_text() == "a $cat$: said $dog"
-    assert not overlaps([panels[0].texts[-1], *panels[3].texts, panels[0].title])
+    assert not overlaps([panels[0].texts[-1], panels[3].texts[-1], panels[0].title])
     assert {axes.get_ylabel() for axes in figure.axes if axes.get_label() == "<colorbar>"} == {"× even share"}
     with pytest.raises(ValueError, match="1 images for 2 maps"):
         plots.plot_attention_rollout(images[:1], maps)
