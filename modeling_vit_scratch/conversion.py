@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -454,31 +454,37 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    """Fetch config, processor and weights of a Hub model; the folder they lie in."""
+    """Fetch config, processor and weights of a Hub model, or find them in the cache; the folder they lie in."""
+    unreachable: list[Exception] = []
 
     def get(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(repo_id, name, revision=revision))
+            return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=bool(unreachable)))
+        except LocalEntryNotFoundError as error:  # no answer, and not in the cache; ask no more, only look
+            unreachable.append(error)
         except EntryNotFoundError:
-            return None
+            pass
+        return None
 
     try:
         found = [path for path in map(get, ("config.json", "preprocessor_config.json")) if path]
         weights = next((path for path in map(get, WEIGHT_FILES) if path), None)
-        if weights is None:
-            raise ValueError(f"the Hub's {repo_id} holds none of {', '.join(WEIGHT_FILES)}.")
-        if weights.name.endswith(".index.json"):
+        if weights is not None and weights.name.endswith(".index.json"):
             for name in sorted(set(_read_json(weights)["weight_map"].values())):
                 get(name)
-    except ValueError:
-        raise
+        if weights is None and unreachable:
+            raise unreachable[0]
     except Exception as error:  # the client has many: unknown repository, no network, no permission
         raise ValueError(f"{repo_id} is no file or folder here, and the Hub did not give it: {_line(error)}") from error
+    if weights is None:
+        raise ValueError(f"the Hub's {repo_id} holds none of {', '.join(WEIGHT_FILES)}.")
     return (found or [weights])[0].parent
 
 
-def _locate(checkpoint, revision: str | None) -> Path:
-    """The file or folder that a path or Hub id stands for."""
+def _locate(checkpoint, revision: str | None):
+    """The file or folder that a path or Hub id stands for; tensors as they are."""
+    if isinstance(checkpoint, Mapping):
+        return checkpoint
     path = Path(checkpoint).expanduser()
     if path.exists():
         return path
@@ -488,17 +494,15 @@ def _locate(checkpoint, revision: str | None) -> Path:
     return _download(text, revision)
 
 
-def _open(checkpoint, revision: str | None = None, mmap: bool = False) -> _Checkpoint:
-    """A checkpoint's tensors and config; with `mmap`, those of torch's files stay on disk until they are touched."""
-    if isinstance(checkpoint, Mapping):
-        opened = _Checkpoint(checkpoint, "the state dict")
-    else:
-        located = _locate(checkpoint, revision)
-        path = _weights_in(located) if located.is_dir() else located
-        config = path.parent / "config.json"
-        opened = _Checkpoint(
-            _read_file(path, mmap), str(checkpoint), _read_json(config) if config.is_file() else {}, path.parent, path
-        )
+def _open(located, title: str, mmap: bool = False) -> _Checkpoint:
+    """The tensors and config of what was located; with `mmap`, those of torch's files are read when touched."""
+    if isinstance(located, Mapping):
+        return _unwrap(_Checkpoint(located, "the state dict"))
+    path = _weights_in(located) if located.is_dir() else located
+    config = path.parent / "config.json"
+    opened = _Checkpoint(
+        _read_file(path, mmap), title, _read_json(config) if config.is_file() else {}, path.parent, path
+    )
     return _unwrap(opened)
 
 
@@ -715,12 +719,13 @@ def convert_checkpoint(
         ValueError: The checkpoint cannot be read or recognised; tensors are missing, left over, of a wrong shape or
             not finite; the model cannot express it; or hints contradict the tensors.
     """
-    own = None if source is not None else _own_folder(checkpoint, revision)
+    located = _locate(checkpoint, revision)
+    own = None if source is not None else _own_folder(located)
     if own is not None:
         model, headless = _load_own(own, hints)
         antialias = False
     else:
-        opened = _open(checkpoint, revision)
+        opened = _open(located, str(checkpoint))
         family, named = _recognise(opened, source)
         named.consume = opened.path is not None and isinstance(opened.tensors, dict)
         model, headless = _convert(opened, family, named, hints, new_head=num_labels is not None)
@@ -730,14 +735,13 @@ def convert_checkpoint(
 
 def is_own(checkpoint, revision: str | None = None) -> bool:
     """Whether a file, folder or Hub id holds a model that this package saved."""
-    return _own_folder(checkpoint, revision) is not None
+    return _own_folder(_locate(checkpoint, revision)) is not None
 
 
-def _own_folder(checkpoint, revision: str | None) -> Path | None:
+def _own_folder(located) -> Path | None:
     """The folder of a checkpoint that this package saved, or None."""
-    if isinstance(checkpoint, Mapping):
+    if isinstance(located, Mapping):
         return None
-    located = _locate(checkpoint, revision)
     folder = located if located.is_dir() else located.parent
     config = folder / "config.json"
     if config.is_file() and _read_json(config).get("model_type") == ViTScratchConfig.model_type:
@@ -1136,13 +1140,12 @@ def image_processor_for(
     C = model.config.num_channels
     if isinstance(checkpoint, str) and checkpoint in FAMILIES and not Path(checkpoint).exists():
         return _processor(model.config.image_hw, C, FAMILIES[checkpoint])
-    folder = None
-    if not isinstance(checkpoint, Mapping):
-        located = _locate(checkpoint, revision)
+    located, folder = _locate(checkpoint, revision), None
+    if not isinstance(located, Mapping):
         folder = located if located.is_dir() else located.parent
     if folder is not None and (folder / "preprocessor_config.json").is_file():
         return _fit(AutoImageProcessor.from_pretrained(folder), model.config.image_hw)
-    opened = _open(checkpoint, revision, mmap=True)
+    opened = _open(located, str(checkpoint), mmap=True)
     if source is None and opened.config.get("model_type") == ViTScratchConfig.model_type:
         raise ValueError(f"{checkpoint} has no preprocessor_config.json.")
     family = FAMILIES[_recognise(opened, source)[0]]
@@ -1497,9 +1500,10 @@ def verify_checkpoint(
         NotImplementedError: No library still has a model that computes this.
         ValueError: As `convert_checkpoint`, or the checkpoint is one of ours.
     """
-    if source is None and _own_folder(checkpoint, revision):
+    located = _locate(checkpoint, revision)
+    if source is None and _own_folder(located):
         raise ValueError(f"{checkpoint} is this package's own; there is nothing to compare it with.")
-    opened = _open(checkpoint, revision)
+    opened = _open(located, str(checkpoint))
     family, named = _recognise(opened, source)
     headless = False
     if model is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_server import Repo
 from torchvision_shim import import_timm, import_torchvision
 
 torchvision, timm = import_torchvision(), import_timm()  # before transformers looks for them
@@ -988,35 +989,67 @@ def test_own_folder_with_missing_tensors(own, tmp_path):
         convert_checkpoint(tmp_path)
 
 
-def test_hub_id(tmp_path, monkeypatch):
-    """The files that are asked for, and what is said where there are none; the client itself is stubbed."""
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+def put_on_hub(hub, repo_id: str, folder: Path, ref: str = "main"):
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    repo = hub.repos.setdefault(("model", repo_id), Repo(private=False))
+    repo.add(ref, "files", files, None)
 
-    from modeling_vit_scratch import conversion
 
+def test_hub_id_of_transformers(hub, tmp_path):
     _, theirs = of_transformers("ViTForImageClassification")
-    theirs.save_pretrained(tmp_path)
-    asked = []
+    theirs.save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessorPil(size={"height": 24, "width": 24}, resample=3).save_pretrained(tmp_path / "vit")
+    put_on_hub(hub, "google/vit", tmp_path / "vit")
+    ours = convert_checkpoint("google/vit")
+    assert_same(ours, theirs)
+    assert image_processor_for("google/vit", ours).resample == 3
+    assert not any("pytorch_model.bin" in path for _, path in hub.requests)
 
-    def download(repo_id, name, revision=None):
-        asked.append((repo_id, name, revision))
-        if repo_id != "google/vit":
-            raise RepositoryNotFoundError("404", response=None) if False else OSError("404 Repository Not Found\nmore")
-        if not (tmp_path / name).exists():
-            raise EntryNotFoundError(name) if False else _entry_error(EntryNotFoundError, name)
-        return str(tmp_path / name)
 
-    monkeypatch.setattr(conversion, "hf_hub_download", download)
-    assert_same(convert_checkpoint("google/vit", revision="v2"), theirs)
-    assert ("google/vit", "config.json", "v2") in asked and ("google/vit", "pytorch_model.bin", "v2") not in asked
-    with pytest.raises(ValueError, match=r"nobody/nothing is no file or folder here, and the Hub.*404"):
+def test_hub_id_of_timm_on_a_branch(hub, tmp_path):
+    put_on_hub(hub, "timm/vit", timm_folder(tmp_path / "timm"), ref="v2")
+    ours = convert_checkpoint("timm/vit", revision="v2")
+    assert_logits(ours, lambda image: timm_logits(timm_tensors(), image))
+    assert image_processor_for("timm/vit", ours, revision="v2").crop_size["height"] == 24
+
+
+def test_hub_id_with_shards_or_torch_files(hub, tmp_path):
+    for name, limit in {"shards": "20KB", "bin": None}.items():
+        _, theirs = of_transformers("ViTForImageClassification")
+        theirs.save_pretrained(tmp_path / name, max_shard_size=limit or "5GB")
+        if name == "bin":
+            torch.save(load_file(tmp_path / "bin" / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
+            (tmp_path / "bin" / "model.safetensors").unlink()
+        put_on_hub(hub, f"google/{name}", tmp_path / name)
+        assert_same(convert_checkpoint(f"google/{name}"), theirs)
+
+
+def test_hub_id_of_our_own(hub, own, tmp_path):
+    own.save_pretrained(tmp_path / "own")
+    put_on_hub(hub, "me/own", tmp_path / "own")
+    ours = convert_checkpoint("me/own", num_labels=3)
+    assert torch.equal(ours.vit.norm.weight, own.vit.norm.weight) and ours.config.num_labels == 3
+
+
+def test_what_the_hub_does_not_have(hub, tmp_path):
+    with pytest.raises(ValueError, match=r"nobody/nothing is no file or folder here, and the Hub did not .*404"):
         convert_checkpoint("nobody/nothing")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    put_on_hub(hub, "me/empty", tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"the Hub's me/empty holds none of model\.safetensors"):
+        convert_checkpoint("me/empty")
 
 
-def _entry_error(error_class, name):
-    error = error_class.__new__(error_class)
-    Exception.__init__(error, name)
-    return error
+def test_without_the_hub_the_cache_is_used(hub, tmp_path, monkeypatch):
+    put_on_hub(hub, "timm/vit", timm_folder(tmp_path / "timm"))
+    convert_checkpoint("timm/vit")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    count = len(hub.requests)
+    ours = convert_checkpoint("timm/vit")
+    assert image_processor_for("timm/vit", ours).crop_size["height"] == 24 and len(hub.requests) == count
+    with pytest.raises(ValueError, match="me/other is no file or folder here, and the Hub did not give it"):
+        convert_checkpoint("me/other")
 
 
 # --- The image processor ---------------------------------------------------------------------------------------------
