@@ -204,17 +204,17 @@ def _class_names(dataset: datasets.Dataset, label_column: str, split: str) -> li
     feature = dataset.features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    values = dataset.unique(label_column)
-    if any(value is None for value in values):
-        row = list(dataset[label_column]).index(None)
-        raise ValueError(f"row {row} of split {split!r} has no label; label or remove it.")
-    wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, (int, str))]
-    if wrong:
-        row = list(dataset[label_column]).index(wrong[0])
+    if not (
+        isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))
+    ):
         raise ValueError(
-            f"row {row} of split {split!r}: label {wrong[0]!r} is a {type(wrong[0]).__name__}; "
+            f"column {label_column!r} of split {split!r} holds {feature}, e.g. {dataset[0][label_column]!r}; "
             "labels are whole numbers or names."
         )
+    values = dataset.unique(label_column)
+    if None in values:
+        row = list(dataset[label_column]).index(None)
+        raise ValueError(f"row {row} of split {split!r} has no label; label or remove it.")
     negative = [value for value in values if isinstance(value, int) and value < 0]
     if negative:
         row = list(dataset[label_column]).index(negative[0])

@@ -55,6 +55,8 @@ def load_image(source: bytes | str | Path | Image.Image, num_channels: int = 3) 
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode == "LAB":  # which PIL turns into nothing else
+            image = image.convert("RGB")
         return image.convert("RGB" if num_channels == 3 else "L")
     except FileNotFoundError:
         raise
@@ -71,7 +73,10 @@ def _upright(image: Image.Image) -> Image.Image:
             "bomb? If not, shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
         )
     image.load()
-    return ImageOps.exif_transpose(image)
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF; the pixels are there
+        return image.copy()
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
