@@ -79,16 +79,16 @@ class ViTScratchEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, D)) if config.use_cls_token else None
         self.register_tokens = nn.Parameter(torch.empty(1, R, D)) if R else None
         self.mask_token = nn.Parameter(torch.empty(1, 1, D)) if use_mask_token else None
-        positions = sincos_positions(config)
         if config.position_embedding_type == "learned":
-            self.position_embeddings = nn.Parameter(torch.empty_like(positions))
+            N = self.grid_hw[0] * self.grid_hw[1]
+            self.position_embeddings = nn.Parameter(torch.empty(1, self.num_cls_tokens + N, D))
         else:
-            self.register_buffer("position_embeddings", positions, persistent=False)
+            self.register_buffer("position_embeddings", sincos_positions(config), persistent=False)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def interpolate_pos_encoding(self, grid_hw: tuple[int, int]) -> torch.Tensor:
         """Positions resized (bicubic) to another grid: (1, 1 + N, D) -> (1, 1 + N', D). ViT, sec. 3.2."""
-        if grid_hw == self.grid_hw and not torch.jit.is_tracing():
+        if not torch.jit.is_tracing() and not torch.compiler.is_exporting() and grid_hw == self.grid_hw:
             return self.position_embeddings
         cls, patches = self.position_embeddings.tensor_split([self.num_cls_tokens], dim=1)
         patches = patches.unflatten(1, self.grid_hw).permute(0, 3, 1, 2)  # (1, D, h, w)
@@ -104,7 +104,7 @@ class ViTScratchEmbeddings(nn.Module):
             raise ValueError(f"pixel_values are {pixel_values.dtype}, not floating point; use the image processor.")
         B, _, H, W = pixel_values.shape
         (height, width), (patch_height, patch_width) = self.image_hw, self.patch_hw
-        if (H, W) != (height, width) and (not interpolate_pos_encoding or H % patch_height or W % patch_width):
+        if (H % patch_height or W % patch_width) if interpolate_pos_encoding else (H, W) != (height, width):
             raise ValueError(
                 f"pixel_values are {H}x{W}, but the model was made for {height}x{width}; resize them, or pass "
                 f"interpolate_pos_encoding=True for a size that patches of {patch_height}x{patch_width} divide."

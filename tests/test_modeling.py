@@ -784,6 +784,44 @@ def test_export_with_a_dynamic_batch(cls, fields):
             equal(main_output(program.module()(pixel_values=x)), main_output(model(x)), 1e-5)
 
 
+SIZES = [(2, 3, 16, 16), (3, 3, 32, 8), (1, 3, 20, 24)]
+
+
+@every_class
+def test_export_with_dynamic_sizes(cls):
+    model = make(cls, num_register_tokens=2)
+    batch, h, w = (torch.export.Dim(name, min=1 if name == "batch" else 2, max=32) for name in ("batch", "h", "w"))
+    shapes = {"pixel_values": {0: batch, 2: 4 * h, 3: 4 * w}, "interpolate_pos_encoding": None}
+    example = {"pixel_values": torch.randn(2, 3, 20, 24), "interpolate_pos_encoding": True}
+    program = torch.export.export(model, (), example, dynamic_shapes=shapes).module()
+    for size in SIZES:
+        x = {"pixel_values": torch.randn(size), "interpolate_pos_encoding": True}
+        with torch.no_grad():
+            equal(main_output(program(**x)), main_output(model(**x)), 1e-5)
+
+
+class Resized(nn.Module):
+    """`torch.jit.trace` takes tensors alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model(pixel_values, interpolate_pos_encoding=True, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("cls", CLASSES[:3])
+def test_jit_trace_with_dynamic_sizes(cls):
+    model = Resized(make(cls, num_register_tokens=2))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, torch.randn(2, 3, 16, 16))
+        for size in SIZES:
+            x = torch.randn(size)
+            equal(traced(x), model(x), 1e-5)
+
+
 def test_export_with_hidden_states_and_maps():
     model = make(ViTScratchForImageClassification)
     x = images(model)
