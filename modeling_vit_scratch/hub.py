@@ -39,7 +39,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, TrainerCallback
+from transformers import TrainerCallback
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 exports it only with torchvision
 
 from . import modeling_vit_scratch as modeling
 from .configuration_vit_scratch import AUTO_MAP, ViTScratchConfig
@@ -843,7 +844,8 @@ job = json.load(sys.stdin)
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 torch.set_num_threads(job["threads"])
 where = dict(revision=job["revision"], trust_remote_code=True)

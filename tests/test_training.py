@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 from runs import RANDOM, ROOT, SCRIPTS, TINY, fork_run, history, load_script, options, wait_all, weights
-from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 exports it only with torchvision
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, training
 
