@@ -289,10 +289,14 @@ TIMM_ACTIVATIONS = {
     "relu": "relu", "silu": "silu", "swish": "silu",
 }  # fmt: skip
 TIMM_ARCHITECTURES = {
-    r"vit_base_patch16_gap_224": {"num_heads": 16},
-    r"vit_giantopt_patch16_siglip_.*": {"num_heads": 16, "act_layer": "gelu_tanh"},
-    r"vit_so400m_patch16_siglip_.*": {"act_layer": "gelu_tanh"},
+    r"vit_base_patch16_gap_224|vit_giantopt_patch16_siglip_.*": {"num_heads": 16},
+    r"vit_(so400m_patch16|giantopt_patch16|base_patch32)_siglip_.*|vit_large_patch16_siglip_.*512": {
+        "act_layer": "gelu_tanh"
+    },
+    r"vit_intern300m_.*|vit_.*_radio_.*": {"final_norm": False},
 }
+# Architectures whose tensors have the names of a ViT, and which compute something else.
+TIMM_REFUSED = {r".*_rope_.*|eva.*|beit.*": "relative or rotary positions", r".*_rpn_.*": "norms after the branches"}
 TIMM_RESAMPLE = {"bilinear": BILINEAR, "bicubic": BICUBIC, "nearest": int(PILImageResampling.NEAREST)}
 
 # Fields of a config.json beside the tensors that are taken over, or, where the tensors tell, compared with them.
@@ -823,9 +827,11 @@ def _plan(opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head
     D, C, *patch = named.shape("vit.embeddings.patch_embeddings.projection.weight")
     if len(patch) != 2:
         raise ValueError(f"{named.layout.marker} must have 4 dimensions, got {len(patch) + 2}.")
-    if grid is None and "image_size" in claims:
-        size = _pair(claims["image_size"])
-        grid = (size[0] // patch[0], size[1] // patch[1])
+    claimed = _pair(claims.pop("image_size", None))
+    if grid is None and claimed is not None:
+        grid = (claimed[0] // patch[0], claimed[1] // patch[1])
+        if claimed != (grid[0] * patch[0], grid[1] * patch[1]):
+            logger.warning("Left out the rows and columns of %dx%d images beyond the last whole patch.", *claimed)
     plan = _Plan({}, {}, {}, None)
     for pattern, what in named.layout.unused.items():
         plan.left_out |= {name: what for name in named.names if re.fullmatch(pattern, name)}
@@ -982,6 +988,11 @@ def _claims(opened: _Checkpoint) -> dict:
     claims = {name: config[name] for name in CONFIG_FIELDS if config.get(name) is not None}
     if "architecture" not in config:
         return claims
+    for pattern, what in TIMM_REFUSED.items():
+        if re.fullmatch(pattern, config["architecture"]):
+            raise ValueError(
+                f"{opened.title} is timm's {config['architecture']}, with {what}, which this model has not."
+            )
     card = config.get("pretrained_cfg") or {}
     arguments = {"img_size": card["input_size"][1:]} if card.get("input_size") else {}
     for pattern, differing in TIMM_ARCHITECTURES.items():

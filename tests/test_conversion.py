@@ -1137,6 +1137,56 @@ def test_timm_options_the_model_has_not(changes, tmp_path):
         convert_checkpoint(timm_folder(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("architecture", ["vit_base_patch16_rope_ape_224", "vit_base_patch16_rpn_224"])
+def test_timm_architectures_with_the_names_of_a_vit_that_compute_something_else(architecture, tmp_path):
+    with pytest.raises(ValueError, match=f"is timm's {architecture}, with "):
+        convert_checkpoint(timm_folder(tmp_path, architecture=architecture))
+
+
+@needs_timm
+@pytest.mark.slow
+def test_every_vit_of_timm_is_understood_or_refused():
+    """Heads, epsilon, activation, pooling and resolution of timm's whole registry, without memory for the weights."""
+    from modeling_vit_scratch import conversion
+
+    activations = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu"}
+    understood, refused = [], []
+    for name in timm.list_models(["vit_*", "deit*", "flexivit*"]):
+        with torch.device("meta"):
+            theirs = timm.create_model(name)
+        config = {"architecture": name, "global_pool": getattr(theirs, "global_pool", None)}
+        opened = conversion._Checkpoint(dict(theirs.state_dict()), name, config)
+        try:
+            family, named = conversion._recognise(opened, None)
+            plan = conversion._plan(opened, family, named, {}, new_head=False)
+        except ValueError as error:
+            assert any(text in str(error) for text in ("this model has not", "missing are", "SwiGLU"))
+            refused.append(name)
+            continue
+        ours = ViTScratchConfig(**plan.fields)
+        needed = conversion._meta_model(ours).state_dict()
+        found = {theirs for name in needed for theirs in named.find(name) if theirs}
+        if found != set(named.names) - set(plan.left_out):
+            assert "rope.freqs" in named.names  # left over, so refused
+            continue
+        block = theirs.blocks[0]
+        assert isinstance(theirs, timm.models.vision_transformer.VisionTransformer)
+        assert ours.num_attention_heads == block.attn.num_heads, name
+        assert ours.layer_norm_eps == block.norm1.eps, name
+        assert ours.hidden_act == activations[type(block.mlp.act).__name__], name
+        assert ours.pooling == {"token": "cls", "avg": "mean"}[theirs.global_pool], name
+        assert ours.grid_hw == theirs.patch_embed.grid_size, name
+        assert ours.use_final_norm == isinstance(theirs.norm, torch.nn.LayerNorm), name
+        understood.append(name)
+    assert len(understood) > 80 and len(refused) > 80
+
+
+def test_images_that_are_no_whole_number_of_patches(tmp_path, caplog):
+    """timm and transformers floor: the pixels beyond the last whole patch are not seen."""
+    ours = convert_checkpoint(timm_folder(tmp_path, model_args={"img_size": 29}))
+    assert ours.config.image_size == 24 and "beyond the last whole patch" in caplog.text
+
+
 # --- The way out -----------------------------------------------------------------------------------------------------
 
 PLAIN = {**SIZES, "intermediate_size": 64, "num_labels": CLASSES, "layer_norm_eps": 1e-5}
