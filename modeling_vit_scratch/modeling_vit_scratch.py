@@ -54,14 +54,14 @@ class ViTScratchPatchEmbeddings(nn.Module):
 
 
 def sincos_positions(config: ViTScratchConfig) -> torch.Tensor:
-    """Fixed 2-D positions (1, 1 + N, D) or (1, N, D): sine and cosine of x, then of y (MAE); 0 for the class token."""
+    """Fixed 2-D positions (1, 1 + N, D), or (1, N, D) without class token: sine and cosine of x, then of y (MAE)."""
     (h, w), D = config.grid_hw, config.hidden_size
     omega = 10000 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")  # (h, w) each
     angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]  # (N, D / 4) each
     patches = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)  # (N, D)
-    cls = patches.new_zeros(int(config.use_cls_token), D)
-    return torch.cat([cls, patches]).unsqueeze(0).to(torch.get_default_dtype())
+    positions = nn.functional.pad(patches, (0, 0, int(config.use_cls_token), 0))  # a row of zeros for the class token
+    return positions.unsqueeze(0).to(torch.get_default_dtype())
 
 
 class ViTScratchEmbeddings(nn.Module):
@@ -102,8 +102,7 @@ class ViTScratchEmbeddings(nn.Module):
             raise ValueError(f"pixel_values must be (B, {self.num_channels}, H, W), got {tuple(pixel_values.shape)}.")
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values are {pixel_values.dtype}, not floating point; use the image processor.")
-        B, _, H, W = pixel_values.shape
-        (height, width), (patch_height, patch_width) = self.image_hw, self.patch_hw
+        (B, _, H, W), (height, width), (patch_height, patch_width) = pixel_values.shape, self.image_hw, self.patch_hw
         if (H % patch_height or W % patch_width) if interpolate_pos_encoding else (H, W) != (height, width):
             raise ValueError(
                 f"pixel_values are {H}x{W}, but the model was made for {height}x{width}; resize them, or pass "
@@ -354,7 +353,6 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         L = len(self.layers)
         want_maps = _selected("output_attentions", output_attentions, self.config, L)
         want_states = _selected("output_hidden_states", output_hidden_states, self.config, L + 1)
-
         hidden_states = self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)  # (B, T, D)
         all_states = [hidden_states if 0 in want_states else None]
         all_maps = []
@@ -363,7 +361,6 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
             all_states.append(hidden_states if i + 1 in want_states else None)
             all_maps.append(maps)
         hidden_states = self.norm(hidden_states)
-
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
             pooler_output=self.pool(hidden_states),
@@ -494,21 +491,21 @@ class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
             pixel_values: As in `ViTScratchModel.forward`, like the other arguments not listed here.
             bool_masked_pos: (B, N) or (B, h, w), 1 for each patch to hide; `encoder_stride` must be the patch size.
         """
-        stride, patch_size = self.config.encoder_stride, self.config.patch_size
-        if bool_masked_pos is not None and self.config.stride_hw != self.config.patch_hw:
+        stride_hw, patch_hw = self.config.stride_hw, self.config.patch_hw
+        if bool_masked_pos is not None and stride_hw != patch_hw:
             raise ValueError(
-                f"encoder_stride ({stride}) must equal patch_size ({patch_size}), so that what is predicted for a "
-                f"masked patch is its pixels; use encoder_stride={patch_size}."
+                f"encoder_stride {stride_hw} must equal patch_size {patch_hw}, so that what is predicted for a masked "
+                f"patch is its pixels; use encoder_stride={self.config.patch_size}."
             )
         outputs = self.vit(pixel_values, bool_masked_pos, interpolate_pos_encoding, return_dict=True, **kwargs)
         pixels = self.decoder(self.vit.patch_map(outputs.last_hidden_state, pixel_values))  # (B, h, w, C * stride^2)
-        pixels = pixels.unflatten(3, (-1, *self.config.stride_hw))  # (B, h, w, C, stride height, stride width)
+        pixels = pixels.unflatten(3, (-1, *stride_hw))  # (B, h, w, C, stride height, stride width)
         pixels = pixels.permute(0, 3, 1, 4, 2, 5)  # (B, C, h, stride height, w, stride width)
         reconstruction = pixels.flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
         loss = None
         if bool_masked_pos is not None:
             error = (reconstruction.float() - pixel_values.to(reconstruction.device)).abs().mean(dim=1)  # (B, H, W)
-            error = nn.functional.avg_pool2d(error, self.config.patch_hw)  # (B, h, w)
+            error = nn.functional.avg_pool2d(error, patch_hw)  # (B, h, w)
             mask = bool_masked_pos.to(error.device).bool().reshape(error.shape)
             loss = (error * mask).sum() / mask.sum().clamp(min=1)
         return MaskedImageModelingOutput(

@@ -137,7 +137,7 @@ def test_any_size():
 def test_stride_must_be_the_patch_size_where_pixels_are_compared():
     model = make(ViTScratchForMaskedImageModeling, OBLONG, encoder_stride=2)
     x, mask = images(model), random_mask(model)
-    with pytest.raises(ValueError, match=r"encoder_stride \(2\) must equal patch_size \(\(8, 4\)\).*=\(8, 4\)"):
+    with pytest.raises(ValueError, match=r"encoder_stride \(2, 2\) must equal patch_size \(8, 4\).*=\(8, 4\)"):
         model(x, bool_masked_pos=mask)
     outputs = model(x)
     assert outputs.loss is None

@@ -1541,7 +1541,10 @@ def test_both_branches_of_a_block_are_dropped_apart():
     x = images(model, batch=1).expand(400, -1, -1, -1)
     with torch.no_grad():
         states = model(x, output_hidden_states=True).hidden_states
-    kinds = (states[2] - states[1])[:, 0].mul(1000).round().unique(dim=0)
+    kinds = []
+    for change in (states[2] - states[1])[:, 0]:
+        if all((change - kind).abs().max() > 1e-3 for kind in kinds):
+            kinds.append(change)
     assert len(kinds) == 4  # neither branch, either one, both
 
 
