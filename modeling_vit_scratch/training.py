@@ -34,6 +34,7 @@ from . import checkpoints, conversion, hub, plots
 from .augmentation import Augmentation, normalize
 from .configuration_vit_scratch import PRESETS, ViTScratchConfig
 from .data import ImageSplits, LazyImages, collate, load_splits
+from .inspection import fingerprint, inspect_splits, sample_sheet
 from .metrics import ImageClassificationMetrics
 from .modeling_vit_scratch import ViTScratchForImageClassification, image_classification_loss
 
@@ -523,7 +524,8 @@ def _run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainin
     """What a checkpoint must share with the run that continues it."""
     return {
         **{name: getattr(config, name) for name in ViTScratchConfig.__annotations__},
-        "dataset": splits.name,
+        "dataset": _public_name(splits.name),
+        "fingerprint": fingerprint(splits),
         "classes": splits.class_names,
         "images": {name: len(part) for name, part in _parts(splits).items()},
         "processes": args.world_size,
@@ -533,14 +535,15 @@ def _run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainin
     }
 
 
-def _write_history(folder: Path, log_history: list[dict]):
-    """One row per logged event, in the order of steps; empty where an event has no such number."""
+def _write_history(folder: Path, log_history: list[dict]) -> bool:
+    """One row per logged event, in the order of steps; empty where an event has no such number. False if none was."""
     names = ["step", "epoch", "learning_rate", "loss", "grad_norm", "eval_loss", "eval_accuracy", "eval_top5_accuracy"]
     rows = [row for row in log_history if "loss" in row or "eval_loss" in row]
     with open(folder / "history.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+    return bool(rows)
 
 
 def _write_predictions(folder: Path, split: str, logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, names):
@@ -662,7 +665,9 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         images = augmentation(batch["pixel_values"].to(args.device), 0, args.process_index)
         model(images, labels=batch["labels"]).loss.backward()
         if is_main:
-            print("Dry run: data, one batch and the output folder are in order.")
+            print(inspect_splits(splits))
+            sheet = sample_sheet(splits, augmentation, Path(args.output_dir) / "samples.png")
+            print(f"Pictures as the model sees them: {sheet}\nDry run: one batch and the output folder are in order.")
         return {}
 
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -683,7 +688,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     metrics = {
         "task": "image-classification",
         "dataset": {
-            "name": _public_name(splits.name),
+            "name": facts["dataset"],
+            "fingerprint": facts["fingerprint"],
             "splits": {name: len(part) for name, part in _parts(splits).items()},
             "class_names": splits.class_names,
         },
@@ -745,14 +751,15 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
 def _finish(folder: Path, metrics: dict, log_history: list[dict]):
     """Write what people look at: numbers, curves, card; say the result."""
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    _write_history(folder, log_history)
+    logged = _write_history(folder, log_history)
     final = "test" if "test" in metrics else "validation"
     names, result = metrics["dataset"]["class_names"], metrics[final]
     figures = {
-        "training_curves": plots.plot_training_curves(folder / "history.csv"),
         "per_class_accuracy": plots.plot_per_class_accuracy(list(result["per_class_accuracy"].values()), names),
         "confusion_matrix": plots.plot_confusion_matrix(result["confusion_matrix"], names),
     }
+    if logged:
+        figures["training_curves"] = plots.plot_training_curves(folder / "history.csv")
     (folder / "plots").mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / "plots" / f"{name}.png", dpi=110)

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import os
 import socket
+import sys
 from pathlib import Path
 
 import torch
@@ -78,6 +79,7 @@ def fork_run(argv: list[str], processes: int = 1, log: Path | None = None) -> li
 
             traceback.print_exc()
         finally:
+            sys.stdout.flush()
             os._exit(code)
     return ids
 

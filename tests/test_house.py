@@ -20,9 +20,10 @@ ARROWS = {
     "plots": {"metrics"},
     "sources": set(),
     "data": {"augmentation", "sources"},
+    "inspection": {"augmentation", "data"},
     "hub": MODEL,
     "conversion": MODEL,
-    "training": {"augmentation", "checkpoints", "conversion", "data", "hub", "metrics", "plots", *MODEL},
+    "training": {"augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "metrics", "plots", *MODEL},
 }
 
 
