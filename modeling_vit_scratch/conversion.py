@@ -364,7 +364,6 @@ class _Checkpoint:
     tensors: Mapping[str, Any]
     title: str
     config: dict = field(default_factory=dict)
-    folder: Path | None = None
     path: Path | None = None
     wrapper: str | None = None
 
@@ -457,13 +456,13 @@ def _weights_in(folder: Path) -> Path:
     return files[0]
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, **hub) -> Path:
     """Fetch config, processor and weights of a Hub model, or find them in the cache; the folder they lie in."""
     unreachable: list[Exception] = []
 
     def get(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=bool(unreachable)))
+            return Path(hf_hub_download(repo_id, name, local_files_only=bool(unreachable), **hub))
         except LocalEntryNotFoundError as error:  # no answer, and not in the cache; ask no more, only look
             unreachable.append(error)
         except EntryNotFoundError:
@@ -485,8 +484,8 @@ def _download(repo_id: str, revision: str | None) -> Path:
     return (found or [weights])[0].parent
 
 
-def _locate(checkpoint, revision: str | None):
-    """The file or folder that a path or Hub id stands for; tensors as they are."""
+def _locate(checkpoint, **hub):
+    """The file or folder that a path or Hub id stands for; tensors as they are. `hub` is for `hf_hub_download`."""
     if isinstance(checkpoint, Mapping):
         return checkpoint
     path = Path(checkpoint).expanduser()
@@ -495,7 +494,7 @@ def _locate(checkpoint, revision: str | None):
     text = str(checkpoint)
     if path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text):
         raise ValueError(f"there is no file or folder {text}.")
-    return _download(text, revision)
+    return _download(text, **hub)
 
 
 def _open(located, title: str, mmap: bool = False) -> _Checkpoint:
@@ -504,9 +503,7 @@ def _open(located, title: str, mmap: bool = False) -> _Checkpoint:
         return _unwrap(_Checkpoint(located, "the state dict"))
     path = _weights_in(located) if located.is_dir() else located
     config = path.parent / "config.json"
-    opened = _Checkpoint(
-        _read_file(path, mmap), title, _read_json(config) if config.is_file() else {}, path.parent, path
-    )
+    opened = _Checkpoint(_read_file(path, mmap), title, _read_json(config) if config.is_file() else {}, path)
     return _unwrap(opened)
 
 
@@ -549,9 +546,12 @@ class _Named:
         self.names = {}
         for name in opened.tensors:
             short = name.removeprefix(start) if name.startswith(start) else name.removeprefix(outer)
+            if short in self.names:
+                raise ValueError(f"{opened.title} has {short} twice, as {self.names[short]} and as {name}.")
             self.names[short] = name
         self.used: set[str] = set()
         self.missing: list[str] = []
+        self.misshapen: dict[str, str] = {}
         self.dtypes: set[str] = set()
         self.consume = False  # whether tensors that were copied may be forgotten, to save memory
 
@@ -568,7 +568,8 @@ class _Named:
         """The shape of our tensor (a patch kernel's is (D, C, h, w)), or None where a part is not here."""
         if not self.find(ours) or None in self.find(ours):
             return None
-        return list(self.read(ours, note=False).shape)
+        tensor = self.read(ours, note=False)
+        return None if tensor is None else list(tensor.shape)
 
     def has(self, ours: str) -> bool:
         """Whether any part of our tensor is here."""
@@ -594,12 +595,15 @@ class _Named:
         self.dtypes.update(str(part.dtype).removeprefix("torch.") for part in parts)
         if self.layout.jax:
             parts = [_from_jax(ours, part) for part in parts]
+        if len({part.shape for part in parts}) > 1 or (len(parts) > 1 and parts[0].ndim == 0):
+            self.misshapen[ours] = f"{'/'.join(found)} {' and '.join(str(tuple(part.shape)) for part in parts)}"
+            return None
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _from_jax(ours: str, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of Google's layout in torch's."""
-    if tensor.ndim == 4:  # patch kernel (h, w, C, D)
+    if tensor.ndim == 4 and ours.endswith("projection.weight"):  # patch kernel (h, w, C, D)
         return tensor.permute(3, 2, 0, 1)
     if tensor.ndim == 3 and ours.endswith("qkv.weight"):  # (D, heads, head dim)
         return tensor.flatten(1).T
@@ -702,6 +706,8 @@ def convert_checkpoint(
     num_labels: int | None = None,
     id2label: dict[int, str] | None = None,
     revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
     **hints,
 ) -> ViTScratchForImageClassification:
     """Load a ViT of another library, or one of ours, into our model: float32, in evaluation mode, the same function.
@@ -715,6 +721,8 @@ def convert_checkpoint(
             express (two heads, or DINOv2's on class token and mean) is left out if this is given, else refused.
         id2label: Names of the classes; as many as there are.
         revision: Branch, tag or commit of a Hub id.
+        cache_dir: Where files of the Hub are kept; None for its usual cache.
+        token: For a private Hub id; None for the one that `hf auth login` stored.
         **hints: Fields of the config that tensors cannot tell, such as `num_attention_heads`, `layer_norm_eps`,
             `hidden_act`, `pooling` or `drop_path_rate`; `grid_size`, the checkpoint's patches (down, across) where
             they are no square; `representation_size=None` to leave out a tanh layer before a new head.
@@ -723,7 +731,7 @@ def convert_checkpoint(
         ValueError: The checkpoint cannot be read or recognised; tensors are missing, left over, of a wrong shape or
             not finite; the model cannot express it; or hints contradict the tensors.
     """
-    located = _locate(checkpoint, revision)
+    located = _locate(checkpoint, revision=revision, cache_dir=cache_dir, token=token)
     own = None if source is not None else _own_folder(located)
     if own is not None:
         model, headless = _load_own(own, hints)
@@ -737,15 +745,17 @@ def convert_checkpoint(
     return _change(model, headless, image_size, num_labels, id2label, antialias)
 
 
-def is_own(checkpoint, revision: str | None = None) -> bool:
-    """Whether a file, folder or Hub id holds a model that this package saved."""
-    return _own_folder(_locate(checkpoint, revision)) is not None
+def is_own(checkpoint, **hub) -> bool:
+    """Whether a file, folder or Hub id (`hub`: revision, cache_dir, token) holds a model that this package saved."""
+    return _own_folder(_locate(checkpoint, **hub)) is not None
 
 
 def _own_folder(located) -> Path | None:
     """The folder of a checkpoint that this package saved, or None."""
     if isinstance(located, Mapping):
         return None
+    if located.is_file() and located.name not in WEIGHT_FILES:
+        return None  # a file of its own beside our config
     folder = located if located.is_dir() else located.parent
     config = folder / "config.json"
     if config.is_file() and _read_json(config).get("model_type") == ViTScratchConfig.model_type:
@@ -824,9 +834,10 @@ def _plan(opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head
     claims = _claims(opened)
     grid = hints.pop("grid_size", None)
     blocks = _num_blocks(named, opened.title)
-    D, C, *patch = named.shape("vit.embeddings.patch_embeddings.projection.weight")
-    if len(patch) != 2:
-        raise ValueError(f"{named.layout.marker} must have 4 dimensions, got {len(patch) + 2}.")
+    kernel = named.shape("vit.embeddings.patch_embeddings.projection.weight")
+    if len(kernel) != 4:
+        raise ValueError(f"{opened.title}: {named.layout.marker} must have 4 dimensions, got {len(kernel)}.")
+    D, C, *patch = kernel
     claimed = _pair(claims.pop("image_size", None))
     if grid is None and claimed is not None:
         grid = (claimed[0] // patch[0], claimed[1] // patch[1])
@@ -837,12 +848,11 @@ def _plan(opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head
         plan.left_out |= {name: what for name in named.names if re.fullmatch(pattern, name)}
     grid, registers = _plan_tokens(plan, opened.title, named, D, grid)
     pooling = _plan_head(plan, opened, named, D, hints, new_head)
-    widths = [named.shape(f"vit.layers.{i}.mlp.fc1.weight") for i in range(blocks)]
-    width = next((shape[0] for shape in widths if shape), None)
+    widths = (named.shape(f"vit.layers.{i}.mlp.fc1.bias") for i in range(blocks))
+    width = next((shape[-1] for shape in widths if shape), None)
     inner = named.shape("vit.layers.0.mlp.fc2.weight")
-    if width and inner and width == 2 * inner[1]:
-        raise ValueError(f"{opened.title} has a SwiGLU MLP (fc1 gives {width}, fc2 takes {inner[1]}), not an MLP.")
-    query = named.find("vit.layers.0.attention.qkv.weight")[0]
+    if width and inner and width == 2 * inner[-1]:
+        raise ValueError(f"{opened.title} has a SwiGLU MLP (fc1 gives {width}, fc2 takes {inner[-1]}), not an MLP.")
     measured = {
         "hidden_size": D,
         "num_channels": C,
@@ -853,12 +863,13 @@ def _plan(opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head
         "num_register_tokens": registers,
         "use_cls_token": named.use_cls_token,
         "qkv_bias": any(named.has(f"vit.layers.{i}.attention.qkv.bias") for i in range(blocks)),
-        "representation_size": (named.shape("pre_logits.0.bias") or [None])[0],
+        "representation_size": (named.shape("pre_logits.0.bias") or [None])[-1],
     }
     if set(named.find("pre_logits.0.bias")) & set(plan.left_out):
         measured["representation_size"] = None
-    if named.layout.jax and query is not None and named.raw(query).ndim == 3:
-        measured["num_attention_heads"] = named.raw(query).shape[1]
+    query = named.find("vit.layers.0.attention.qkv.weight")[0]
+    if named.layout.jax and query is not None and (kernel := named.raw(query)).ndim == 3:
+        measured["num_attention_heads"] = kernel.shape[1]
     for origin, told in (("config.json says", claims), ("the hint is", hints)):
         for name, value in told.items():
             if name in measured and _pair(value) != _pair(measured[name]):
@@ -914,12 +925,17 @@ def _plan_tokens(
     """
     prefix = "vit.embeddings."
     tokens = int(named.use_cls_token)
-    registers = (named.shape(prefix + "register_tokens") or [0, 0])[1]
     positions = named.read(prefix + "position_embeddings")
     if positions is None:
         _raise_unfit(title, {"missing": named.missing})
-    if positions.ndim != 3 or positions.shape[0] != 1 or positions.shape[2] != D:
-        _raise_unfit(title, {"misshapen": [f"positions {tuple(positions.shape)} instead of (1, tokens, {D})"]})
+    shapes = {"registers": named.shape(prefix + "register_tokens"), "positions": list(positions.shape)}
+    wrong = [
+        f"{name} {tuple(shape)} instead of (1, tokens, {D})"
+        for name, shape in shapes.items()
+        if shape is not None and (len(shape) != 3 or shape[0] != 1 or shape[2] != D)
+    ]
+    _raise_unfit(title, {"misshapen": wrong})
+    registers = shapes["registers"][1] if shapes["registers"] else 0
     count = positions.shape[1]
     before = {"none": 0, "cls": tokens, "all": tokens + registers}
     before = [before[which] for which in named.layout.positions]
@@ -951,11 +967,11 @@ def _plan_head(plan: _Plan, opened: _Checkpoint, named: _Named, D: int, hints: d
     classifier = [name for name in named.find("classifier.weight") + named.find("classifier.bias") if name]
     tanh = [name for name in named.find("pre_logits.0.weight") + named.find("pre_logits.0.bias") if name]
     if classifier:
-        plan.classes = (named.shape("classifier.weight") or named.shape("classifier.bias"))[0]
+        plan.classes = (named.shape("classifier.bias") or named.shape("classifier.weight") or [0])[0]
     refused = {
         what: [name for name in named.names if re.fullmatch(pattern, name)] for pattern, what in REFUSED_HEADS.items()
     }
-    if named.layout is DINOV2 and (named.shape("classifier.weight") or [0, 0])[1] == 2 * D:
+    if named.layout is DINOV2 and named.shape("classifier.weight") == [plan.classes, 2 * D]:
         on_cls, on_mean = named.read("classifier.weight").float().split(D, dim=1)
         if on_cls.any() and on_mean.any():
             refused["a head on class token and mean of the patches at once"] = classifier
@@ -1036,7 +1052,8 @@ def _fill(model: ViTScratchForImageClassification, title: str, named: _Named, pl
         if tensor is None:
             continue
         theirs = "/".join(filter(None, named.find(ours)))
-        tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor
+        if ours.endswith("patch_embeddings.projection.weight"):
+            tensor = tensor.flatten(1)
         if tensor.shape != empty.shape:
             misshapen.append(f"{theirs} {tuple(tensor.shape)} instead of {tuple(empty.shape)}")
             continue
@@ -1048,7 +1065,13 @@ def _fill(model: ViTScratchForImageClassification, title: str, named: _Named, pl
                 named.tensors.pop(named.names[name], None)
     left_over = [name for name in named.names if name not in named.used and name not in plan.left_out]
     _raise_unfit(
-        title, {"missing": named.missing, "left over": left_over, "misshapen": misshapen, "not finite": infinite}
+        title,
+        {
+            "missing": named.missing,
+            "left over": left_over,
+            "misshapen": [*named.misshapen.values(), *misshapen],
+            "not finite": infinite,
+        },
     )
     return state
 
@@ -1136,9 +1159,7 @@ def _resize(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int],
 # --- The image processor and the labels ------------------------------------------------------------------------------
 
 
-def image_processor_for(
-    checkpoint, model: ViTScratchForImageClassification, source: str | None = None, revision: str | None = None
-):
+def image_processor_for(checkpoint, model: ViTScratchForImageClassification, source: str | None = None, **hub):
     """The image processor that belongs to a checkpoint, at the resolution of the model made of it.
 
     Args:
@@ -1146,12 +1167,15 @@ def image_processor_for(
             is read, or timm's config.json; otherwise it is the one that the family publishes.
         model: The converted model.
         source: As for `convert_checkpoint`.
-        revision: As for `convert_checkpoint`.
+        **hub: revision, cache_dir and token, as for `convert_checkpoint`.
+
+    Raises:
+        ValueError: As `convert_checkpoint`; or a folder of ours has no preprocessor_config.json.
     """
     C = model.config.num_channels
     if isinstance(checkpoint, str) and checkpoint in FAMILIES and not Path(checkpoint).exists():
         return _processor(model.config.image_hw, C, FAMILIES[checkpoint])
-    located, folder = _locate(checkpoint, revision), None
+    located, folder = _locate(checkpoint, **hub), None
     if not isinstance(located, Mapping):
         folder = located if located.is_dir() else located.parent
     if folder is not None and (folder / "preprocessor_config.json").is_file():
@@ -1511,7 +1535,7 @@ def verify_checkpoint(
         NotImplementedError: No library still has a model that computes this.
         ValueError: As `convert_checkpoint`, or the checkpoint is one of ours.
     """
-    located = _locate(checkpoint, revision)
+    located = _locate(checkpoint, revision=revision)
     if source is None and _own_folder(located):
         raise ValueError(f"{checkpoint} is this package's own; there is nothing to compare it with.")
     opened = _open(located, str(checkpoint))

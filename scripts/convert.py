@@ -112,7 +112,7 @@ def convert(arguments: argparse.Namespace) -> int:
     model = convert_checkpoint(
         checkpoint, image_size=size, num_labels=arguments.num_labels, id2label=labels, **where, **hints
     )
-    own = arguments.source is None and is_own(checkpoint, arguments.revision)
+    own = arguments.source is None and is_own(checkpoint, revision=arguments.revision)
     processor = None
     try:
         processor = image_processor_for(checkpoint, model, **where)

@@ -743,6 +743,37 @@ def test_each_tensor_is_needed(layout):
             assert name.replace("vit.", "") in str(caught.value) or "left over" in str(caught.value)
 
 
+@pytest.mark.parametrize("layout", ["transformers", "dinov2", "timm", "torchvision", "jax"])
+def test_each_shape_is_checked(layout):
+    tensors = {
+        "transformers": lambda: of_transformers("ViTModel")[1].state_dict(),
+        "dinov2": lambda: of_transformers("Dinov2WithRegistersModel")[1].state_dict(),
+        "timm": lambda: timm_tensors(L=1, scale="ls{}.gamma", registers=2, positions="all"),
+        "torchvision": lambda: torchvision_tensors(L=1, representation=20),
+        "jax": lambda: jax_arrays(L=1, representation=20),
+    }[layout]()
+    for name, tensor in tensors.items():
+        if "mask_token" in name or ("layers.0." not in name and "layer.0." not in name and "layer" in name):
+            continue  # unused, or of a later block
+        tensor = torch.as_tensor(tensor)
+        for wrong in (tensor.flatten()[0], tensor.flatten(), tensor[None, None], torch.cat([tensor, tensor], dim=-1)):
+            longer_patch = wrong.ndim == 4 and "proj" in name  # another whole model
+            if wrong.shape == tensor.shape or longer_patch or name.endswith(("query/bias", "key/bias", "value/bias")):
+                continue  # Google's biases may come flat: they hold the same
+            try:
+                convert_checkpoint({**tensors, name: wrong}, **HEADS)
+            except ValueError:
+                continue
+            raise AssertionError(f"{name} {tuple(wrong.shape)} instead of {tuple(tensor.shape)} was taken.")
+
+
+def test_a_name_that_is_there_twice():
+    tensors = timm_tensors()
+    twice = {f"backbone.{name}": tensor for name, tensor in tensors.items()} | {"norm.weight": torch.ones(32)}
+    with pytest.raises(ValueError, match=r"norm\.weight twice"):
+        convert_checkpoint(twice, **HEADS)
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [
@@ -978,6 +1009,17 @@ def test_own_encoder_and_masked_image_model(tmp_path, caplog):
             assert torch.equal(tensor, encoder.state_dict()[key])
         assert not ours.classifier.weight.any()
     assert "Left out the pre-training decoder" in caplog.text and "Made a new head for 3 classes" in caplog.text
+
+
+def test_a_file_of_its_own_beside_our_config(own, tmp_path):
+    own.save_pretrained(tmp_path)
+    torch.save(timm_tensors(), tmp_path / "other.pth")
+    (tmp_path / "config.json").rename(tmp_path / "ours.json")
+    ours = convert_checkpoint(tmp_path / "other.pth", **HEADS)
+    assert_logits(ours, lambda image: timm_logits(timm_tensors(), image))
+    (tmp_path / "ours.json").rename(tmp_path / "config.json")
+    ours = convert_checkpoint(tmp_path / "other.pth")  # the file that was named, not ours
+    assert_logits(ours, lambda image: timm_logits(timm_tensors(), image))
 
 
 def test_own_folder_with_missing_tensors(own, tmp_path):
