@@ -247,6 +247,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
     def __init__(self, config: ViTScratchConfig, *args, **kwargs):
         config.validate()  # fields may have changed since it was made, e.g. by from_pretrained(..., field=)
         super().__init__(config, *args, **kwargs)
+        self.__module__ = __name__  # FSDP2 renames the class; saving finds this file by it
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
