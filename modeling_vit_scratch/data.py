@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -47,7 +48,7 @@ MAX_DECODED_BYTES = 4e9
 MAX_STATISTICS_IMAGES = 8192
 
 
-class _Records:
+class Records:
     """Encoded pictures and checked labels of one split, by row; no picture is decoded here."""
 
     def __init__(self, dataset: datasets.Dataset, image_column: str, labels: np.ndarray, rows: np.ndarray, split: str):
@@ -57,11 +58,18 @@ class _Records:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, indices: np.ndarray) -> "_Records":
-        records = _Records.__new__(_Records)
+    def select(self, indices: np.ndarray) -> "Records":
+        records = Records.__new__(Records)
         records.dataset, records.image_column, records.split = self.dataset, self.image_column, self.split
         records.rows, records.labels = self.rows[indices], self.labels[indices]
         return records
+
+    def encoded(self) -> Iterator[bytes]:
+        """The files' contents, in order; nothing of a missing picture."""
+        for start in range(0, len(self), 1024):
+            for value in self.dataset[self.rows[start : start + 1024]][self.image_column]:
+                value = value or {"bytes": b"", "path": None}
+                yield Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
 
     def image(self, index: int, num_channels: int) -> Image.Image:
         row = int(self.rows[index])
@@ -72,15 +80,23 @@ class _Records:
         column = self.dataset[rows][self.image_column]
         return [self._decode(value, int(row), num_channels) for value, row in zip(column, rows, strict=True)]
 
+    def where(self, index: int) -> str:
+        """The place of a picture in words: its row in the dataset, and its file if there is one."""
+        row = int(self.rows[index])
+        value = self.dataset[row][self.image_column] or {}
+        return self._where(row, value.get("path"))
+
+    def _where(self, row: int, path: str | None) -> str:
+        return f"row {row} of split {self.split!r}" + (f" ({path})" if path else "")
+
     def _decode(self, value: dict | None, row: int, num_channels: int) -> Image.Image:
         path = (value or {}).get("path")
-        where = f"row {row} of split {self.split!r}" + (f" ({path})" if path else "")
         if value is None or (value["bytes"] is None and not path):
-            raise ValueError(f"{where}: there is no image; remove the row.")
+            raise ValueError(f"{self._where(row, None)}: there is no image; remove the row.")
         try:
             return load_image(path if value["bytes"] is None else value["bytes"], num_channels)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{where}: {error}; repair or remove it.") from error
+            raise ValueError(f"{self._where(row, path)}: {error}; repair or remove it.") from error
 
 
 def _to_tensor(image: Image.Image, processor) -> torch.Tensor:
@@ -129,7 +145,7 @@ class LazyImages(torch.utils.data.Dataset):
         seed: Of the random crop.
     """
 
-    def __init__(self, records: _Records, processor, num_channels: int, crop_scale: float | None = None, seed: int = 0):
+    def __init__(self, records: Records, processor, num_channels: int, crop_scale: float | None = None, seed: int = 0):
         self.records, self.processor, self.num_channels = records, processor, num_channels
         self.crop_scale, self.seed = crop_scale, seed
         # Shared memory: worker processes that outlive an epoch (persistent_workers) see the next one too.
@@ -176,7 +192,7 @@ class ImageSplits:
     class_names: list[str]
     mean: list[float]
     std: list[float]
-    records: dict[str, _Records] = field(repr=False)
+    records: dict[str, Records] = field(repr=False)
 
 
 def _find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str, ...], kind: str) -> str:
@@ -280,7 +296,7 @@ def load_records(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     seed: int = 42,
-) -> tuple[dict[str, _Records], list[str]]:
+) -> tuple[dict[str, Records], list[str]]:
     """Check the labels and settle the splits; see `load_splits` for the arguments.
 
     Returns:
@@ -319,7 +335,7 @@ def load_records(
                 f"column {image_column!r} does not hold images but {kind}; name another, or cast it to Image."
             )
         data = data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        records[split] = _Records(data, image_column, labels, np.arange(len(labels)), name)
+        records[split] = Records(data, image_column, labels, np.arange(len(labels)), name)
     if "validation" not in records:
         kept, cut = _stratified_cut(records["train"].labels, train_val_split, seed)
         records["train"], records["validation"] = records["train"].select(kept), records["train"].select(cut)
@@ -331,7 +347,7 @@ def load_records(
     return records, class_names
 
 
-def decode(records: _Records, processor, num_channels: int) -> DecodedImages | None:
+def decode(records: Records, processor, num_channels: int) -> DecodedImages | None:
     """Decode a split into memory, in parallel; None if its pictures differ in size or do not fit."""
     height, width = processor.size["height"], processor.size["width"]
     if len(records) * num_channels * height * width > MAX_DECODED_BYTES:
@@ -347,15 +363,15 @@ def decode(records: _Records, processor, num_channels: int) -> DecodedImages | N
             images[index] = _to_tensor(image, processor)
         return True
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, _progress(len(records), f"Decoding {records.split}") as bar:
-        for chunk, same_size in zip(chunks, _bounded_map(pool, fill, chunks), strict=False):
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(records), f"Decoding {records.split}") as bar:
+        for chunk, same_size in zip(chunks, bounded_map(pool, fill, chunks), strict=False):
             if not same_size:
                 return None
             bar.update(len(chunk))
     return DecodedImages(images, torch.from_numpy(records.labels))
 
 
-def _bounded_map(pool: ThreadPoolExecutor, function, items: list) -> Iterator:
+def bounded_map(pool: ThreadPoolExecutor, function, items: list) -> Iterator:
     """`pool.map` that stops handing out work once its results are no longer taken."""
     ahead = 2 * (os.cpu_count() or 1)
     futures = [pool.submit(function, item) for item in items[:ahead]]
@@ -366,9 +382,12 @@ def _bounded_map(pool: ThreadPoolExecutor, function, items: list) -> Iterator:
             futures.append(pool.submit(function, items[position + ahead]))
 
 
-def _progress(total: int, text: str) -> tqdm:
+def progress_bar(total: int, text: str) -> tqdm:
+    """A bar that one process of each machine shows, and only if the work takes more than a second."""
     quiet = os.environ.get("LOCAL_RANK", "0") != "0"
-    return tqdm(total=total, desc=text, unit="image", unit_scale=True, delay=1, disable=quiet, leave=False)
+    return tqdm(
+        total=total, desc=text, unit="image", unit_scale=True, delay=1, mininterval=0.5, disable=quiet, leave=False
+    )
 
 
 def pixel_statistics(images: torch.Tensor) -> tuple[list[float], list[float]]:
