@@ -53,8 +53,8 @@ class Layout:
     Args:
         title: What the layout is called in messages.
         marker: Name of the patch projection's kernel, by which the layout is recognised.
-        names: Our module or tensor outside the blocks -> theirs. "a|b" are spellings of different versions, the first
-            of which is written; a tuple names the parts that are stacked to one tensor of ours.
+        names: Our module or tensor outside the blocks -> theirs. "a|b" are spellings of different versions; a tuple
+            names the parts that are stacked to one tensor of ours.
         block: How the names of block `{i}` begin.
         block_names: As `names`, inside a block.
         unused: Pattern of names that a classifier has no use for -> what they are.
@@ -112,7 +112,7 @@ DINOV2 = Layout(
         **TRANSFORMERS.names,
         "vit.embeddings.register_tokens": "embeddings.register_tokens",
     },
-    block="encoder.layer.{i}.|layers.{i}.",
+    block="layers.{i}.|encoder.layer.{i}.",
     block_names={
         **TRANSFORMERS.block_names,
         "norm1": "norm1",
@@ -1179,7 +1179,7 @@ def image_processor_for(checkpoint, model: ViTScratchForImageClassification, sou
     if not isinstance(located, Mapping):
         folder = located if located.is_dir() else located.parent
     if folder is not None and (folder / "preprocessor_config.json").is_file():
-        return _fit(AutoImageProcessor.from_pretrained(folder), model.config.image_hw)
+        return _fit(_load_processor(folder), model.config.image_hw)
     opened = _open(located, str(checkpoint), mmap=True)
     if source is None and opened.config.get("model_type") == ViTScratchConfig.model_type:
         raise ValueError(f"{checkpoint} has no preprocessor_config.json.")
@@ -1192,6 +1192,16 @@ def image_processor_for(checkpoint, model: ViTScratchForImageClassification, sou
             None if card.get("crop_mode") == "squash" else card.get("crop_pct", family.crop),
         )  # fmt: skip
     return _processor(model.config.image_hw, C, family)
+
+
+def _load_processor(folder: Path):
+    try:
+        return AutoImageProcessor.from_pretrained(folder)
+    except ImportError:  # older versions of transformers have it with torchvision only
+        config = _read_json(folder / "preprocessor_config.json")
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "ViTImageProcessor"
+        kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+        return getattr(transformers, f"{kind}Pil").from_pretrained(folder)
 
 
 def _processor(image_hw: tuple[int, int], num_channels: int, family: Family):
@@ -1270,9 +1280,10 @@ def export_checkpoint(
 
     Args:
         model: To export; it keeps its tensors, these are copies.
-        target: "transformers" (ViT, or where there is layer scale DINOv2, with or without registers), "timm",
-            "torchvision", or "jax" (numpy arrays).
-        folder: Where to write it as well: model.safetensors or model.npz, and config.json.
+        target: "transformers" (ViT, or where there is layer scale DINOv2, with or without registers; by the names
+            that the installed version's `load_state_dict` takes), "timm", "torchvision", or "jax" (numpy arrays).
+        folder: Where to write it as well: model.safetensors (for transformers with the Hub's names) or model.npz, and
+            config.json.
         image_processor: Written there too, or, for timm, into its config.json.
 
     Raises:
@@ -1292,23 +1303,22 @@ def export_checkpoint(
         ours["vit.embeddings.position_embeddings"] = _timm_positions(model)
     if layout is DINOV2 and config.num_labels:
         ours["classifier.weight"] = _on_both(ours["classifier.weight"], config.pooling)
-    tensors = {}
+    writes = _transformers_names(config) if target == "transformers" else lambda spellings: (spellings[0],) * 2
+    tensors, on_disk = {}, {}
     for name, tensor in ours.items():
         if name.endswith("patch_embeddings.projection.weight"):
             tensor = tensor.unflatten(1, (config.num_channels, *config.patch_hw))
-        names = [part[0] for part in _spellings(layout, name)]
-        for theirs, part in zip(names, tensor.chunk(len(names)), strict=True):
+        parts = _spellings(layout, name)
+        for spellings, part in zip(parts, tensor.chunk(len(parts)), strict=True):
             part = _to_jax(name, part, config.num_attention_heads) if layout.jax else part
             part = part.clone(memory_format=torch.contiguous_format)
-            tensors[theirs] = part.numpy() if layout.jax else part
-    if target == "transformers":
-        prefix = f"{_transformers_classes(config)[2]}."
-        heads = ("classifier.", "pooler.")
-        tensors = {name if name.startswith(heads) else prefix + name: tensor for name, tensor in tensors.items()}
-        if prefix == "dinov2_with_registers.":  # has one whether it is used or not
-            tensors[prefix + "embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
+            in_memory, in_file = writes(spellings)
+            on_disk[in_file] = tensors[in_memory] = part.numpy() if layout.jax else part
+    if layout is DINOV2 and config.num_register_tokens:  # it has a mask token whether that is used or not
+        name = "dinov2_with_registers.embeddings.mask_token"
+        on_disk[name] = tensors[name] = torch.zeros(1, config.hidden_size)
     if folder is not None:
-        _write(tensors, model, target, Path(folder), image_processor)
+        _write(on_disk, model, target, Path(folder), image_processor)
     return tensors
 
 
@@ -1378,6 +1388,19 @@ def _transformers_classes(config: ViTScratchConfig) -> tuple[type, type, str]:
         config_class = transformers.Dinov2WithRegistersConfig
         return config_class, transformers.Dinov2WithRegistersForImageClassification, "dinov2_with_registers"
     return transformers.Dinov2Config, transformers.Dinov2ForImageClassification, "dinov2"
+
+
+def _transformers_names(config: ViTScratchConfig):
+    """A function of a tensor's spellings: its name in the installed transformers' model, and on the Hub (the last)."""
+    config_class, model_class, prefix = _transformers_classes(config)
+    with torch.device("meta"):
+        there = model_class(_transformers_config(config, config_class)).state_dict()
+
+    def names(spellings: list[str]) -> tuple[str, str]:
+        full = [name if name.startswith("classifier.") else f"{prefix}.{name}" for name in spellings]
+        return next(name for name in full if name in there), full[-1]
+
+    return names
 
 
 def _transformers_config(config: ViTScratchConfig, config_class: type):

@@ -1512,7 +1512,7 @@ def test_convert_script(script, vit_folder, tmp_path, capsys, caplog):
     assert "Recognised transformers' names" in caplog.text
     ours = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert_same(ours, theirs)
-    assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").size["height"] == 24
+    assert transformers.ViTImageProcessorPil.from_pretrained(tmp_path / "out").size["height"] == 24
     assert (tmp_path / "out" / "modeling_vit_scratch.py").is_file()
 
 
@@ -1531,7 +1531,7 @@ def test_convert_script_with_changes(script, vit_folder, tmp_path):
     assert script.main([str(folder), str(tmp_path / "out"), *changes, "--verify"]) == 0
     config = ViTScratchConfig.from_pretrained(tmp_path / "out")
     assert config.image_size == (16, 32) and config.id2label == {0: "cat", 1: "dog"}
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    processor = transformers.ViTImageProcessorPil.from_pretrained(tmp_path / "out")
     assert (processor.size["height"], processor.size["width"]) == (16, 32)
 
 
