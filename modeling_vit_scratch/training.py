@@ -250,6 +250,12 @@ class ImageTrainer(Trainer):
             rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
+    def _determine_best_metric(self, metrics, trial):
+        # Of equally good epochs the last is kept: the learning rate has come down further.
+        if metrics.get(f"eval_{self.args.metric_for_best_model}") == self.state.best_metric:
+            self.state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
