@@ -113,6 +113,8 @@ class DataArguments:
 class ImageTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with the defaults of an image classifier that keeps its best epoch."""
 
+    _argument_group_name = "training"
+
     output_dir: str | None = field(
         default=None, metadata={"help": "Where everything goes. Default: a new folder below runs/."}
     )
@@ -126,6 +128,9 @@ class ImageTrainingArguments(TrainingArguments):
     head_learning_rate: float | None = field(default=None, metadata={"help": "Another one for the classifier."})
     layer_decay: float = field(
         default=1.0, metadata={"help": "Factor on the learning rate for each block further from the head, e.g. 0.75."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision. Default: on a GPU that has it."}
     )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: 'no', 'steps' or 'epoch'."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: 'no', 'steps', 'epoch' or 'best'."})
@@ -141,6 +146,9 @@ class ImageTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.output_dir_is_default = self.output_dir is None
+        if self.bf16 is None:
+            gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" or (
             str(getattr(self.save_strategy, "value", self.save_strategy)) == "no"
         ):
@@ -592,8 +600,6 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         args.output_dir, args.resume_from_checkpoint = broadcast_object_list(
             [args.output_dir, args.resume_from_checkpoint]
         )
-    if args.device.type == "cuda" and torch.cuda.is_bf16_supported() and not args.fp16:
-        args.bf16 = True
     set_seed(args.seed)
     transformers.utils.logging.disable_progress_bar()  # of reading and writing files; training keeps its own
 
@@ -679,14 +685,9 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if stop.signal is not None:
         if is_main:
-            command = [
-                *_without_resuming(sys.argv),
-                "--output_dir",
-                args.output_dir,
-                "--resume_from_checkpoint",
-                "last",
-            ]
-            print(f"Stopped at step {trainer.state.global_step}. To continue:\n  {shlex.join(['python', *command])}")
+            options = ["--output_dir", args.output_dir, "--resume_from_checkpoint", "last"]
+            command = shlex.join(["python", *_without_resuming(sys.argv), *options])
+            print(f"Stopped at step {trainer.state.global_step}. To continue:\n  {command}")
         return None
 
     trainer.save_model()

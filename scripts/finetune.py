@@ -28,6 +28,17 @@ USUAL = (
 )  # fmt: skip
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """One spelling of each option, and no list of forty choices in its place."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32, width=80)
+
+    def _format_action_invocation(self, action):
+        takes_value = action.nargs != 0
+        return f"{action.option_strings[-1 if action.dest == 'help' else 0]}{' VALUE' * takes_value}"
+
+
 class Parser(HfArgumentParser):
     """All options of a run; `--help` shows ours and the usual ones of TrainingArguments, `--help_all` every one."""
 
@@ -35,7 +46,7 @@ class Parser(HfArgumentParser):
         super().__init__(
             (ModelArguments, DataArguments, ImageTrainingArguments),
             description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
             usage="finetune.py [recipe.yaml] [--option value ...]",
         )
