@@ -1,9 +1,12 @@
 """Train a Vision Transformer on pictures.
 
-python scripts/finetune.py                                          CIFAR-10 (or digits, offline)
-python scripts/finetune.py --dataset_name path/to/folder            your own pictures, one directory per class
-python scripts/finetune.py scripts/recipes/teaching_adamw.yaml      a recipe; options after it win
-accelerate launch scripts/finetune.py ...                           several GPUs
+python scripts/finetune.py                 CIFAR-10 (or digits, offline)
+python scripts/finetune.py --dataset_name path/to/folder
+                                           your own pictures, one directory per
+                                           class
+python scripts/finetune.py scripts/recipes/teaching_adamw.yaml
+                                           a recipe; options after it win
+accelerate launch scripts/finetune.py ...  several GPUs
 """
 
 import argparse
@@ -22,7 +25,7 @@ from modeling_vit_scratch.training import DataArguments, ImageTrainingArguments,
 RECIPES = Path(__file__).parent / "recipes"
 USUAL = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "head_learning_rate", "layer_decay", "lr_scheduler_type", "warmup_steps",
     "weight_decay", "label_smoothing_factor", "optim", "seed", "use_cpu", "bf16", "torch_compile", "report_to",
     "push_to_hub", "hub_model_id",
 )  # fmt: skip
