@@ -99,7 +99,7 @@ class Records:
             raise ValueError(f"{self._where(row, path)}: {error}; repair or remove it.") from error
 
 
-def _to_tensor(image: Image.Image, processor) -> torch.Tensor:
+def to_tensor(image: Image.Image, processor) -> torch.Tensor:
     """Resize as the image processor does, but leave the pixels integer: uint8 (C, H, W)."""
     if image.size != (processor.size["width"], processor.size["height"]):
         resized = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
@@ -163,7 +163,7 @@ class LazyImages(torch.utils.data.Dataset):
         image = self.records.image(index, self.num_channels)
         if self.crop_scale is not None:
             image = image.crop(crop_box(image.size, self.crop_scale, (self.seed, int(self._epoch), index)))
-        return {"pixel_values": _to_tensor(image, self.processor), "labels": self.labels[index]}
+        return {"pixel_values": to_tensor(image, self.processor), "labels": self.labels[index]}
 
 
 def collate(batch: dict | list[dict]) -> dict:
@@ -195,7 +195,8 @@ class ImageSplits:
     records: dict[str, Records] = field(repr=False)
 
 
-def _find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str, ...], kind: str) -> str:
+def find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str, ...], kind: str) -> str:
+    """The name of the "image" or "label" column: the one that is wanted, or the likeliest."""
     if wanted is not None:
         if wanted not in dataset.column_names:
             near = difflib.get_close_matches(wanted, dataset.column_names, n=1, cutoff=0.0)
@@ -304,8 +305,8 @@ def load_records(
     """
     if "train" not in dataset:
         raise ValueError(f"there is no 'train' split; the dataset has {', '.join(dataset) or 'none'}.")
-    image_column = _find_column(dataset["train"], image_column, IMAGE_COLUMNS, "image")
-    label_column = _find_column(dataset["train"], label_column, LABEL_COLUMNS, "label")
+    image_column = find_column(dataset["train"], image_column, IMAGE_COLUMNS, "image")
+    label_column = find_column(dataset["train"], label_column, LABEL_COLUMNS, "label")
     chosen = {"train": "train"}
     validation = next((name for name in VALIDATION_SPLITS if name in dataset), None)
     chosen |= {"validation": validation} if validation else {}
@@ -313,29 +314,12 @@ def load_records(
     class_names = None
     records = {}
     for split, name in chosen.items():
-        data = dataset[name]
-        if len(data) == 0:
-            raise ValueError(f"split {name!r} is empty; remove it, or add images.")
-        for column in (image_column, label_column):
-            if column not in data.column_names:
-                raise ValueError(f"split {name!r} has no column {column!r}; it has {', '.join(data.column_names)}.")
-        class_names = class_names or _class_names(data, label_column, name)
-        labels = _labels(data, label_column, class_names, name)
-        if split == "train":
-            if len(class_names) < 2:
-                raise ValueError(f"there is only one class ({class_names[0]!r}); classification needs at least two.")
-            empty = np.flatnonzero(np.bincount(labels, minlength=len(class_names)) == 0)
-            if len(empty):
-                raise ValueError(
-                    f"class {class_names[empty[0]]!r} has no images in split 'train'; add some, or remove it."
-                )
-        if not isinstance(data.features[image_column], datasets.Image):
-            kind = data.features[image_column]
-            raise ValueError(
-                f"column {image_column!r} does not hold images but {kind}; name another, or cast it to Image."
-            )
-        data = data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        records[split] = Records(data, image_column, labels, np.arange(len(labels)), name)
+        records[split], class_names = check_split(dataset[name], (image_column, label_column), class_names, name)
+    if len(class_names) < 2:
+        raise ValueError(f"there is only one class ({class_names[0]!r}); classification needs at least two.")
+    empty = np.flatnonzero(np.bincount(records["train"].labels, minlength=len(class_names)) == 0)
+    if len(empty):
+        raise ValueError(f"class {class_names[empty[0]]!r} has no images in split 'train'; add some, or remove it.")
     if "validation" not in records:
         kept, cut = _stratified_cut(records["train"].labels, train_val_split, seed)
         records["train"], records["validation"] = records["train"].select(kept), records["train"].select(cut)
@@ -345,6 +329,35 @@ def load_records(
             order = np.random.default_rng(seed).permutation(len(records[split]))[:limit]
             records[split] = records[split].select(np.sort(order))
     return records, class_names
+
+
+def check_split(
+    dataset: datasets.Dataset, columns: tuple[str, str], class_names: list[str] | None, split: str
+) -> tuple[Records, list[str]]:
+    """The records of one split, checked.
+
+    Args:
+        dataset: The split.
+        columns: Names of (image, label).
+        class_names: Those of train; found if None.
+        split: Its name in the dataset.
+
+    Returns:
+        The records, and the class names.
+    """
+    image_column, label_column = columns
+    if len(dataset) == 0:
+        raise ValueError(f"split {split!r} is empty; remove it, or add images.")
+    for column in columns:
+        if column not in dataset.column_names:
+            raise ValueError(f"split {split!r} has no column {column!r}; it has {', '.join(dataset.column_names)}.")
+    class_names = class_names or _class_names(dataset, label_column, split)
+    labels = _labels(dataset, label_column, class_names, split)
+    kind = dataset.features[image_column]
+    if not isinstance(kind, datasets.Image):
+        raise ValueError(f"column {image_column!r} does not hold images but {kind}; name another, or cast it to Image.")
+    dataset = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    return Records(dataset, image_column, labels, np.arange(len(labels)), split), class_names
 
 
 def decode(records: Records, processor, num_channels: int) -> DecodedImages | None:
@@ -360,7 +373,7 @@ def decode(records: Records, processor, num_channels: int) -> DecodedImages | No
         for index, image in zip(chunk, records.images(chunk, num_channels), strict=True):
             if image.size != first:
                 return False
-            images[index] = _to_tensor(image, processor)
+            images[index] = to_tensor(image, processor)
         return True
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(records), f"Decoding {records.split}") as bar:
