@@ -121,10 +121,13 @@ class Report:
 
 def inspect_splits(splits: ImageSplits) -> Report:
     """Look at every picture of every split; see `Report`. Takes time: about a minute for 400,000 small pictures."""
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    parts = {split: part for split, part in parts.items() if part is not None}
+    parts = {"train": _by_index(splits), "validation": splits.validation, "test": splits.test}
     looks, warnings = {}, []
+    if parts["train"] is not splits.train:
+        warnings.append(f"Of train, only the first {len(parts['train']):,} pictures of the stream were compared.")
     for split, part in parts.items():
+        if part is None:
+            continue
         look = looks[split] = _look(part, splits.records[split], split)
         if len(look.index) < look.total:
             warnings.append(f"Of {split}, only {len(look.index):,} of {look.total:,} pictures were compared.")
@@ -137,6 +140,14 @@ def inspect_splits(splits: ImageSplits) -> Report:
     warnings = [*_label_warnings(counts), *_overlap_warnings(overlaps, len(looks["train"].index)), *warnings]
     inspected = {split: len(look.index) for split, look in looks.items()}
     return Report(splits.name, fingerprint(splits), counts, inspected, overlaps, warnings)
+
+
+def _by_index(splits: ImageSplits) -> torch.utils.data.Dataset:
+    """The training pictures; of a stream, those that were read at the start."""
+    train = splits.train
+    if not isinstance(train, torch.utils.data.IterableDataset):
+        return train
+    return LazyImages(splits.records["train"], train.processor, train.num_channels, train.crop_scale, train.seed)
 
 
 def _label_warnings(counts: dict[str, dict[str, int]]) -> list[str]:
@@ -332,8 +343,8 @@ def sample_pictures(splits: ImageSplits, augmentation: Augmentation, count: int 
     Returns:
         uint8 (count, C, H, W); and the label of each, or the shares of its labels where pictures are mixed.
     """
-    index = _evenly(len(splits.train), count).tolist()
-    batch = collate([splits.train[i] for i in index])
+    train = _by_index(splits)
+    batch = collate([train[int(i)] for i in _evenly(len(train), count)])
     images, labels = augmentation.with_labels(batch["pixel_values"], batch["labels"], step=0, rank=0)
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (augmentation.mean, augmentation.std))
     pixels = ((images * std + mean) * 255).round().clamp(0, 255).byte()

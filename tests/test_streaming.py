@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTImageProcessorPil
+from transformers import Trainer, TrainingArguments, ViTImageProcessorPil
 
 from modeling_vit_scratch import data, streaming
+from modeling_vit_scratch.augmentation import Augmentation
 from modeling_vit_scratch.data import DecodedImages, LazyImages, collate, load_splits
-from modeling_vit_scratch.inspection import fingerprint
+from modeling_vit_scratch.inspection import fingerprint, inspect_splits, sample_pictures
 from modeling_vit_scratch.streaming import StreamedImages, is_held_out, load_streaming
 
 CIFAR10_COPY = Path(__file__).parents[2] / "shared" / "cifar10"
@@ -305,6 +306,68 @@ def test_the_fingerprint_of_a_stream(tmp_path):
     first = fingerprint(load_streaming(folder, PROCESSOR))
     assert fingerprint(load_streaming(folder, PROCESSOR, rank=1, world_size=2)) == first
     assert fingerprint(load_streaming(write(tmp_path / "b", 40, 2, test=8), PROCESSOR)) != first
+
+
+def test_the_doctor_looks_at_the_first_of_a_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "HEAD_IMAGES", 20)
+    splits = load_streaming(write(tmp_path, 60, 2), PROCESSOR)
+    report = inspect_splits(splits)
+    assert report.inspected == {"train": 20, "validation": 12, "test": 9}
+    assert any("only the first 20 pictures of the stream" in warning for warning in report.warnings)
+    pixels, texts = sample_pictures(splits, Augmentation(splits.mean, splits.std), 8)
+    assert texts == [CLASSES[number_of(image) % 3] for image in pixels]
+
+
+# In a Trainer
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(48, 3)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.linear(pixel_values.flatten(1).float() / 255)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class StreamTrainer(Trainer):
+    """What a trainer needs: accelerate must not split the stream again."""
+
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=collate,
+        )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_trainer_resumes_in_mid_stream(tmp_path, monkeypatch, workers):
+    folder = write(tmp_path / "data", 50, 4)
+
+    def train(output, resume=None, stop=None):
+        images = load_streaming(folder, PROCESSOR, buffer_size=9).train
+        args = TrainingArguments(
+            output_dir=str(tmp_path / output), max_steps=12, per_device_train_batch_size=4, learning_rate=0.1,
+            gradient_accumulation_steps=2, save_steps=7, logging_steps=7, report_to="none", use_cpu=True,
+            dataloader_num_workers=workers, disable_tqdm=True, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = StreamTrainer(Model(), args, train_dataset=images, data_collator=collate)
+        if resume:
+            images.skip_decoding(7 * 2, 4)
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == 12
+        return trainer.model.linear.weight.detach()
+
+    whole = train("a")
+    decoded = []
+    monkeypatch.setattr(streaming, "load_image", lambda *a: decoded.append(1) or data.load_image(*a))
+    assert torch.equal(train("a", resume=str(tmp_path / "a" / "checkpoint-7")), whole)
+    if workers == 0:
+        assert len(decoded) <= (12 - 7) * 2 * 4 + 8, "what was trained on before is not decoded again"
 
 
 # Errors
