@@ -121,6 +121,9 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"{name!r} is not a field of {type(self).__name__}; the nearest is {self._nearest(name)!r}."
                 )
+        for name in ("id2label", "label2id"):
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise ValueError(f"{name} must be a mapping, got {type(getattr(self, name)).__name__}.")
         if kwargs.get("num_labels") is not None:
             _require_int("num_labels", kwargs["num_labels"], minimum=0)
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}

@@ -770,14 +770,26 @@ def _load_own(folder: Path, hints: dict) -> tuple[ViTScratchForImageClassificati
         ViTScratchConfig(**unknown)  # says which is no field
     try:
         model, report = ViTScratchForImageClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
         )
-    except (RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be loaded: {_line(error)}") from error
     missing, left_over = set(report["missing_keys"]), set(report["unexpected_keys"])
-    head = {name for name in missing if name.startswith(("classifier.", "pre_logits."))}
+    trained_head = "ViTScratchForImageClassification" in (config.architectures or ())
+    head = {name for name in missing if name.startswith(("classifier.", "pre_logits.")) and not trained_head}
     decoder = {name for name in left_over if re.match(r"(vit\.)?(embeddings\.)?(decoder|mask_token)", name)}
-    _raise_unfit(str(folder), {"missing": sorted(missing - head), "left over": sorted(left_over - decoder)})
+    problems = {
+        "missing": sorted(missing - head),
+        "left over": sorted(left_over - decoder),
+        "of another shape": [f"{name} {tuple(old)} for {tuple(new)}" for name, old, new in report["mismatched_keys"]],
+        "not finite (NaN or infinite)": [name for name, p in model.state_dict().items() if not p.isfinite().all()],
+    }
+    _raise_unfit(str(folder), problems)
     if decoder:
         logger.warning("Left out the pre-training decoder: %s.", _some(sorted(decoder)))
     return model.eval(), bool(head)

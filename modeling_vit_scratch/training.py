@@ -539,13 +539,13 @@ def _run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainin
     return {
         **{name: getattr(config, name) for name in ViTScratchConfig.__annotations__},
         "dataset": _public_name(splits.name),
-        "fingerprint": fingerprint(splits),
         "classes": splits.class_names,
         "images": {name: len(part) for name, part in _parts(splits).items()},
         "processes": args.world_size,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "seed": args.seed,
+        "fingerprint": fingerprint(splits),  # last: what else differs says more
     }
 
 

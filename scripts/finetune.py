@@ -114,7 +114,7 @@ def read_recipe(path: Path, known: set[str]) -> list[str]:
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTrainingArguments]:
     """The arguments of a run: a recipe's values, which the options on the command line override."""
     parser = Parser()
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in parser._actions} - {"help", "help_all"}
     recipe = Path(argv.pop(0)) if argv and argv[0].endswith((".yaml", ".yml")) else None
     try:
         options = read_recipe(recipe, known) if recipe else []

@@ -46,8 +46,8 @@ def kill(argv: list[str], processes: int, log: Path, moment: str, marker: Path, 
         elif moment == "evaluating" and marker.exists() and marker.stat().st_size >= due:
             time.sleep(rng.uniform(0, 0.02))
             break
-        elif moment == "step" and marker.exists():
-            time.sleep(rng.uniform(0, 1.5))
+        elif moment == "step" and any(int(path.name[11:]) >= 8 * due for path in checkpoints.list_checkpoints(output)):
+            time.sleep(rng.uniform(0, 0.05))
             break
         time.sleep(0.0005)
     for child in ids:
