@@ -37,6 +37,7 @@ from .data import ImageSplits, LazyImages, collate, load_splits
 from .inspection import fingerprint, inspect_splits, sample_sheet
 from .metrics import ImageClassificationMetrics
 from .modeling_vit_scratch import ViTScratchForImageClassification, image_classification_loss
+from .streaming import StreamedImages, load_streaming
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,9 @@ class DataArguments:
         default=None, metadata={"help": "Column of the pictures; found if not given."}
     )
     label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; found if not given."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read training pictures while training, for data larger than the disk."}
+    )
     train_val_split: float = field(
         default=0.1, metadata={"help": "Share of train that becomes validation where the dataset has none."}
     )
@@ -264,6 +268,18 @@ class ImageTrainer(Trainer):
             self.state.best_metric = None
         return super()._determine_best_metric(metrics, trial)
 
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, StreamedImages):
+            return super().get_train_dataloader()
+        # Each process already reads its own part of the stream; accelerate would divide that once more.
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
@@ -382,8 +398,9 @@ def load_trained(arguments: ModelArguments) -> tuple[ViTScratchForImageClassific
     """A trained classifier, ours or converted from another library, and an image processor with its mean and std."""
     source = arguments.model_name_or_path
     fields = config_overrides(arguments)
-    model = conversion.convert_checkpoint(source, image_size=arguments.image_size, **fields)
-    processor = conversion.image_processor_for(source, model)
+    hub_access = {"cache_dir": arguments.cache_dir, "token": arguments.token}
+    model = conversion.convert_checkpoint(source, image_size=arguments.image_size, **hub_access, **fields)
+    processor = conversion.image_processor_for(source, model, **hub_access)
     return model, make_processor(model.config, processor.image_mean, processor.image_std)
 
 
@@ -412,10 +429,21 @@ def flops_per_image(model: ViTScratchForImageClassification) -> int:
     return counter.get_total_flops()
 
 
-def _schedule(arguments: ImageTrainingArguments, batches: int) -> tuple[int, float | None]:
-    """Optimizer steps of the run, and the learning rate of its last one (None where it depends on validation)."""
-    per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+def _schedule(arguments: ImageTrainingArguments, batches: int | None) -> tuple[int, float | None]:
+    """Optimizer steps of the run, and the learning rate of its last one (None where it depends on validation).
+
+    Args:
+        arguments: Of the run.
+        batches: In an epoch; None for a stream, whose end nobody knows.
+    """
+    steps = arguments.max_steps
+    if steps <= 0:
+        if batches is None:
+            raise ValueError(
+                "a stream has no known end: give --max_steps (and --eval_strategy steps) with --streaming."
+            )
+        per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+        steps = math.ceil(arguments.num_train_epochs * per_epoch)
     scheduler = transformers.get_scheduler(
         arguments.lr_scheduler_type,
         torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate),
@@ -445,11 +473,15 @@ def _table(rows: dict[str, object]) -> str:
 
 def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: float | None) -> str:
     args, config = trainer.args, trainer.model.config
-    sizes = [f"{len(part):,} {name}" for name, part in _parts(splits).items()]
+    sizes = [f"{count:,} {name}" for name, count in _sizes(splits).items()]
+    if isinstance(splits.train, StreamedImages):
+        sizes.insert(0, "streamed train")
     global_batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     rate = "set by validation" if last_rate is None else f"{last_rate:.3g}"
     height, width = config.image_hw
-    epochs = steps * args.gradient_accumulation_steps / len(trainer.get_train_dataloader())
+    epochs = ""
+    if not isinstance(splits.train, StreamedImages):
+        epochs = f" ({steps * args.gradient_accumulation_steps / len(trainer.get_train_dataloader()):g} epochs)"
     rows = {
         "model": f"ViT, {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} "
         f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}",
@@ -458,7 +490,7 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
         "data": f"{splits.name}: {', '.join(sizes)} images, {len(splits.class_names)} classes, {height}x{width} px",
         "global batch": f"{global_batch} = {args.per_device_train_batch_size} per device x {args.world_size} "
         f"process{'es' * (args.world_size > 1)} x {args.gradient_accumulation_steps} accumulated",
-        "steps": f"{steps:,} ({epochs:g} epochs)",
+        "steps": f"{steps:,}{epochs}",
         "learning rate": f"{args.learning_rate:.3g}, {args.lr_scheduler_type.value}, last step {rate}",
         "optimizer": f"{args.optim.value}, weight decay {args.weight_decay:g}",
         "device": f"{hardware(args.device)}, {_precision(args)}",
@@ -480,6 +512,11 @@ def _frozen(model: ViTScratchForImageClassification) -> str:
 def _parts(splits: ImageSplits) -> dict[str, torch.utils.data.Dataset]:
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def _sizes(splits: ImageSplits) -> dict[str, int]:
+    """Pictures of each split; a stream has no known number."""
+    return {name: len(part) for name, part in _parts(splits).items() if not isinstance(part, StreamedImages)}
 
 
 def _precision(args: TrainingArguments) -> str:
@@ -540,7 +577,7 @@ def _run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainin
         **{name: getattr(config, name) for name in ViTScratchConfig.__annotations__},
         "dataset": _public_name(splits.name),
         "classes": splits.class_names,
-        "images": {name: len(part) for name, part in _parts(splits).items()},
+        "images": _sizes(splits),
         "processes": args.world_size,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -608,23 +645,27 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     config = make_config(model_args, ["0", "1"]) if trained is None else trained[0].config
     processor = make_processor(config) if trained is None else trained[1]
     folders = {"train": data_args.train_dir, "validation": data_args.validation_dir, "test": data_args.test_dir}
+    settings = {
+        "num_channels": config.num_channels,
+        "config_name": data_args.dataset_config_name,
+        "data_files": {split: folder for split, folder in folders.items() if folder},
+        "image_column": data_args.image_column_name,
+        "label_column": data_args.label_column_name,
+        "train_val_split": data_args.train_val_split,
+        "max_eval_samples": data_args.max_eval_samples,
+        "crop_scale": data_args.crop_scale,
+        "seed": args.seed,
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.token,
+    }
     with args.main_process_first(desc="loading the data"):
-        splits = load_splits(
-            data_name,
-            processor,
-            num_channels=config.num_channels,
-            config_name=data_args.dataset_config_name,
-            data_files={split: folder for split, folder in folders.items() if folder},
-            image_column=data_args.image_column_name,
-            label_column=data_args.label_column_name,
-            train_val_split=data_args.train_val_split,
-            max_train_samples=data_args.max_train_samples,
-            max_eval_samples=data_args.max_eval_samples,
-            crop_scale=data_args.crop_scale,
-            seed=args.seed,
-            cache_dir=model_args.cache_dir,
-            token=model_args.token,
-        )
+        if data_args.streaming:
+            if data_args.max_train_samples is not None:
+                raise ValueError("max_train_samples does not go with streaming; --max_steps says how much is read.")
+            ranks = {"rank": args.process_index, "world_size": args.world_size}
+            splits = load_streaming(data_name, processor, **settings, **ranks)
+        else:
+            splits = load_splits(data_name, processor, **settings, max_train_samples=data_args.max_train_samples)
     if trained is None:
         model = ViTScratchForImageClassification(make_config(model_args, splits.class_names))
         processor = make_processor(config, splits.mean, splits.std)
@@ -632,7 +673,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         model = with_classes(trained[0], splits.class_names)
     if model_args.freeze_backbone:
         model.vit.requires_grad_(False)
-    lazy = isinstance(splits.train, LazyImages)
+    lazy = isinstance(splits.train, (LazyImages, StreamedImages))
     padding = data_args.crop_padding
     augmentation = Augmentation(
         mean=processor.image_mean,
@@ -657,6 +698,9 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     facts = _run_facts(model.config, splits, args)
     if args.resume_from_checkpoint:
         checkpoints.check_run(Path(args.resume_from_checkpoint), facts)
+        if data_args.streaming:  # what was trained on before is passed over, not decoded again
+            step = json.loads((Path(args.resume_from_checkpoint) / "trainer_state.json").read_text())["global_step"]
+            splits.train.skip_decoding(step * args.gradient_accumulation_steps, args.per_device_train_batch_size)
     _check_space(model, args)
     trainer = ImageTrainer(
         augmentation,
@@ -669,13 +713,13 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         callbacks=[clock, stop, *([pushes] if pushes and args.hub_strategy.value != "end" else [])],
     )
     trainer.add_callback(ResumeLoss(trainer))
-    steps, last_rate = _schedule(args, len(trainer.get_train_dataloader()))
+    steps, last_rate = _schedule(args, None if data_args.streaming else len(trainer.get_train_dataloader()))
     if is_main:
         print(_summary(trainer, splits, steps, last_rate), flush=True)
     if args.dry_run:
-        batch = collate([splits.train[index] for index in range(min(len(splits.train), 2))])
-        images = augmentation(batch["pixel_values"].to(args.device), 0, args.process_index)
-        model(images, labels=batch["labels"]).loss.backward()
+        batch = next(iter(trainer.get_train_dataloader()))
+        images = augmentation(batch["pixel_values"][:2].to(args.device), 0, args.process_index)
+        model(images, labels=batch["labels"][:2]).loss.backward()
         if is_main:
             print(inspect_splits(splits))
             sheet = sample_sheet(splits, augmentation, Path(args.output_dir) / "samples.png")
@@ -697,7 +741,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         "dataset": {
             "name": facts["dataset"],
             "fingerprint": facts["fingerprint"],
-            "splits": {name: len(part) for name, part in _parts(splits).items()},
+            "splits": _sizes(splits),
             "class_names": splits.class_names,
         },
         "model": {"parameters": model.num_parameters(), "flops_per_image": flops_per_image(model)},

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_vit_scratch"
 MODEL = {"modeling_vit_scratch", "configuration_vit_scratch"}
 # Which rooms a room may import; arrows point one way.
+# fmt: off
 ARROWS = {
     "configuration_vit_scratch": set(),
     "modeling_vit_scratch": {"configuration_vit_scratch"},
@@ -20,11 +21,15 @@ ARROWS = {
     "plots": {"metrics"},
     "sources": set(),
     "data": {"augmentation", "sources"},
-    "inspection": {"augmentation", "data"},
+    "streaming": {"augmentation", "data", "sources"},
+    "inspection": {"augmentation", "data", "streaming"},
     "hub": MODEL,
     "conversion": MODEL,
-    "training": {"augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "metrics", "plots", *MODEL},
+    "training": {
+        "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "metrics", "plots", "streaming", *MODEL,
+    },
 }
+# fmt: on
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:

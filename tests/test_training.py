@@ -227,6 +227,37 @@ def test_trained_folder_starts_another_run_with_other_classes(run, tmp_path, cap
     assert model.config.id2label == {0: "even", 1: "odd"} and model.classifier.weight.abs().max() > 0
 
 
+def test_streaming_stops_and_resumes_as_if_it_had_not(tmp_path, interrupt, capsys):
+    """Pictures of a folder, read while they are trained on; twelve steps, stopped after seven."""
+    from modeling_vit_scratch.data import load_raw, load_records
+
+    records, _ = load_records(load_raw("digits"))
+    for index in range(120):
+        folder = tmp_path / "pictures" / f"class{records['train'].labels[index] % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        records["train"].image(index, 3).save(folder / f"{index}.png")
+    changes = {
+        "dataset_name": tmp_path / "pictures", "streaming": True, "max_train_samples": None, "max_steps": 12,
+        "per_device_train_batch_size": 8, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 6,
+        "save_steps": 6, "config_overrides": RANDOM,
+    }  # fmt: skip
+    whole, parts = (options(tmp_path / name, **changes) for name in ("whole", "parts"))
+    assert finetune.main(whole) == 0
+    interrupt["at"] = 7
+    assert finetune.main(parts) == 130
+    assert finetune.main([*parts, "--resume_from_checkpoint", "last"]) == 0
+    assert history(tmp_path / "parts") == history(tmp_path / "whole")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    assert "streamed train" in capsys.readouterr().out
+
+
+def test_streaming_needs_max_steps(tmp_path, capsys):
+    argv = options(tmp_path, streaming=True, max_train_samples=None)
+    assert finetune.main(argv) == 2
+    assert "--max_steps" in capsys.readouterr().err
+
+
 def groups(model, **settings):
     args = training.ImageTrainingArguments("unused", use_cpu=True, learning_rate=1.0, weight_decay=0.1, **settings)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
