@@ -434,14 +434,10 @@ def _schedule(arguments: ImageTrainingArguments, batches: int | None) -> tuple[i
 
     Args:
         arguments: Of the run.
-        batches: In an epoch; None for a stream, whose end nobody knows.
+        batches: In an epoch; None for a stream, which has `max_steps`.
     """
     steps = arguments.max_steps
     if steps <= 0:
-        if batches is None:
-            raise ValueError(
-                "a stream has no known end: give --max_steps (and --eval_strategy steps) with --streaming."
-            )
         per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
         steps = math.ceil(arguments.num_train_epochs * per_epoch)
     scheduler = transformers.get_scheduler(
@@ -660,6 +656,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     }
     with args.main_process_first(desc="loading the data"):
         if data_args.streaming:
+            if args.max_steps <= 0:
+                raise ValueError("a stream has no known end: give --max_steps with --streaming.")
             if data_args.max_train_samples is not None:
                 raise ValueError("max_train_samples does not go with streaming; --max_steps says how much is read.")
             ranks = {"rank": args.process_index, "world_size": args.world_size}

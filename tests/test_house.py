@@ -26,7 +26,8 @@ ARROWS = {
     "hub": MODEL,
     "conversion": MODEL,
     "training": {
-        "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "metrics", "plots", "streaming", *MODEL,
+        "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "metrics", "plots", "streaming",
+        *MODEL,
     },
 }
 # fmt: on
