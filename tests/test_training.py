@@ -2,6 +2,7 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,14 +30,15 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Press Ctrl-C after a given step, once."""
+    """Send a signal (Ctrl-C's, if no other is named) after a given step, once."""
     step = {}
 
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step.get("at"):
+                number = step.get("signal", signal.SIGINT)
                 step.clear()
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
     original = training.ImageTrainer.__init__
 
@@ -93,12 +95,12 @@ def test_saved_folder_predicts_what_the_run_reported(run):
         assert float(row.split(",")[3]) == pytest.approx(p.max().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("step", [4, 5])
-def test_ctrl_c_then_resume_is_bit_identical_to_never_stopping(run, tmp_path, interrupt, capsys, step):
+@pytest.mark.parametrize(("step", "number"), [(4, signal.SIGINT), (5, signal.SIGTERM)])
+def test_stopped_and_resumed_is_bit_identical_to_never_stopping(run, tmp_path, interrupt, capsys, step, number):
     """Stopped between two log entries (every 3 steps), and at the end of an epoch (of 5 steps)."""
     reference, argv = run
     argv = [str(tmp_path) if word == str(reference) else word for word in argv]
-    interrupt["at"] = step
+    interrupt |= {"at": step, "signal": number}
     assert finetune.main(argv) == 130
     assert "--resume_from_checkpoint last" in capsys.readouterr().out
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [f"checkpoint-{step}"]
@@ -133,6 +135,13 @@ def test_killed_while_saving_leaves_no_visible_checkpoint(tmp_path, monkeypatch)
     monkeypatch.setattr(checkpoints, "publish", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
         finetune.main(options(tmp_path, num_train_epochs=1))
+    assert checkpoints.list_checkpoints(tmp_path) == []
+
+
+def test_a_disk_too_small_is_noticed_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert finetune.main(options(tmp_path)) == 2
+    assert "0.00 GB free" in capsys.readouterr().err
     assert checkpoints.list_checkpoints(tmp_path) == []
 
 
