@@ -77,7 +77,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.image_column, self.label_column = columns
         self.class_names, self.processor, self.num_channels = class_names, processor, num_channels
         self.crop_scale, self.seed, self.rank, self.held_out, self.endless = crop_scale, seed, rank, held_out, endless
-        self.stream = split_dataset_by_node(stream.shuffle(seed=seed, buffer_size=buffer_size), rank, world_size)
+        self.stream, self.world_size, self.buffer_size = stream, world_size, buffer_size
         self._first_epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # as in LazyImages
         self._blank = torch.zeros(2, dtype=torch.int64).share_memory_()
 
@@ -114,8 +114,12 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 return
 
     def _examples(self, epoch: int) -> Iterator[dict]:
-        self.stream.set_epoch(epoch)
-        for example in self.stream:
+        # A stream of this pass alone: a stream's epoch lies in memory that worker processes share, and they are not at
+        # the same epoch all the time.
+        stream = self.stream.shuffle(seed=self.seed, buffer_size=self.buffer_size)
+        stream = split_dataset_by_node(stream, self.rank, self.world_size)
+        stream.set_epoch(epoch)
+        for example in stream:
             example = {"image": _with_bytes(example[self.image_column]), "label": example[self.label_column]}
             if not (self.held_out and is_held_out(example["image"]["bytes"], self.held_out)):
                 yield example

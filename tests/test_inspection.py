@@ -144,6 +144,37 @@ def test_pairs_against_all_pairs():
     assert near_pairs(thumbnails[:0], thumbnails).shape == (0, 2)
 
 
+def scene(down: float, seed: int) -> torch.Tensor:
+    """16 x 16: brighter to the right, so that all hashes agree; brighter or darker downwards; with details."""
+    slope = torch.linspace(40, 200, 16)
+    pixels = slope + down * torch.linspace(-1, 1, 16)[:, None]
+    detail = torch.rand(8, 8, generator=torch.Generator().manual_seed(seed)) * 16 - 8
+    return (pixels + detail.repeat_interleave(2, 0).repeat_interleave(2, 1)).clamp(0, 255).round().byte()
+
+
+def test_the_hash_alone_proves_nothing():
+    """The same hash: one picture; other details in the same scene; the same details in another scene."""
+    one, noisy, detail, layout = scene(40, 1), scene(38, 1), scene(40, 2), scene(-40, 1)
+    thumbnails = torch.stack([one, noisy, detail, layout])
+    bits = perceptual_hash(thumbnails)
+    assert np.bitwise_count(bits ^ bits[0]).max() <= inspection.HASH_DISTANCE
+    assert near_pairs(thumbnails).tolist() == [[1, 0]]
+
+
+def test_exact_and_near_duplicates_are_told_apart():
+    """An exact copy counts once, and rows are those of the dataset whatever was left out before them."""
+    train = [photo(i) for i in range(20)] + [photo(2), CHANGES["darker"](photo(2))]
+    test = [photo(5), photo(6), CHANGES["JPEG"](photo(7)), photo(300), CHANGES["darker"](photo(8))]
+    report = inspect_splits(split(table(train), table(test)))
+    assert [(place, twin, kind) for place, twin, kind in found(report, "train").examples] == [
+        ("row 20 of split 'train'", "row 2 of split 'train'", "exact"),
+        ("row 21 of split 'train'", "row 2 of split 'train'", "near"),
+    ]
+    assert [(place[4], twin[4], kind) for place, twin, kind in found(report, "test").examples] == [
+        ("0", "5", "exact"), ("1", "6", "exact"), ("2", "7", "near"), ("4", "8", "near"),
+    ]  # fmt: skip
+
+
 def test_the_hash_is_that_of_the_definition():
     thumbnails = torch.randint(256, (5, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for thumbnail, value in zip(thumbnails.double(), perceptual_hash(thumbnails), strict=True):

@@ -105,6 +105,20 @@ def test_an_endless_stream_is_pass_after_pass(tmp_path):
     assert passes[2] == one_pass(folder, epoch=2, buffer_size=5)
 
 
+def test_readers_share_no_epoch(tmp_path, monkeypatch):
+    """`datasets` keeps a stream's epoch in memory that processes share, and counts it up there, not atomically."""
+    folder, known = write(tmp_path, 12, 2), []
+    set_epoch = datasets.IterableDataset.set_epoch
+    monkeypatch.setattr(
+        datasets.IterableDataset, "set_epoch", lambda stream, epoch: known.append(stream) or set_epoch(stream, epoch)
+    )
+    images = load_streaming(folder, PROCESSOR).train
+    for _ in zip(images, range(40), strict=False):
+        pass
+    assert len(known) == len(set(map(id, known))) == 4
+    assert not any(stream is images.stream for stream in known)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_processes_stay_in_step(tmp_path, workers):
     """With parts of different sizes, each has as many batches as are asked for: nobody waits for nobody."""
@@ -191,6 +205,19 @@ def test_crops_are_stateless(tmp_path):
     assert np.mean([torch.equal(a, b) for a, b in zip(first, whole, strict=True)]) < 0.2
 
 
+def test_each_crop_is_drawn_anew(tmp_path, monkeypatch):
+    """Over epochs, processes, seeds and positions, no key of randomness comes twice."""
+    folder, keys = write_photos(tmp_path), []
+    monkeypatch.setattr(streaming, "crop_box", lambda size, scale, key: keys.append(key) or (0, 0, 5, 5))
+    for seed in range(2):
+        for rank in range(2):
+            images = load_streaming(folder, PROCESSOR, rank=rank, world_size=2, crop_scale=0.3, seed=seed).train
+            for _ in zip(images, range(24), strict=False):
+                pass
+    assert len(set(keys)) == len(keys) >= 2 * 2 * 24
+    assert {len(key) for key in keys} == {5}
+
+
 def test_uncropped_pictures_are_those_of_the_other_paths(tmp_path):
     folder = write_photos(tmp_path)
     streamed = {image.numpy().tobytes() for image in sample_stream(folder, crop_scale=None)}
@@ -240,6 +267,10 @@ def test_given_splits_are_read_whole(tmp_path):
     assert len(limited.validation) == len(limited.test) == 5
 
 
+def sample_pixels_of(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def sample_pixels(number: int) -> torch.Tensor:
     return torch.tensor([number // 256, number % 256, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
 
@@ -252,6 +283,8 @@ def test_validation_is_held_out_of_train(tmp_path):
     assert abs(len(held) - 80) < 4 * (400 * 0.2 * 0.8) ** 0.5
     trained = [one_pass(folder, rank, 2, 2, train_val_split=0.2) for rank in range(2)]
     assert sorted(itertools.chain(*trained)) == sorted(set(range(400)) - held)
+    head = splits.records["train"]
+    assert not held & {number_of(sample_pixels_of(head.image(i, 3))) for i in range(len(head))}, "nor mean and std"
     few = load_streaming(folder, PROCESSOR, train_val_split=0.2, max_eval_samples=10)
     assert {number_of(image) for image in few.validation.images} < held
     assert len(few.validation) == 10
