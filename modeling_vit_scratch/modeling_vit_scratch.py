@@ -153,16 +153,22 @@ class ViTScratchAttention(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool, attention_mask: torch.Tensor | None = None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        output_attentions: bool,
+        num_queries: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, D = hidden_states.shape
         qkv = self.qkv(hidden_states).reshape(B, T, 3, -1, self.head_dim)  # (B, T, 3, A, d)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, A, T, d) each
+        query = query[:, :, :num_queries]
         implementation = "eager" if output_attentions else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         context, maps = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
-        hidden_states = self.dropout(self.proj(context.reshape(B, T, D)))  # (B, T, A, d) -> (B, T, D)
+        hidden_states = self.dropout(self.proj(context.reshape(B, -1, D)))  # (B, T, A, d) -> (B, T, D)
         return hidden_states, maps if output_attentions else None
 
 
@@ -207,7 +213,10 @@ class ViTScratchLayerScale(nn.Module):
 
 
 class ViTScratchLayer(GradientCheckpointingLayer):
-    """One block: (B, T, D) -> (B, T, D) and, on request, its attention maps (B, A, T, T). ViT, eq. 2 and 3."""
+    """One block: (B, T, D) -> (B, T, D) and, on request, its attention maps (B, A, T, T). ViT, eq. 2 and 3.
+
+    With `num_queries`, only the first so many tokens come out; all are attended to.
+    """
 
     def __init__(self, config: ViTScratchConfig, layer_idx: int):
         super().__init__()
@@ -221,10 +230,14 @@ class ViTScratchLayer(GradientCheckpointingLayer):
         self.drop_path = ViTScratchDropPath(config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1))
 
     def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        output_attentions: bool,
+        num_queries: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, maps = self.attention(self.norm1(hidden_states), output_attentions, **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(attended))
+        attended, maps = self.attention(self.norm1(hidden_states), output_attentions, num_queries, **kwargs)
+        hidden_states = hidden_states[:, :num_queries] + self.drop_path(self.layer_scale1(attended))
         hidden_states = hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states))))
         return hidden_states, maps
 
@@ -333,6 +346,7 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | int | list[int] | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode pictures.
@@ -345,6 +359,8 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
                 or the layers to return, e.g. [0, -1], with None for the others. None follows the config.
             output_hidden_states: Likewise for the L + 1 states (B, T, D): the embeddings, then each layer's output,
                 all before the final norm.
+            pooled_only: Whether tokens that do not reach `pooler_output` may be left out of `last_hidden_state`: the
+                last block then computes the class token alone, unless its map or output is asked for.
             **kwargs: Passed to the attention implementation, e.g. an `attention_mask` (B, 1, T, T) added to the scores.
 
         Raises:
@@ -357,8 +373,10 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         hidden_states = self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)  # (B, T, D)
         all_states = [hidden_states if 0 in want_states else None]
         all_maps = []
+        pooled_only &= self.config.pooling == "cls" and kwargs.get("attention_mask") is None
         for i, layer in enumerate(self.layers):
-            hidden_states, maps = layer(hidden_states, i in want_maps, **kwargs)
+            last = i == L - 1 and i not in want_maps and L not in want_states
+            hidden_states, maps = layer(hidden_states, i in want_maps, 1 if last and pooled_only else None, **kwargs)
             all_states.append(hidden_states if i + 1 in want_states else None)
             all_maps.append(maps)
         hidden_states = self.norm(hidden_states)
@@ -413,7 +431,7 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         # No named parameters: Trainer takes every parameter with "label" in its name for a column of the batch.
         label_smoothing = kwargs.pop("label_smoothing", 0.0)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True}
+        kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True, "pooled_only": True}
         outputs = self.vit(pixel_values, **kwargs)
         logits = self.classifier(self.pre_logits(outputs.pooler_output))  # (B, classes)
         loss = None

@@ -4,17 +4,21 @@
 folder that is a Hub repository. `ImageTrainer` adds to Trainer what image batches need and nothing else.
 """
 
+import copy
 import csv
+import itertools
 import json
 import logging
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,21 +29,28 @@ import transformers
 import yaml
 from accelerate.utils import broadcast_object_list
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from . import checkpoints, conversion, hub, plots
-from .augmentation import Augmentation, normalize
+from .augmentation import Augmentation, normalize, parse_until
 from .configuration_vit_scratch import PRESETS, ViTScratchConfig
 from .data import ImageSplits, LazyImages, collate, load_splits
 from .inspection import fingerprint, inspect_splits, sample_sheet
 from .metrics import ImageClassificationMetrics
 from .modeling_vit_scratch import ViTScratchForImageClassification, image_classification_loss
+from .optimization import Muon, WeightAverage, describe_groups, has_fast_bfloat16, parameter_groups
 from .streaming import StreamedImages, load_streaming
 
 logger = logging.getLogger(__name__)
+
+# In a checkpoint of a run that averages weights: those that are trained; `model.safetensors` has the average.
+TRAINED_WEIGHTS = "trained_weights.safetensors"
+# Of a time budget: what saving a checkpoint, and pictures and the card at the end, take at most on a slow machine.
+SAVE_SECONDS, FINISH_SECONDS = 0.5, 6.0
 
 
 @dataclass
@@ -111,6 +122,25 @@ class DataArguments:
         metadata={"help": "Smallest share of the area that a random crop keeps; for pictures of different sizes."},
     )
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of mirroring a picture."})
+    rand_augment: int = field(
+        default=0, metadata={"help": "Random operations of RandAugment that each picture goes through; 0 for none."}
+    )
+    rand_augment_magnitude: float = field(default=5.0, metadata={"help": "Their strength, from 0 to 10."})
+    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle of a picture."})
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Mixes pictures in pairs, by shares from Beta(alpha, alpha); 0 for none."}
+    )
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "Pastes a part of one picture into another, likewise; 0 for none."}
+    )
+    mix_probability: float = field(default=1.0, metadata={"help": "Probability that a picture is mixed, either way."})
+    augment_until: str | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training after which augmentation stops, for all of it (0.9) or by name "
+            "(mixup=0.8,rand_augment=0.9)."
+        },
+    )
 
 
 @dataclass
@@ -133,8 +163,28 @@ class ImageTrainingArguments(TrainingArguments):
     layer_decay: float = field(
         default=1.0, metadata={"help": "Factor on the learning rate for each block further from the head, e.g. 0.75."}
     )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Train the blocks' weight matrices with Muon at this rate, all else with AdamW. Try 0.02."},
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Validate and keep a moving average of the weights, e.g. 0.999 (at most (1 + n) / (10 + n))."
+        },
+    )
+    time_budget: str | None = field(
+        default=None,
+        metadata={"help": "Choose the number of steps so that the whole run ends in this time, e.g. 10m or 1h30m."},
+    )
+    flip_tta: bool = field(
+        default=False, metadata={"help": "Also measure the mean prediction of each picture and its mirror image."}
+    )
     bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 mixed precision. Default: on a GPU that has it."}
+        default=None,
+        metadata={
+            "help": "bfloat16 mixed precision; ignored on a CPU that emulates it. Default: on a GPU that has it."
+        },
     )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: 'no', 'steps' or 'epoch'."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: 'no', 'steps', 'epoch' or 'best'."})
@@ -153,6 +203,9 @@ class ImageTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
+        elif self.bf16 and not torch.cuda.is_available() and not has_fast_bfloat16(torch.device("cpu")):
+            logger.warning("This CPU has no units for bfloat16, which would be slower here: training in float32.")
+            self.bf16 = False
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" or (
             str(getattr(self.save_strategy, "value", self.save_strategy)) == "no"
         ):
@@ -160,30 +213,27 @@ class ImageTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay ({self.layer_decay}) must be in (0, 1]; 1 switches it off.")
+        if self.muon_learning_rate is not None and not self.optim.value.startswith("adamw_torch"):
+            raise ValueError(f"muon_learning_rate goes with AdamW for the other parameters, not {self.optim.value}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay ({self.ema_decay}) must be in (0, 1), e.g. 0.999.")
+        self.time_budget_seconds = None if self.time_budget is None else parse_duration(self.time_budget)
 
 
-def parameter_groups(model: ViTScratchForImageClassification, args: ImageTrainingArguments) -> list[dict]:
-    """Parameters by learning rate and weight decay, the trained ones only; the base rate comes first.
+def parse_duration(text: str) -> float:
+    """Seconds of a time such as "90", "90s", "10m" or "1h30m".
 
-    Layer-wise decay (BEiT, Bao et al., 2022, app. H): block l of L learns at `learning_rate * layer_decay ** (L - l)`,
-    l from 1, the embeddings as block 0, and what follows the blocks at `learning_rate`, the classifier at
-    `head_learning_rate` if given. `model.no_weight_decay()` names what is not decayed.
+    Raises:
+        ValueError: The text has another form, or is no time at all.
     """
-    excluded, L = model.no_weight_decay(), model.config.num_hidden_layers
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        block = 0 if ".embeddings." in name else L
-        if ".layers." in name:
-            block = int(name.partition(".layers.")[2].partition(".")[0]) + 1
-        rate = args.learning_rate * args.layer_decay ** (L - block)
-        if name.startswith("classifier.") and args.head_learning_rate is not None:
-            rate = args.head_learning_rate
-        decay = 0.0 if name in excluded else args.weight_decay
-        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
-        group["params"].append(parameter)
-    return sorted(groups.values(), key=lambda group: group["lr"] != args.learning_rate)
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip())
+    try:
+        seconds = sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+    except (AttributeError, ValueError):
+        seconds = 0
+    if seconds <= 0:
+        raise ValueError(f"time_budget ({text!r}) must be a time above zero such as 90s, 10m or 1h30m.")
+    return seconds
 
 
 class ImageTrainer(Trainer):
@@ -199,7 +249,11 @@ class ImageTrainer(Trainer):
         super().__init__(data_collator=collate, compute_metrics=self._metrics, compute_loss_func=self._loss, **kwargs)
         self.augmentation = augmentation
         self.run_facts = run_facts
+        self.average = None if self.args.ema_decay is None else WeightAverage(self.model, self.args.ema_decay)
+        self.mirrored = False  # whether predictions are made of the pictures' mirror images
         self._micro_step = 0
+        if self.average is not None:
+            self.add_callback(UpdateAverage(self.average))
 
     def _metrics(self, prediction) -> dict[str, float]:
         result = ImageClassificationMetrics().compute(
@@ -215,7 +269,13 @@ class ImageTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = self._prepare_inputs(inputs)
         step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
-        inputs["pixel_values"] = self.augmentation(inputs["pixel_values"], step, self.args.process_index)
+        inputs["pixel_values"], inputs["labels"] = self.augmentation.with_labels(
+            inputs["pixel_values"],
+            inputs["labels"],
+            step,
+            self.args.process_index,
+            progress=self.state.global_step / max(self.state.max_steps, 1),
+        )
         self._micro_step = 0 if self.accelerator.sync_gradients else self._micro_step + 1
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -229,8 +289,37 @@ class ImageTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        inputs["pixel_values"] = normalize(inputs["pixel_values"], self.augmentation.mean, self.augmentation.std)
+        images = inputs["pixel_values"].flip(-1) if self.mirrored else inputs["pixel_values"]
+        inputs["pixel_values"] = normalize(images, self.augmentation.mean, self.augmentation.std)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    @contextmanager
+    def _averaged(self):
+        """Within it the model has the averaged weights, if an average is kept."""
+        if self.average is not None:
+            self.average.swap()
+        try:
+            yield
+        finally:
+            if self.average is not None:
+                self.average.swap()
+
+    def evaluation_loop(self, *args, **kwargs):
+        with self._averaged():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        if self.average is not None:  # what the run ends with is what was measured
+            if self.state.best_model_checkpoint is None or not self.args.load_best_model_at_end:
+                self.average.swap()
+            self.average = None
+        return result
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -246,9 +335,12 @@ class ImageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(staging)
         try:
-            super()._save_checkpoint(model, trial)
+            with self._averaged():
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(folder)
+        if self.average is not None and self.args.should_save:
+            save_file(self.average.trained(), staging / name / TRAINED_WEIGHTS)
         pending = {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
         (staging / name / f"pending_loss_{self.args.process_index}.json").write_text(json.dumps(pending))
         if self.state.best_global_step:
@@ -282,9 +374,25 @@ class ImageTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
-            self.optimizer = optimizer_class(parameter_groups(model or self.model, self.args), **settings)
+            self.optimizer = self.make_optimizer(model or self.model)
         return self.optimizer
+
+    def make_optimizer(self, model) -> torch.optim.Optimizer:
+        """The optimizer that the arguments name, for this model's parameters."""
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if self.args.muon_learning_rate is not None:
+            optimizer_class = Muon
+        return optimizer_class(parameter_groups(model, self.args), **settings)
+
+
+class UpdateAverage(TrainerCallback):
+    """Takes the weights of each step into the average."""
+
+    def __init__(self, average: WeightAverage):
+        self.average = average
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.average.update(state.global_step)
 
 
 class Clock(TrainerCallback, ExportableState):
@@ -429,17 +537,23 @@ def flops_per_image(model: ViTScratchForImageClassification) -> int:
     return counter.get_total_flops()
 
 
-def _schedule(arguments: ImageTrainingArguments, batches: int | None) -> tuple[int, float | None]:
+def _settle_schedule(arguments: ImageTrainingArguments, batches: int | None) -> tuple[int, float | None]:
     """Optimizer steps of the run, and the learning rate of its last one (None where it depends on validation).
 
     Args:
-        arguments: Of the run.
+        arguments: Of the run; `num_decay_steps` of a warmup-stable-decay schedule becomes a number of steps where it
+            is a share of them (0.2 if not given).
         batches: In an epoch; None for a stream, which has `max_steps`.
     """
     steps = arguments.max_steps
     if steps <= 0:
         per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
         steps = math.ceil(arguments.num_train_epochs * per_epoch)
+    if arguments.lr_scheduler_type == "warmup_stable_decay":
+        settings = {"num_decay_steps": 0.2, **(arguments.lr_scheduler_kwargs or {})}
+        decay = settings["num_decay_steps"]
+        settings["num_decay_steps"] = round(decay * steps) if decay < 1 else decay
+        arguments.lr_scheduler_kwargs = settings
     scheduler = transformers.get_scheduler(
         arguments.lr_scheduler_type,
         torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate),
@@ -449,6 +563,63 @@ def _schedule(arguments: ImageTrainingArguments, batches: int | None) -> tuple[i
     )
     factors = getattr(scheduler, "lr_lambdas", None)
     return steps, None if factors is None else arguments.learning_rate * factors[0](steps - 1)
+
+
+def steps_in_budget(trainer: ImageTrainer, seconds: float, last_pictures: int) -> int:
+    """Optimizer steps after which training, validation, saving and the last measurements end in so many seconds.
+
+    A copy of the model rehearses some steps and a validation batch. The main process decides for all.
+
+    Args:
+        trainer: Of the run, before training.
+        seconds: That are left.
+        last_pictures: Predicted once more after training.
+
+    Raises:
+        ValueError: There is no time for a single step.
+    """
+    args, augmentation = trainer.args, trainer.augmentation
+    model = copy.deepcopy(trainer.model).train()
+    optimizer = trainer.make_optimizer(model)
+    forward = torch.compile(model) if args.torch_compile else model
+    loader = trainer.get_train_dataloader()
+    ends, times = time.monotonic() + min(0.02 * seconds, 30), []
+    with torch.random.fork_rng():
+        begun = time.monotonic()
+        for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+            batch = trainer._prepare_inputs(batch)
+            images, labels = augmentation.with_labels(batch["pixel_values"], batch["labels"], 0, args.process_index)
+            with trainer.accelerator.autocast():
+                loss = trainer.compute_loss(forward, {"pixel_values": images, "labels": labels})
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()  # waits for a GPU
+            begun, duration = time.monotonic(), time.monotonic() - begun
+            times.append(duration)
+            if len(times) >= 6 and begun > ends:
+                break
+        step = sum(times[2:]) / len(times[2:]) * args.gradient_accumulation_steps  # the first ones warm up
+        batch = next(iter(trainer.get_eval_dataloader()))
+        for _ in range(2):
+            begun = time.monotonic()
+            trainer.prediction_step(model.eval(), dict(batch), prediction_loss_only=False)[1].sum().item()
+        picture = (time.monotonic() - begun) / len(batch["labels"])
+    epoch = max(len(loader) // args.gradient_accumulation_steps, 1)
+    per_epoch = 0.0
+    if args.eval_strategy.value == "epoch":
+        per_epoch += picture * len(trainer.eval_dataset)
+    if args.save_strategy.value == "epoch":
+        per_epoch += SAVE_SECONDS
+    last = picture * last_pictures * (2 if args.flip_tta else 1) + FINISH_SECONDS
+    # A twentieth for what else a machine does meanwhile.
+    steps = int((0.95 * seconds - last) / (step + per_epoch / epoch))
+    if steps < 1:
+        raise ValueError(
+            f"time_budget ({args.time_budget}) leaves {seconds:.0f} s after loading, but the last measurements take "
+            f"{last:.0f} s and a step {step:.2g} s; give it more."
+        )
+    return broadcast_object_list([steps])[0] if args.world_size > 1 else steps
 
 
 def hardware(device: torch.device) -> str:
@@ -488,7 +659,7 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
         f"process{'es' * (args.world_size > 1)} x {args.gradient_accumulation_steps} accumulated",
         "steps": f"{steps:,}{epochs}",
         "learning rate": f"{args.learning_rate:.3g}, {args.lr_scheduler_type.value}, last step {rate}",
-        "optimizer": f"{args.optim.value}, weight decay {args.weight_decay:g}",
+        "optimizer": describe_groups(parameter_groups(trainer.model, args), args.optim.value),
         "device": f"{hardware(args.device)}, {_precision(args)}",
         "output": args.output_dir,
     }
@@ -503,6 +674,10 @@ def _public_name(name: str) -> str:
 def _frozen(model: ViTScratchForImageClassification) -> str:
     trained = model.num_parameters(only_trainable=True)
     return "" if trained == model.num_parameters() else f", of which {trained:,} are trained"
+
+
+def _trainer_state(checkpoint: str) -> dict:
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())
 
 
 def _parts(splits: ImageSplits) -> dict[str, torch.utils.data.Dataset]:
@@ -578,6 +753,8 @@ def _run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainin
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "seed": args.seed,
+        "muon_learning_rate": args.muon_learning_rate,
+        "ema_decay": args.ema_decay,
         "fingerprint": fingerprint(splits),  # last: what else differs says more
     }
 
@@ -625,6 +802,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         ValueError: Something is wrong with the data, the options or the output folder; said before training.
         FloatingPointError: The loss is no longer finite.
     """
+    started = time.monotonic()
     is_main = args.process_index == 0
     data_name = data_args.dataset_name or data_args.train_dir
     if is_main:
@@ -658,6 +836,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         if data_args.streaming:
             if args.max_steps <= 0:
                 raise ValueError("a stream has no known end: give --max_steps with --streaming.")
+            if args.time_budget is not None:
+                raise ValueError("time_budget does not go with streaming; --max_steps says how much is read.")
             if data_args.max_train_samples is not None:
                 raise ValueError("max_train_samples does not go with streaming; --max_steps says how much is read.")
             ranks = {"rank": args.process_index, "world_size": args.world_size}
@@ -680,6 +860,14 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         crop_mode=data_args.crop_mode,
         horizontal_flip=data_args.horizontal_flip,
         seed=args.seed,
+        rand_augment_ops=data_args.rand_augment,
+        rand_augment_magnitude=data_args.rand_augment_magnitude,
+        erasing=data_args.random_erasing,
+        mixup_alpha=data_args.mixup_alpha,
+        cutmix_alpha=data_args.cutmix_alpha,
+        mix_probability=data_args.mix_probability,
+        num_labels=len(splits.class_names),
+        until=parse_until(data_args.augment_until),
     )
     if lazy and args.dataloader_num_workers == 0:
         args.dataloader_num_workers = max((os.cpu_count() or 1) - 1, 1)
@@ -693,11 +881,13 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             hub.prepare_repo(pushes.repo_id, pushes.private, pushes.token)
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
+        if args.bf16:  # torch's fused attention has a slow backward pass in bfloat16 on CPUs
+            model.set_attn_implementation("eager")
     facts = _run_facts(model.config, splits, args)
     if args.resume_from_checkpoint:
         checkpoints.check_run(Path(args.resume_from_checkpoint), facts)
         if data_args.streaming:  # what was trained on before is passed over, not decoded again
-            step = json.loads((Path(args.resume_from_checkpoint) / "trainer_state.json").read_text())["global_step"]
+            step = _trainer_state(args.resume_from_checkpoint)["global_step"]
             splits.train.skip_decoding(step * args.gradient_accumulation_steps, args.per_device_train_batch_size)
     _check_space(model, args)
     trainer = ImageTrainer(
@@ -711,7 +901,14 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         callbacks=[clock, stop, *([pushes] if pushes and args.hub_strategy.value != "end" else [])],
     )
     trainer.add_callback(ResumeLoss(trainer))
-    steps, last_rate = _schedule(args, None if data_args.streaming else len(trainer.get_train_dataloader()))
+    if args.time_budget_seconds is not None:
+        if args.resume_from_checkpoint:
+            args.max_steps = _trainer_state(args.resume_from_checkpoint)["max_steps"]
+        else:
+            left = args.time_budget_seconds - (time.monotonic() - started)
+            measured = (len(part) for name, part in _parts(splits).items() if name != "train")
+            args.max_steps = steps_in_budget(trainer, left, sum(measured))
+    steps, last_rate = _settle_schedule(args, None if data_args.streaming else len(trainer.get_train_dataloader()))
     if is_main:
         print(_summary(trainer, splits, steps, last_rate), flush=True)
     if args.dry_run:
@@ -748,6 +945,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             "steps": trainer.state.global_step,
             "optimizer": args.optim.value,
             "learning_rate": args.learning_rate,
+            "muon_learning_rate": args.muon_learning_rate,
+            "ema_decay": args.ema_decay,
             "lr_scheduler_type": args.lr_scheduler_type.value,
             "warmup_steps": args.get_warmup_steps(steps),
             "weight_decay": args.weight_decay,
@@ -760,6 +959,14 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
                 "crop_mode": augmentation.crop_mode,
                 "crop_scale": data_args.crop_scale if lazy else None,
                 "horizontal_flip": augmentation.horizontal_flip,
+                "rand_augment": augmentation.rand_augment_ops,
+                "rand_augment_magnitude": augmentation.rand_augment_magnitude
+                if augmentation.rand_augment_ops
+                else None,
+                "random_erasing": augmentation.erasing,
+                "mixup_alpha": augmentation.mixup_alpha,
+                "cutmix_alpha": augmentation.cutmix_alpha,
+                "until": dict(augmentation.until),
             },
         },
     }
@@ -776,6 +983,14 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             "per_class_accuracy": dict(zip(splits.class_names, result["per_class_accuracy"], strict=True)),
             "confusion_matrix": result["confusion_matrix"],
         }
+        if args.flip_tta:
+            trainer.mirrored = True
+            mirrored = trainer.predict(_parts(splits)[split], metric_key_prefix=split).predictions
+            trainer.mirrored = False
+            both = ImageClassificationMetrics().compute(
+                predictions=prediction.predictions + mirrored, references=prediction.label_ids
+            )
+            metrics[split]["flip_tta_accuracy"] = both["accuracy"]
         if is_main:
             rows = splits.records[split].rows
             _write_predictions(folder, split, prediction.predictions, prediction.label_ids, rows, splits.class_names)
@@ -813,9 +1028,11 @@ def _finish(folder: Path, metrics: dict, log_history: list[dict]):
     for name, figure in figures.items():
         figure.savefig(folder / "plots" / f"{name}.png", dpi=110)
     hub.write_model_card(folder)
+    flipped = "flip_tta_accuracy" in result
     shown = {
         f"{split} accuracy": f"{metrics[split]['accuracy']:.2%}  (top-5 {metrics[split]['top5_accuracy']:.2%}, "
         f"loss {metrics[split]['loss']:.4f}, {metrics[split]['examples']:,} images)"
+        + (f"; with mirror images {metrics[split]['flip_tta_accuracy']:.2%}" if flipped else "")
         for split in ("validation", "test")
         if split in metrics
     }

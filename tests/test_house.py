@@ -18,6 +18,7 @@ ARROWS = {
     "augmentation": set(),
     "metrics": set(),
     "checkpoints": set(),
+    "optimization": set(),
     "plots": {"metrics"},
     "sources": set(),
     "data": {"augmentation", "sources"},
@@ -26,8 +27,8 @@ ARROWS = {
     "hub": MODEL,
     "conversion": MODEL,
     "training": {
-        "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "metrics", "plots", "streaming",
-        *MODEL,
+        "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "metrics", "optimization", "plots",
+        "streaming", *MODEL,
     },
 }
 # fmt: on

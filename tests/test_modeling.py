@@ -378,7 +378,32 @@ def test_pre_training_head():
 def test_no_classes_gives_features():
     model = make(ViTScratchForImageClassification, num_labels=0)
     x = images(model)
-    equal(model(x).logits, model.vit(x).pooler_output)
+    equal(model(x).logits, model.vit(x).pooler_output, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("more", [{}, {"num_register_tokens": 2, "layerscale_value": 0.5, "representation_size": 8}])
+def test_only_the_class_token_leaves_the_last_block_where_only_logits_are_asked_for(implementation, more):
+    """Logits and gradients are those of all tokens; the last MLP works on one."""
+    model = make(ViTScratchForImageClassification, **more)
+    model.set_attn_implementation(implementation)
+    x, tokens = images(model), []
+    model.vit.layers[-1].mlp.register_forward_hook(lambda module, args, output: tokens.append(output.shape[1]))
+    parameters = list(model.parameters())
+    short = model(x).logits
+    gradients = torch.autograd.grad(short.square().sum(), parameters)
+    full = model.classifier(model.pre_logits(model.vit(x).pooler_output))
+    expected = torch.autograd.grad(full.square().sum(), parameters)
+    equal(short, full, atol=1e-5)
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-4, rtol=1e-4)
+    T = model.config.num_prefix_tokens + math.prod(model.config.grid_hw)
+    asked = [model(x, output_hidden_states=True).logits, model(x, output_attentions=[-1]).logits]
+    masked = model(x, attention_mask=torch.zeros(len(x), 1, T, T)).logits
+    for logits in (*asked, masked):
+        equal(logits, short, atol=1e-5)
+    assert tokens == [1, T, T, T, T]
+    assert model(x, output_attentions=[0]).logits.shape == short.shape and tokens[-1] == 1
 
 
 def test_layer_scale():
