@@ -68,6 +68,8 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         image_size: Pixels, one number or (height, width).
         patch_size: Pixels, one number or (height, width); must divide `image_size`.
         num_channels: Channels C of a picture.
+        stem_channels: Channels of each stage of early convolutions (Xiao et al., 2021) before the patches; empty for
+            none. Each halves height and width, so `patch_size` must be a multiple of 2 ** stages.
         qkv_bias: Whether the query, key and value projections have biases.
         encoder_stride: Pixels that one token decodes to in masked image modelling, one number or (height, width).
         use_cls_token: Whether a learned class token leads the sequence (ViT, eq. 1).
@@ -104,6 +106,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
+    stem_channels: list[int] | tuple[int, ...] = ()
     qkv_bias: bool = True
     encoder_stride: int | list[int] | tuple[int, int] = 16
     use_cls_token: bool = True
@@ -128,7 +131,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             _require_int("num_labels", kwargs["num_labels"], minimum=0)
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         # JSON has no tuples: one type in memory keeps save -> load the identity.
-        for name in ("image_size", "patch_size", "encoder_stride"):
+        for name in ("image_size", "patch_size", "encoder_stride", "stem_channels"):
             setattr(
                 self, name, tuple(getattr(self, name)) if isinstance(getattr(self, name), list) else getattr(self, name)
             )
@@ -248,6 +251,20 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     def output_attentions(self, value):
         self._output_attentions = value
 
+    def selected(self, name: str, value: bool | int | list[int] | None, count: int) -> list[int]:
+        """The indices below `count` that a flag, a number or a list of numbers (negative ones from the end) asks for.
+
+        Args:
+            name: Of the field that decides where `value` is None.
+        """
+        value = getattr(self, name) if value is None else value
+        if isinstance(value, bool) or value is None:
+            return list(range(count)) if value else []
+        indices = [value] if isinstance(value, int) else value
+        if any(not -count <= index < count for index in indices):
+            raise ValueError(f"{name} asks for {value}, but there are {count}: use {-count} to {count - 1}.")
+        return [index % count for index in indices]
+
     def save_pretrained(self, save_directory, **kwargs):
         """Save `config.json` and this file; `auto_map` then names the files saved, not another repository."""
         self.auto_map = dict(AUTO_MAP)
@@ -287,6 +304,19 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name} must be one number or (height, width), got {len(size)} numbers: {size}.")
             for number in size if isinstance(size, (tuple, list)) else (size,):
                 _require_int(name, number, minimum=1)
+        if not isinstance(self.stem_channels, (tuple, list)):
+            raise ValueError(
+                f"stem_channels must be a list of numbers, one for each stage, got {self.stem_channels!r}."
+            )
+        for channels in self.stem_channels:
+            _require_int("stem_channels", channels, minimum=1)
+        stride = 2 ** len(self.stem_channels)
+        for axis, patch in zip(("height", "width"), self.patch_hw, strict=True):
+            if patch % stride:
+                raise ValueError(
+                    f"patch_size ({axis} {patch}) must be divisible by {stride}, which {len(self.stem_channels)} "
+                    f"stem_channels halve a picture to; use {math.ceil(patch / stride) * stride}, or fewer stages."
+                )
         for axis, image, patch in zip(("height", "width"), self.image_hw, self.patch_hw, strict=True):
             if image % patch:
                 fits = sorted({image // patch * patch or patch, (image // patch + 1) * patch})

@@ -1345,6 +1345,7 @@ def _obstacles(config: ViTScratchConfig) -> dict[str, dict[str, bool]]:
         "layer scale": scaled,
     }
     tanh = {"a tanh layer before the classifier": config.representation_size is not None}
+    stem = {"early convolutions": bool(config.stem_channels)}
     gap = not config.use_cls_token and config.pooling == "mean"
     return {
         "transformers": {
@@ -1357,10 +1358,16 @@ def _obstacles(config: ViTScratchConfig) -> dict[str, dict[str, bool]]:
                 scaled and config.intermediate_size % config.hidden_size != 0
             ),
             **tanh,
+            **stem,
         },
-        "timm": {**tanh, f"the activation {config.hidden_act}": config.hidden_act not in TIMM_ACTIVATIONS.values()},
+        "timm": {
+            **tanh,
+            **stem,
+            f"the activation {config.hidden_act}": config.hidden_act not in TIMM_ACTIVATIONS.values(),
+        },
         "torchvision": {
             **plain,
+            **stem,
             "no bias of query, key and value": not config.qkv_bias,
             f"the activation {config.hidden_act}": config.hidden_act != "gelu",
             "pictures or patches that are no squares": len({*config.image_hw}) + len({*config.patch_hw}) > 2,
@@ -1368,6 +1375,7 @@ def _obstacles(config: ViTScratchConfig) -> dict[str, dict[str, bool]]:
             "no classifier": not config.num_labels,
         },
         "jax": {
+            **stem,
             **{
                 what: there for what, there in plain.items() if not (gap and what in ("no class token", "mean pooling"))
             },

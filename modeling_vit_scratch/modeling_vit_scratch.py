@@ -11,8 +11,8 @@ Equation numbers are those of the paper's section 3.1.
 Letters in shape comments: B batch, C channels, H height and W width in pixels, h x w patch grid, N = h * w patches,
 T tokens (class token, registers, patches), D hidden size, A attention heads, d = D / A.
 
-Beyond the paper, each off by default: mean pooling, no class token, registers, LayerScale, stochastic depth, fixed
-2-D sine-cosine positions, a mask token.
+Beyond the paper, each off by default: early convolutions, mean pooling, no class token, registers, LayerScale,
+stochastic depth, fixed 2-D sine-cosine positions, a mask token.
 """
 
 import torch
@@ -35,20 +35,38 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vit_scratch import ViTScratchConfig
 
 
+class ViTScratchStemStage(nn.Module):
+    """One stage of early convolutions, with pooling and LayerNorm: (B, C, H, W) -> (B, c, H / 2, W / 2)."""
+
+    def __init__(self, config: ViTScratchConfig, in_channels: int, channels: int):
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False)
+        self.norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = nn.functional.max_pool2d(self.convolution(pixels), 2)
+        return self.activation(self.norm(pixels.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
 class ViTScratchPatchEmbeddings(nn.Module):
     """Cut pictures into patches and project each: (B, C, H, W) -> (B, N, D). ViT, eq. 1, the matrix E.
 
     A linear layer on flattened patches; its weight, viewed as (D, C, patch height, patch width), is the kernel of the
-    strided convolution that computes the same.
+    strided convolution that computes the same. With `stem_channels`, patches are of the stem's feature map instead, and
+    smaller by as much as the map is (Xiao et al., 2021).
     """
 
     def __init__(self, config: ViTScratchConfig):
         super().__init__()
-        self.patch_height, self.patch_width = config.patch_hw
-        self.projection = nn.Linear(config.num_channels * self.patch_height * self.patch_width, config.hidden_size)
+        channels = [config.num_channels, *config.stem_channels]
+        stages = zip(channels, config.stem_channels, strict=False)  # what goes in and comes out of each
+        self.stem = nn.Sequential(*(ViTScratchStemStage(config, *stage) for stage in stages))
+        self.patch_height, self.patch_width = (side // 2 ** len(self.stem) for side in config.patch_hw)
+        self.projection = nn.Linear(channels[-1] * self.patch_height * self.patch_width, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches = pixel_values.unflatten(3, (-1, self.patch_width)).unflatten(2, (-1, self.patch_height))
+        patches = self.stem(pixel_values).unflatten(3, (-1, self.patch_width)).unflatten(2, (-1, self.patch_height))
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, C, h, patch height, w, patch width) -> (B, h, w, C, ...)
         return self.projection(patches.flatten(3).flatten(1, 2))  # (B, N, C * patch height * patch width) -> (B, N, D)
 
@@ -153,21 +171,17 @@ class ViTScratchAttention(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        output_attentions: bool,
-        num_queries: int | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs,
+        self, hidden_states: torch.Tensor, output_attentions: bool, num_queries: int | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, D = hidden_states.shape
         qkv = self.qkv(hidden_states).reshape(B, T, 3, -1, self.head_dim)  # (B, T, 3, A, d)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, A, T, d) each
-        query = query[:, :, :num_queries]
+        query = query[:, :, :num_queries]  # all of them if None
         implementation = "eager" if output_attentions else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        context, maps = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        kwargs = {"attention_mask": None, "scaling": self.scaling, "dropout": dropout, **kwargs}
+        context, maps = attend(self, query, key, value, **kwargs)
         hidden_states = self.dropout(self.proj(context.reshape(B, -1, D)))  # (B, T, A, d) -> (B, T, D)
         return hidden_states, maps if output_attentions else None
 
@@ -230,11 +244,7 @@ class ViTScratchLayer(GradientCheckpointingLayer):
         self.drop_path = ViTScratchDropPath(config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1))
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        output_attentions: bool,
-        num_queries: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, hidden_states: torch.Tensor, output_attentions: bool, num_queries: int | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended, maps = self.attention(self.norm1(hidden_states), output_attentions, num_queries, **kwargs)
         hidden_states = hidden_states[:, :num_queries] + self.drop_path(self.layer_scale1(attended))
@@ -268,7 +278,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
 
         | tensor                                            | start                                    |
         |---------------------------------------------------|------------------------------------------|
-        | weight of a linear layer                          | truncated N(0, r^2) in [-2, 2]           |
+        | weight of a linear or convolutional layer         | truncated N(0, r^2) in [-2, 2]           |
         | the same, `initializer_range="fan_in"`            | N(0, 1 / fan_in)                         |
         | weight of `classifier`                            | 0 (as in the paper's code)               |
         | bias                                              | 0                                        |
@@ -281,11 +291,11 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         fan_in = self.config.initializer_range == "fan_in"
         r = 0.02 if fan_in else self.config.initializer_range
         p = r if self.config.position_initializer_range is None else self.config.position_initializer_range
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
             if module is getattr(self, "classifier", None):
                 init.zeros_(module.weight)
             elif fan_in:
-                init.normal_(module.weight, std=module.in_features**-0.5)
+                init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             else:
                 init.trunc_normal_(module.weight, std=r)
             if module.bias is not None:
@@ -368,8 +378,8 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
                 or a layer is asked for that is not there.
         """
         L = len(self.layers)
-        want_maps = _selected("output_attentions", output_attentions, self.config, L)
-        want_states = _selected("output_hidden_states", output_hidden_states, self.config, L + 1)
+        want_maps = self.config.selected("output_attentions", output_attentions, L)
+        want_states = self.config.selected("output_hidden_states", output_hidden_states, L + 1)
         hidden_states = self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)  # (B, T, D)
         all_states = [hidden_states if 0 in want_states else None]
         all_maps = []
@@ -386,17 +396,6 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
             hidden_states=tuple(all_states) if want_states else None,
             attentions=tuple(all_maps) if want_maps else None,
         )
-
-
-def _selected(name: str, value: bool | int | list[int] | None, config: ViTScratchConfig, count: int) -> list[int]:
-    """The indices below `count` that a flag, a number or a list of numbers (negative ones from the end) asks for."""
-    value = getattr(config, name) if value is None else value
-    if isinstance(value, bool) or value is None:
-        return list(range(count)) if value else []
-    indices = [value] if isinstance(value, int) else value
-    if any(not -count <= index < count for index in indices):
-        raise ValueError(f"{name} asks for {value}, but there are {count}: use {-count} to {count - 1}.")
-    return [index % count for index in indices]
 
 
 class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
@@ -554,7 +553,7 @@ class ViTScratchBackbone(BackboneMixin, ViTScratchPreTrainedModel):
         """Encode pictures of any size that the patch divides; arguments as in `ViTScratchModel.forward`."""
         L = self.config.num_hidden_layers
         stages = [index % (L + 1) for index in self.out_indices]
-        want_states = _selected("output_hidden_states", output_hidden_states, self.config, L + 1)
+        want_states = self.config.selected("output_hidden_states", output_hidden_states, L + 1)
         kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True}
         outputs = self.vit(pixel_values, output_hidden_states=[*stages, *want_states], **kwargs)
         maps = [self.vit.patch_map(self.vit.norm(outputs.hidden_states[i]), pixel_values) for i in stages]

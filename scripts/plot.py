@@ -281,7 +281,10 @@ def draw(kind: str, args: argparse.Namespace, sight: Sight | None) -> dict[str, 
     config, model = sight.config, sight.model
     embeddings = model.vit.embeddings
     if kind == "filters":
-        return {name: plots.plot_patch_filters(embeddings.patch_embeddings.projection.weight, config.patch_hw)}
+        weight, size = embeddings.patch_embeddings.projection.weight, config.patch_hw
+        if config.stem_channels:
+            weight, size = embeddings.patch_embeddings.stem[0].convolution.weight.flatten(1), (3, 3)
+        return {name: plots.plot_patch_filters(weight, size)}
     if kind == "positions":
         return {name: plots.plot_position_similarity(embeddings.position_embeddings, config.grid_hw)}
     if kind == "distance":

@@ -88,6 +88,7 @@ ROUND_TRIPS = {
         "position_initializer_range": 1.0,
         "layer_norm_eps": 1e-5,
         "num_channels": 1,
+        "stem_channels": [4, 6],
         "qkv_bias": False,
         "use_cls_token": False,
         "num_register_tokens": 4,
@@ -223,6 +224,9 @@ REFUSALS = [
     ({"image_size": (32, 50), "patch_size": 8}, ["width 50", "patch_size (8)", "use 48 or 56"]),
     ({"image_size": (30, 48), "patch_size": (8, 16)}, ["height 30", "patch_size (8)", "use 24 or 32"]),
     ({"image_size": 8, "patch_size": 16}, ["height 8", "patch_size (16)", "use 16."]),
+    ({"patch_size": 6, "image_size": 24, "stem_channels": [8, 8]}, ["patch_size", "6", "divisible by 4", "use 8"]),
+    ({"stem_channels": [0]}, ["stem_channels (0)", "at least 1"]),
+    ({"stem_channels": 8}, ["stem_channels", "list", "8"]),
     ({"image_size": (32, 32, 3)}, ["image_size", "(height, width)", "3 numbers"]),
     ({"image_size": 0}, ["image_size (0)", "at least 1"]),
     ({"patch_size": -4}, ["patch_size (-4)", "at least 1"]),
@@ -276,6 +280,7 @@ def test_refusals_say_what_is_wrong_and_the_mend(fields, parts):
 
 MISSPELT = {
     "hiden_size": "hidden_size",
+    "stem_chanels": "stem_channels",
     "hidden_dim": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",

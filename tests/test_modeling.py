@@ -44,6 +44,7 @@ OBLONG = {**TINY, "image_size": (16, 24), "patch_size": (8, 4), "encoder_stride"
 # Every option that adds tokens, parameters or buffers.
 RICH = {**OBLONG, "num_register_tokens": 3, "layerscale_value": 0.5, "pooling": "mean", "representation_size": 12}
 FIXED = {**TINY, "position_embedding_type": "sincos", "use_cls_token": False, "pooling": "mean", "qkv_bias": False}
+FIXED |= {"stem_channels": [6]}
 CONFIGS = {"tiny": TINY, "oblong": OBLONG, "rich": RICH, "fixed": FIXED}
 
 CLASSES = [
@@ -404,6 +405,21 @@ def test_only_the_class_token_leaves_the_last_block_where_only_logits_are_asked_
         equal(logits, short, atol=1e-5)
     assert tokens == [1, T, T, T, T]
     assert model(x, output_attentions=[0]).logits.shape == short.shape and tokens[-1] == 1
+
+
+def test_early_convolutions_are_the_written_out_ones():
+    model = make(ViTScratchModel, stem_channels=[6, 8], patch_size=8)
+    embeddings, x = model.embeddings.patch_embeddings, images(model)
+    for stage in embeddings.stem:
+        x = nn.functional.conv2d(x, stage.convolution.weight, padding=1)
+        x = torch.stack([x[:, :, i::2, j::2] for i in range(2) for j in range(2)]).amax(0)
+        mean, var = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
+        x = (x - mean) / (var + 1e-6).sqrt() * stage.norm.weight.view(-1, 1, 1) + stage.norm.bias.view(-1, 1, 1)
+        x = nn.functional.gelu(x)
+    kernel = embeddings.projection.weight.view(-1, 8, 2, 2)
+    patches = nn.functional.conv2d(x, kernel, embeddings.projection.bias, stride=2).flatten(2).mT
+    equal(embeddings(images(model)), patches, atol=1e-4)
+    assert patches.shape == (3, 4, 32)
 
 
 def test_layer_scale():
@@ -1131,17 +1147,17 @@ def rows_of(name):
         return "LayerNorm"
     if last == "bias":
         return "bias"
-    return "weight of `classifier`" if name == "classifier.weight" else "weight of a linear layer"
+    return "weight of `classifier`" if name == "classifier.weight" else "weight of a linear or convolutional layer"
 
 
-FULL = {**BIG, "num_register_tokens": 4, "layerscale_value": 0.25, "representation_size": 96}
+FULL = {**BIG, "num_register_tokens": 4, "layerscale_value": 0.25, "representation_size": 96, "stem_channels": [32]}
 
 
 @pytest.mark.parametrize("cls", [*HEADS, ViTScratchModel])
 def test_every_tensor_starts_as_the_table_says(cls):
     table = dict(init_table())
     assert list(table) == [
-        "weight of a linear layer",
+        "weight of a linear or convolutional layer",
         'the same, `initializer_range="fan_in"`',
         "weight of `classifier`",
         "bias",
@@ -1159,7 +1175,7 @@ def test_every_tensor_starts_as_the_table_says(cls):
         seen.add(row)
         mean, std = statistics(p)
         noise = 4 / math.sqrt(p.numel())
-        if row == "weight of a linear layer":
+        if row == "weight of a linear or convolutional layer":
             assert table[row] == "truncated N(0, r^2) in [-2, 2]"
             assert abs(mean) < 0.03 * noise
             assert std == pytest.approx(0.03, rel=noise)
@@ -1188,14 +1204,16 @@ def test_every_tensor_starts_as_the_table_says(cls):
 def test_fan_in_initialisation():
     set_seed(0)
     model = ViTScratchForImageClassification(ViTScratchConfig(**FULL, initializer_range="fan_in"))
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "classifier"}
-    assert {m.in_features for m in linears.values()} == {48, 128, 192}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    del linears["classifier"]
+    fan_in = {name: m.weight[0].numel() for name, m in linears.items()}
+    assert set(fan_in.values()) == {3 * 3 * 3, 32 * 2 * 2, 128, 192}
     for name, linear in linears.items():
         mean, std = statistics(linear.weight)
         noise = 4 / math.sqrt(linear.weight.numel())
-        assert std == pytest.approx(linear.in_features**-0.5, rel=noise), name
+        assert std == pytest.approx(fan_in[name] ** -0.5, rel=noise), name
         assert abs(mean) < noise * std
-        assert (linear.bias == 0).all()
+        assert linear.bias is None or (linear.bias == 0).all()
     assert statistics(model.vit.embeddings.position_embeddings)[1] == pytest.approx(0.02, rel=0.1)
     assert (model.classifier.weight == 0).all()
 
@@ -1653,11 +1671,12 @@ def test_the_configuration_imports_transformers_and_the_standard_library_alone()
 
 
 def test_the_file_is_read_in_one_sitting():
-    assert len(SOURCE.splitlines()) <= 550
+    assert len(SOURCE.splitlines()) <= 570
 
 
 def test_classes_stand_bottom_up():
     order = re.findall(r"^class ViTScratch(\w+)", SOURCE, re.MULTILINE)
+    assert order.pop(0) == "StemStage"
     assert order[:7] == ["PatchEmbeddings", "Embeddings", "Attention", "MLP", "DropPath", "LayerScale", "Layer"]
     assert order[7:9] == ["PreTrainedModel", "Model"]
 

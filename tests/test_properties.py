@@ -35,6 +35,7 @@ FIELDS = {
     "image_size": mostly(st.one_of(st.just(8), st.just(24), PAIRS), st.sampled_from([0, "8", (8,), (8, 8, 8), 8.0])),
     "patch_size": mostly(st.one_of(st.just(4), st.just(8), PAIRS), st.sampled_from([0, "4", (4,), (4, -4), 4.0])),
     "num_channels": mostly(st.sampled_from([1, 3, 4])),
+    "stem_channels": mostly(st.sampled_from([(), [], [4], (4, 6)]), st.sampled_from([0, [0], [2.5], "8", None])),
     "qkv_bias": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "use_cls_token": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "use_final_norm": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
@@ -83,8 +84,13 @@ def faults(fields: dict) -> set[str]:
         pairs[name] = list(value) if isinstance(value, (tuple, list)) else [value] * 2
         if len(pairs[name]) != 2 or not all(map(is_count, pairs[name])):
             wrong.add(name)
+    stages = fields["stem_channels"]
+    if not isinstance(stages, (tuple, list)) or not all(map(is_count, stages)):
+        wrong.add("stem_channels")
     if wrong:
         return wrong
+    if any(patch % 2 ** len(stages) for patch in pairs["patch_size"]):
+        wrong |= {"stem_channels", "patch_size"}
     if any(image % patch for image, patch in zip(pairs["image_size"], pairs["patch_size"], strict=True)):
         wrong |= {"image_size", "patch_size"}
     if fields["hidden_size"] % fields["num_attention_heads"]:
