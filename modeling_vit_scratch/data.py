@@ -119,6 +119,11 @@ class DecodedImages(torch.utils.data.Dataset):
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
         self.images, self.labels = images, labels
 
+    def to(self, device: torch.device) -> "DecodedImages":
+        """Move the pictures to a device, where batches are then gathered."""
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        return self
+
     def __len__(self) -> int:
         return len(self.labels)
 

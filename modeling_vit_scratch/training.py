@@ -38,7 +38,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from . import checkpoints, conversion, hub, plots
 from .augmentation import Augmentation, normalize, parse_until
 from .configuration_vit_scratch import PRESETS, ViTScratchConfig
-from .data import ImageSplits, LazyImages, collate, load_splits
+from .data import DecodedImages, ImageSplits, LazyImages, collate, load_splits
 from .inspection import fingerprint, inspect_splits, sample_sheet
 from .metrics import ImageClassificationMetrics
 from .modeling_vit_scratch import ViTScratchForImageClassification, image_classification_loss
@@ -470,7 +470,7 @@ class StopOnSignal(TrainerCallback):
 def config_overrides(arguments: ModelArguments) -> dict:
     """The fields that `--config_overrides` names, with their values."""
     overrides = {}
-    for item in filter(None, (arguments.config_overrides or "").split(",")):
+    for item in filter(None, re.split(r",(?![^\[]*\])", arguments.config_overrides or "")):  # no comma of a list
         name, separator, value = item.partition("=")
         if not separator:
             raise ValueError(f"config_overrides: {item!r} is not of the form field=value.")
@@ -674,6 +674,16 @@ def _public_name(name: str) -> str:
 def _frozen(model: ViTScratchForImageClassification) -> str:
     trained = model.num_parameters(only_trainable=True)
     return "" if trained == model.num_parameters() else f", of which {trained:,} are trained"
+
+
+def _move_small_data(splits: ImageSplits, args: TrainingArguments):
+    """Pictures that take less than a tenth of the GPU's free memory live there: no batch is copied while training."""
+    decoded = [part for part in _parts(splits).values() if isinstance(part, DecodedImages)]
+    free, _ = torch.cuda.mem_get_info(args.device)
+    if args.dataloader_num_workers == 0 and sum(part.images.nbytes for part in decoded) < free / 10:
+        args.dataloader_pin_memory = False
+        for part in decoded:
+            part.to(args.device)
 
 
 def _trainer_state(checkpoint: str) -> dict:
@@ -921,6 +931,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             print(f"Pictures as the model sees them: {sheet}\nDry run: one batch and the output folder are in order.")
         return {}
 
+    if args.device.type == "cuda":
+        _move_small_data(splits, args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if stop.signal is not None:
         if is_main:

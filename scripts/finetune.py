@@ -25,9 +25,10 @@ from modeling_vit_scratch.training import DataArguments, ImageTrainingArguments,
 RECIPES = Path(__file__).parent / "recipes"
 USUAL = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "head_learning_rate",
-    "layer_decay", "lr_scheduler_type", "warmup_steps", "weight_decay", "label_smoothing_factor", "optim", "seed",
-    "use_cpu", "bf16", "torch_compile", "report_to", "push_to_hub", "hub_model_id",
+    "time_budget", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "muon_learning_rate", "head_learning_rate", "layer_decay", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "label_smoothing_factor", "ema_decay", "optim", "seed", "use_cpu", "bf16", "torch_compile", "flip_tta",
+    "report_to", "push_to_hub", "hub_model_id",
 )  # fmt: skip
 
 

@@ -671,6 +671,13 @@ def test_the_training_loop_sets_the_epoch(tmp_path, monkeypatch, case):
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
+def test_decoded_images_are_gathered_where_they_live():
+    dataset = data.DecodedImages(torch.zeros(5, 3, 4, 4, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
+    batch = dataset.to(torch.device("meta")).__getitems__([3, 1])
+    assert {tensor.device.type for tensor in batch.values()} == {"meta"}
+    assert batch["pixel_values"].shape == (2, 3, 4, 4) and batch["labels"].shape == (2,)
+
+
 @pytest.mark.slow
 def test_lazy_images_survive_a_spawned_worker():
     """Where processes are spawned (macOS, Windows), the dataset is pickled."""

@@ -18,11 +18,13 @@ KILLS = ("step", "saving", "evaluating", "step", "saving")  # for each number of
 
 
 def settings(output: Path, workers: int) -> list[str]:
-    """Augmentation, dropout, stochastic depth, a scheduler; saving, evaluating and logging out of step."""
+    """All augmentations, dropout, stochastic depth, a scheduler, Muon, averaged weights; logging out of step."""
     return options(
         output, config_overrides=RANDOM, per_device_train_batch_size=8, num_train_epochs=3, save_strategy="steps",
         eval_strategy="steps", save_steps=8, eval_steps=8, logging_steps=3, lr_scheduler_type="cosine",
         warmup_steps=0.1, label_smoothing_factor=0.1, crop_padding=2, dataloader_num_workers=workers,
+        muon_learning_rate=0.02, ema_decay=0.9, rand_augment=1, random_erasing=0.3, mixup_alpha=0.2, cutmix_alpha=1.0,
+        augment_until="mixup=0.7,cutmix=0.7",
     )  # fmt: skip
 
 

@@ -324,6 +324,9 @@ def test_command_line_wins_over_the_recipe(tmp_path):
     model, data, args = finetune.parse([str(path), "--seed", "2", "--output_dir", str(tmp_path)])
     assert (data.dataset_name, args.learning_rate, args.seed) == ("digits", 3e-3, 2)
     assert training.make_config(model, ["a", "b"]).hidden_size == 64
+    model.config_overrides = "stem_channels=[4, 8],patch_size=[4,8], hidden_size=32"
+    config = training.make_config(model, ["a", "b"])
+    assert (config.stem_channels, config.patch_size, config.hidden_size) == ((4, 8), (4, 8), 32)
 
 
 @pytest.mark.parametrize(
