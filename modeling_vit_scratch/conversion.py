@@ -43,6 +43,9 @@ from .modeling_vit_scratch import ViTScratchForImageClassification
 
 logger = logging.getLogger(__name__)
 
+# A trained model of CIFAR-10's classes that comes with the package (scripts/recipes/budget.yaml).
+PACKAGED_MODEL = Path(__file__).parent / "packaged"
+
 # --- Tables ----------------------------------------------------------------------------------------------------------
 
 

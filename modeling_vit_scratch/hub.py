@@ -167,7 +167,9 @@ def _card_head(config: dict, metrics: dict, link: str | None, name: str | None) 
         image, patch = _pixels(config["image_size"]), _pixels(config["patch_size"])
         facts.append(f"**Input:** {image} pixels, in patches of {patch}, {config.get('num_channels', 3)} channels")
     if layers and hidden and heads:
-        facts.append(f"**Architecture:** {layers} blocks, hidden size {hidden}, {heads} heads")
+        stages = len(config.get("stem_channels") or ())
+        stem = f", {stages} convolutional stage{'s' * (stages > 1)} before them" if stages else ""
+        facts.append(f"**Architecture:** {layers} blocks, hidden size {hidden}, {heads} heads{stem}")
     if _is_number(parameters):
         facts.append(f"**Parameters:** {parameters:,}")
     if _is_number(flops):
@@ -184,6 +186,8 @@ def _card_head(config: dict, metrics: dict, link: str | None, name: str | None) 
 
 def _card_results(metrics: dict) -> str:
     columns = {"examples": "images", "accuracy": "top-1", "top5_accuracy": "top-5", "loss": "loss"}
+    if any("flip_tta_accuracy" in (metrics.get(split) or {}) for split in ("test", "validation")):
+        columns["flip_tta_accuracy"] = "top-1, mean with the mirror image"
     rows = []
     for split in ("test", "validation"):
         values = metrics.get(split) or {}

@@ -1006,7 +1006,10 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         if is_main:
             rows = splits.records[split].rows
             _write_predictions(folder, split, prediction.predictions, prediction.label_ids, rows, splits.class_names)
-    metrics["time"] = {"train_seconds": clock.wall, "train_cpu_seconds": clock.cpu}
+    cpu = torch.tensor(clock.cpu, dtype=torch.float64)
+    if args.world_size > 1:
+        cpu = trainer.accelerator.gather(cpu.to(args.device).view(1)).sum()
+    metrics["time"] = {"train_seconds": clock.wall, "train_cpu_seconds": cpu.item()}
     metrics["environment"] = {
         "hardware": hardware(args.device),
         "processes": args.world_size,

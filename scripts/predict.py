@@ -1,6 +1,6 @@
 """Classify pictures with a model of this package, or any that `convert.py` reads.
 
-python scripts/predict.py photo.jpg --model runs/showcase                 a picture
+python scripts/predict.py photo.jpg                                       a picture, by the packaged model
 python scripts/predict.py photos/ "more/*.png" --model google/vit-base-patch16-224 --top_k 3
 python scripts/predict.py photos/ --model vit --json > predictions.json
 
@@ -23,7 +23,13 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from modeling_vit_scratch import ViTScratchForImageClassification
-from modeling_vit_scratch.conversion import FAMILIES, convert_checkpoint, image_processor_for, read_labels
+from modeling_vit_scratch.conversion import (
+    FAMILIES,
+    PACKAGED_MODEL,
+    convert_checkpoint,
+    image_processor_for,
+    read_labels,
+)
 from modeling_vit_scratch.data import load_image
 
 
@@ -31,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     example, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="predict.py",
-        usage="predict.py PICTURE... --model ID_OR_FOLDER [--option value ...]",
+        usage="predict.py PICTURE... [--model ID_OR_FOLDER] [--option value ...]",
         description=f"{rest.partition(chr(10) * 2)[0]}\n\n{example}\n\n{rest.partition(chr(10) * 2)[2]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -39,7 +45,10 @@ def make_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what")
     what.add_argument("pictures", metavar="PICTURE", nargs="+", help="File, folder, or pattern such as 'photos/*.jpg'.")
     what.add_argument(
-        "--model", required=True, metavar="ID_OR_FOLDER", help="Folder, Hub id, or file of any model convert.py reads."
+        "--model",
+        default=str(PACKAGED_MODEL),
+        metavar="ID_OR_FOLDER",
+        help="Folder, Hub id, or file of any model convert.py reads. Default: the packaged one (CIFAR-10's classes).",
     )
     what.add_argument(
         "--source", choices=tuple(FAMILIES), help="Where the model comes from. Default: told by its names."
