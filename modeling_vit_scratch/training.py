@@ -427,6 +427,14 @@ class ResumeLoss(TrainerCallback):
             self.trainer._globalstep_last_logged = pending["last_logged"]
 
 
+class CropEpoch(TrainerCallback):
+    """Tells photos their epoch: accelerate forgets to after resuming in mid-epoch, and in several processes."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        if isinstance(train_dataloader.dataset, LazyImages):  # a stream counts its own
+            train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
+
 class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, and leave. A second Ctrl-C leaves at once."""
 
@@ -908,7 +916,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         train_dataset=splits.train,
         eval_dataset=splits.validation,
         processing_class=processor,
-        callbacks=[clock, stop, *([pushes] if pushes and args.hub_strategy.value != "end" else [])],
+        callbacks=[clock, stop, CropEpoch(), *([pushes] if pushes and args.hub_strategy.value != "end" else [])],
     )
     trainer.add_callback(ResumeLoss(trainer))
     if args.time_budget_seconds is not None:

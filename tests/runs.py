@@ -81,6 +81,7 @@ def fork_run(argv: list[str], processes: int = 1, log: Path | None = None) -> li
             traceback.print_exc()
         finally:
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
     return ids
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import random
 import socket
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -637,38 +637,46 @@ def test_crops_in_worker_processes(persistent):
         assert torch.equal(pixels, all_of(here)["pixel_values"])
 
 
-@pytest.mark.xfail(strict=True, reason="nobody tells the dataset its epoch where the batch sampler is wrapped")
-@pytest.mark.parametrize("case", ["resumed in mid-epoch", "two processes"])
-def test_the_training_loop_sets_the_epoch(tmp_path, monkeypatch, case):
-    """Photos of different sizes are cropped anew in each epoch: also after resuming, and in each of two processes."""
+@pytest.mark.parametrize(
+    ("processes", "changes", "steps"),
+    [
+        (1, {}, (8, 10)),  # of 5 steps an epoch: its middle, and its end
+        (1, {"gradient_accumulation_steps": 2, "dataloader_persistent_workers": True}, (4,)),  # of 3
+        (2, {}, (4,)),  # of 3
+    ],
+    ids=["one process", "accumulation and lasting workers", "two processes"],
+)
+def test_photos_are_cropped_anew_in_each_epoch(tmp_path, monkeypatch, processes, changes, steps):
+    """Also after resuming in mid-epoch or at its end, which gives the weights of the run that was never stopped."""
     write_image_folder(tmp_path / "photos", 8, size=(40, 30))
     make_image(0, (25, 31)).save(tmp_path / "photos" / "cat" / "odd.png")
+    log, crop = tmp_path / "epochs", data.crop_box
+
+    def noted(size, scale, key):
+        with open(log, "a") as file:
+            file.write(f"{key[1]}\n")
+        return crop(size, scale, key)
+
+    monkeypatch.setattr(data, "crop_box", noted)
     argv = runs.options(
         tmp_path / "run", dataset_name=tmp_path / "photos", num_train_epochs=3, per_device_train_batch_size=4,
         max_train_samples=None, max_eval_samples=None, train_val_split=0.2, dataloader_num_workers=0,
         save_strategy="steps", save_steps=2, eval_strategy="no", load_best_model_at_end=False, save_total_limit=20,
+        **changes,
     )  # fmt: skip
-    finetune = runs.load_script("finetune")
-    if case == "two processes":
-        log = tmp_path / "epochs"
-        crop = data.crop_box
 
-        def noted(size, scale, key):
-            with open(log, "a") as file:
-                file.write(f"{key[1]}\n")
-            return crop(size, scale, key)
+    def train(*more):
+        log.unlink(missing_ok=True)
+        assert runs.wait_all(runs.fork_run([*argv, *more], processes, tmp_path / "log")) == [0] * processes
+        return runs.weights(tmp_path / "run"), Counter(log.read_text().split())
 
-        monkeypatch.setattr(data, "crop_box", noted)
-        for child in runs.fork_run(argv, processes=2, log=tmp_path / "log"):
-            assert os.waitpid(child, 0)[1] == 0, (tmp_path / "log.0").read_text()
-        assert set(log.read_text().split()) == {"0", "1", "2"}
-        return
-    assert finetune.main(argv) == 0
-    whole = runs.weights(tmp_path / "run")
-    checkpoint = tmp_path / "run" / "checkpoint-8"  # of 5 steps an epoch: in the middle of the second
-    assert finetune.main([*argv, "--resume_from_checkpoint", str(checkpoint)]) == 0
-    resumed = runs.weights(tmp_path / "run")
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    whole, epochs = train()
+    assert set(epochs) == {"0", "1", "2"}
+    assert len(set(epochs.values())) == 1
+    for step in steps:
+        resumed, epochs = train("--resume_from_checkpoint", str(tmp_path / "run" / f"checkpoint-{step}"))
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+        assert "0" not in epochs
 
 
 def test_decoded_images_are_gathered_where_they_live():
