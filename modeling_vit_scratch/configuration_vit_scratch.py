@@ -76,6 +76,8 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         num_register_tokens: Learned tokens without a position, after the class token (Darcet et al., 2024).
         pooling: What the classifier sees: "cls", the class token (ViT, eq. 4), or "mean", the mean of the patch tokens.
         use_final_norm: Whether a LayerNorm follows the last block (ViT, eq. 4).
+        norm_after_pooling: Whether that LayerNorm follows the pooling instead, so that `last_hidden_state` is not
+            normalised (He et al., 2022, fine-tuning; timm's `fc_norm`).
         position_embedding_type: "learned" (ViT, eq. 1), or "sincos": fixed, 2-D (MoCo v3; MAE).
         representation_size: Width of the pre-training head's linear + tanh before the classifier (ViT, sec. 3.1), or
             None for a single linear layer.
@@ -113,6 +115,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     num_register_tokens: int = 0
     pooling: str = "cls"
     use_final_norm: bool = True
+    norm_after_pooling: bool = False
     position_embedding_type: str = "learned"
     representation_size: int | None = None
     layerscale_value: float | int | None = None
@@ -288,7 +291,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             _require_choice("initializer_range", self.initializer_range, ("fan_in",))
         else:
             _require_number("initializer_range", self.initializer_range, minimum=1e-12)
-        for name in ("qkv_bias", "use_cls_token", "use_final_norm"):
+        for name in ("qkv_bias", "use_cls_token", "use_final_norm", "norm_after_pooling"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         _require_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
@@ -338,6 +341,8 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.pooling == "cls" and not self.use_cls_token:
             raise ValueError("pooling='cls' needs use_cls_token=True; use pooling='mean' without a class token.")
+        if self.norm_after_pooling and not self.use_final_norm:
+            raise ValueError("norm_after_pooling=True moves the final norm, so it needs use_final_norm=True.")
 
     def _validate_stages(self):
         count = self.num_hidden_layers + 1

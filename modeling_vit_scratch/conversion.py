@@ -137,6 +137,7 @@ TIMM = Layout(
         "vit.embeddings.position_embeddings": "pos_embed",
         "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
         "vit.norm": "norm",
+        "vit.pooled_norm": "fc_norm",
         "pre_logits.0": "pre_logits.fc",
         "classifier": "head",
     },
@@ -283,6 +284,7 @@ TIMM_ARGUMENTS = {
     "class_token": "use_cls_token",
     "reg_tokens": "num_register_tokens",
     "final_norm": "use_final_norm",
+    "fc_norm": "norm_after_pooling",
     "global_pool": "pooling",
     "act_layer": "hidden_act",
 }
@@ -313,7 +315,6 @@ CONFIG_FIELDS = (
 REFUSED = {
     r".*\bmlp\.(w12|w3|w1|w2|weights_in|weights_out|gate_proj|up_proj|fc1_g|fc1_x)\..*": "a SwiGLU MLP",
     r".*\b(norm_pre|ln_pre|pre_layrnorm)\..*": "a norm before the first block (pre-norm towers such as CLIP's)",
-    r".*\bfc_norm\..*": "a norm after mean pooling (timm's fc_norm)",
     r".*\battn_pool\..*|.*MAPHead_0/.*|.*vision_model\.head\..*": "attention pooling",
     r".*\b(q_norm|k_norm|q_ln|k_ln)\b.*|.*/(query_norm|key_norm)/.*": "normalised queries and keys",
     r".*\b(q_bias|v_bias)": "query and value biases without a key bias (BEiT)",
@@ -878,6 +879,7 @@ def _plan(opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head
         "num_register_tokens": registers,
         "use_cls_token": named.use_cls_token,
         "qkv_bias": any(named.has(f"vit.layers.{i}.attention.qkv.bias") for i in range(blocks)),
+        "norm_after_pooling": named.has("vit.pooled_norm.weight"),
         "representation_size": (named.shape("pre_logits.0.bias") or [None])[-1],
     }
     if set(named.find("pre_logits.0.bias")) & set(plan.left_out):
@@ -889,9 +891,15 @@ def _plan(opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head
         for name, value in told.items():
             if name in measured and _pair(value) != _pair(measured[name]):
                 raise ValueError(f"{origin} {name}={value!r}, but the tensors say {measured[name]!r}.")
+    bare = not (measured["use_cls_token"] or registers or measured["qkv_bias"] or "architecture" in opened.config)
+    if measured["norm_after_pooling"] and bare and "norm_after_pooling" not in hints:
+        raise ValueError(
+            f"{opened.title} has the names of timm's vit_*_rpn_*, with norms after the branches, which this model has "
+            "not; pass norm_after_pooling=True if it has norms before them."
+        )
     scaled = any(named.has(f"vit.layers.{i}.layer_scale{n}.scale") for i in range(blocks) for n in (1, 2))
     defaults = {
-        "pooling": pooling or ("cls" if measured["use_cls_token"] else "mean"),
+        "pooling": "mean" if measured["norm_after_pooling"] or not measured["use_cls_token"] else "cls",
         "layer_norm_eps": 1e-6 if family.startswith("dinov2") else named.layout.layer_norm_eps,
         "layerscale_value": float(opened.config.get("layerscale_value") or 1e-5) if scaled else None,
     }
@@ -1344,6 +1352,7 @@ def _obstacles(config: ViTScratchConfig) -> dict[str, dict[str, bool]]:
         "no class token": not config.use_cls_token,
         "mean pooling": config.pooling == "mean",
         "no final norm": not config.use_final_norm,
+        "a norm after the pooling": config.norm_after_pooling,
         "registers": registers,
         "layer scale": scaled,
     }
@@ -1355,7 +1364,7 @@ def _obstacles(config: ViTScratchConfig) -> dict[str, dict[str, bool]]:
             **{
                 what: there
                 for what, there in plain.items()
-                if not scaled or what in ("no class token", "no final norm")
+                if not (scaled and what in ("mean pooling", "registers", "layer scale"))
             },
             "an MLP whose width is no multiple of its own (with layer scale)": (
                 scaled and config.intermediate_size % config.hidden_size != 0
@@ -1461,7 +1470,7 @@ def _timm_arguments(config: ViTScratchConfig, no_embed_class: bool) -> dict:
         "no_embed_class": no_embed_class,
         "reg_tokens": config.num_register_tokens,
         "final_norm": config.use_final_norm,
-        "fc_norm": False,
+        "fc_norm": config.norm_after_pooling,
         "global_pool": {ours: theirs for theirs, ours in TIMM_POOLINGS.items()}[config.pooling],
         "act_layer": {ours: theirs for theirs, ours in reversed(TIMM_ACTIVATIONS.items())}[config.hidden_act],
     }
@@ -1598,7 +1607,8 @@ def verify_checkpoint(
     theirs = _outputs(reference, images, headless)
     title = reference.title
     del reference
-    ours = _outputs(_Reference("ours", model, model.vit.layers, model.vit.norm), images, headless)
+    norm = model.vit.pooled_norm if config.norm_after_pooling else model.vit.norm
+    ours = _outputs(_Reference("ours", model, model.vit.layers, norm), images, headless)
     if "tanh layer" in theirs:
         ours["tanh layer"] = model.pre_logits(ours["final norm"][:, 0])
     differences = {name: (ours[name] - theirs[name]).abs().max().item() for name in theirs}
@@ -1712,7 +1722,8 @@ def _timm_reference(opened, family, named, model, headless, num_images) -> _Refe
     if registers:
         state["mask_token"] = torch.zeros(1)  # by which timm recognises DINOv2
     reference.load_state_dict(_import_timm()[1].checkpoint_filter_fn(state, reference, adapt_layer_scale=True))
-    return _Reference("timm's VisionTransformer", reference, reference.blocks, reference.norm)
+    norm = reference.fc_norm if model.config.norm_after_pooling else reference.norm
+    return _Reference("timm's VisionTransformer", reference, reference.blocks, norm)
 
 
 def _jax_reference(opened, family, named, model, headless, num_images) -> _Reference:

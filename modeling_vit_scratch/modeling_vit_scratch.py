@@ -11,8 +11,8 @@ Equation numbers are those of the paper's section 3.1.
 Letters in shape comments: B batch, C channels, H height and W width in pixels, h x w patch grid, N = h * w patches,
 T tokens (class token, registers, patches), D hidden size, A attention heads, d = D / A.
 
-Beyond the paper, each off by default: early convolutions, mean pooling, no class token, registers, LayerScale,
-stochastic depth, fixed 2-D sine-cosine positions, a mask token.
+Beyond the paper, each off by default: early convolutions, mean pooling, a norm after it, no class token, registers,
+LayerScale, stochastic depth, fixed 2-D sine-cosine positions, a mask token.
 """
 
 import torch
@@ -333,7 +333,8 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         self.embeddings = ViTScratchEmbeddings(config, use_mask_token)
         self.layers = nn.ModuleList([ViTScratchLayer(config, i) for i in range(config.num_hidden_layers)])
         norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.norm = norm if config.use_final_norm else nn.Identity()
+        self.norm = norm if config.use_final_norm and not config.norm_after_pooling else nn.Identity()
+        self.pooled_norm = norm if config.norm_after_pooling else nn.Identity()
         self.post_init()
 
     def pool(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -392,7 +393,7 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
-            pooler_output=self.pool(hidden_states),
+            pooler_output=self.pooled_norm(self.pool(hidden_states)),
             hidden_states=tuple(all_states) if want_states else None,
             attentions=tuple(all_maps) if want_maps else None,
         )

@@ -57,6 +57,7 @@ def test_defaults_are_those_of_transformers():
 def test_additions_to_the_paper_are_off_by_default():
     config = ViTScratchConfig()
     assert (config.use_cls_token, config.pooling, config.use_final_norm) == (True, "cls", True)
+    assert not config.norm_after_pooling
     assert (config.position_embedding_type, config.representation_size) == ("learned", None)
     assert (config.layerscale_value, config.drop_path_rate, config.num_register_tokens) == (None, 0.0, 0)
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.0, 0.0)
@@ -260,6 +261,8 @@ REFUSALS = [
     ({"qkv_bias": 1}, ["qkv_bias", "True or False", "1"]),
     ({"use_cls_token": "yes"}, ["use_cls_token", "True or False", "'yes'"]),
     ({"use_final_norm": None}, ["use_final_norm", "True or False", "None"]),
+    ({"norm_after_pooling": 1}, ["norm_after_pooling", "True or False", "1"]),
+    ({"norm_after_pooling": True, "use_final_norm": False}, ["norm_after_pooling=True", "use_final_norm=True"]),
     ({"hidden_act": "gelo"}, ["hidden_act ('gelo')", "'gelu'"]),
     ({"pooling": "max"}, ["pooling ('max')", "cls, mean"]),
     ({"pooling": "means"}, ["pooling ('means')", "'mean'"]),

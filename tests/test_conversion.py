@@ -258,7 +258,7 @@ def timm_tensors(
         if scale:
             block |= {scale.format(1): (D,), scale.format(2): (D,)}
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    shapes |= norm("norm", D) | (linear("head", D, classes) if classes else {})
+    shapes |= norm(names.get("final_norm", "norm"), D) | (linear("head", D, classes) if classes else {})
     return random_tensors(shapes)
 
 
@@ -360,8 +360,9 @@ def timm_logits(tensors: dict, image: np.ndarray, heads=4, eps=1e-6, gelu=exact_
         y = layer_norm(x, b["norm2.weight"], b["norm2.bias"], eps)
         y = gelu(y @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]) @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
         x = x + scales[1] * y
-    x = layer_norm(x, t["norm.weight"], t["norm.bias"], eps)
+    x = layer_norm(x, t["norm.weight"], t["norm.bias"], eps) if "norm.weight" in t else x
     pooled = x[before:].mean(axis=0) if mean else x[0]
+    pooled = layer_norm(pooled, t["fc_norm.weight"], t["fc_norm.bias"], eps) if "fc_norm.weight" in t else pooled
     return t["head.weight"] @ pooled + t["head.bias"] if "head.weight" in t else pooled
 
 
@@ -439,6 +440,8 @@ TIMM_CASES = {
         {"cls": False, "registers": 2, "positions": "none"}, {"positions": "none", "mean": True}, {},
     ),
     "mean pooling": ({}, {"mean": True}, {"pooling": "mean"}),
+    "norm after mean pooling": ({"final_norm": "fc_norm"}, {"mean": True}, {}),
+    "norm after the class token": ({"final_norm": "fc_norm"}, {}, {"pooling": "cls"}),
     "tanh GELU": ({}, {"gelu": tanh_gelu}, {"hidden_act": "gelu_pytorch_tanh"}),
     "another epsilon": ({}, {"eps": 1e-5}, {"layer_norm_eps": 1e-5}),
     "two heads": ({}, {"heads": 2}, {"num_attention_heads": 2}),
@@ -465,7 +468,7 @@ def test_timm_reference_is_timm(case):
         num_classes=CLASSES, qkv_bias=shapes.get("bias", True), class_token=shapes.get("cls", True),
         reg_tokens=shapes.get("registers", 0), no_embed_class=shapes.get("positions") == "none",
         init_values=1.0 if "scale" in shapes else None, global_pool="avg" if computed.get("mean") else "token",
-        fc_norm=False, act_layer="gelu_tanh" if "gelu" in computed else "gelu",
+        fc_norm="final_norm" in shapes, act_layer="gelu_tanh" if "gelu" in computed else "gelu",
         norm_layer=lambda *a, **k: torch.nn.LayerNorm(*a, **{**k, "eps": computed.get("eps", 1e-6)}),
     )  # fmt: skip
     state = {name.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): t for name, t in tensors.items()}
@@ -568,6 +571,15 @@ def test_mae_and_deit_wrapped_in_model(tmp_path, caplog):
     torch.save({"model": {f"module.{name}": tensor for name, tensor in tensors.items()}}, tmp_path / "deit.pth")
     ours = convert_checkpoint(tmp_path / "deit.pth", "deit", **HEADS)
     assert_logits(ours, lambda image: timm_logits(tensors, image))
+
+
+def test_mae_fine_tuned(tmp_path):
+    """MAE's own fine-tuning puts the norm after the mean of the patches."""
+    tensors = timm_tensors(final_norm="fc_norm")
+    torch.save({"model": tensors}, tmp_path / "mae_finetuned.pth")
+    ours = convert_checkpoint(tmp_path / "mae_finetuned.pth", "mae", **HEADS)
+    assert ours.config.norm_after_pooling
+    assert_logits(ours, lambda image: timm_logits(tensors, image, mean=True))
 
 
 def test_timm_distilled_deit():
@@ -781,7 +793,6 @@ def test_a_name_that_is_there_twice():
         ("blocks.0.mlp.w3.weight", "SwiGLU"),
         ("blocks.0.mlp.fc1_g.weight", "SwiGLU"),
         ("norm_pre.weight", "before the first block"),
-        ("fc_norm.weight", "after mean pooling"),
         ("attn_pool.latent.weight", "attention pooling"),
         ("blocks.0.attn.q_norm.weight", "normalised queries"),
         ("blocks.0.attn.q_bias", "without a key bias"),
@@ -1218,9 +1229,18 @@ def test_every_vit_of_timm_is_understood_or_refused():
         assert ours.hidden_act == activations[type(block.mlp.act).__name__], name
         assert ours.pooling == {"token": "cls", "avg": "mean"}[theirs.global_pool], name
         assert ours.grid_hw == theirs.patch_embed.grid_size, name
-        assert ours.use_final_norm == isinstance(theirs.norm, torch.nn.LayerNorm), name
+        norms = ours.use_final_norm and not ours.norm_after_pooling, ours.norm_after_pooling
+        assert norms == tuple(isinstance(norm, torch.nn.LayerNorm) for norm in (theirs.norm, theirs.fc_norm)), name
         understood.append(name)
     assert len(understood) > 80 and len(refused) > 80
+
+
+def test_norms_after_the_branches_are_refused_by_tensors_alone():
+    tensors = timm_tensors(cls=False, bias=False, positions="none", final_norm="fc_norm")
+    with pytest.raises(ValueError, match=r"names of timm's vit_\*_rpn_.*norm_after_pooling=True"):
+        convert_checkpoint(tensors, **HEADS)
+    ours = convert_checkpoint(tensors, norm_after_pooling=True, **HEADS)
+    assert_logits(ours, lambda image: timm_logits(tensors, image, positions="none", mean=True))
 
 
 def test_images_that_are_no_whole_number_of_patches(tmp_path, caplog):
@@ -1245,6 +1265,7 @@ EXPORTS = {
     "timm, registers": SCALED | {"num_register_tokens": 3, "layer_norm_eps": 1e-6},
     "timm, mean pooling": PLAIN | {"pooling": "mean", "use_cls_token": False, "hidden_act": "quick_gelu"},
     "timm, mean pooling of the patches": PLAIN | {"pooling": "mean", "num_register_tokens": 2},
+    "timm, norm after mean pooling": PLAIN | {"pooling": "mean", "norm_after_pooling": True},
     "timm, no final norm": PLAIN | {"use_final_norm": False, "intermediate_size": 50},
     "timm, no squares": PLAIN | {"image_size": (16, 40), "patch_size": (4, 8)},
     "torchvision": PLAIN,
@@ -1348,6 +1369,8 @@ def test_timm_loads_the_folder(case, tmp_path):
         ("timm", {"representation_size": 20}, "a tanh layer"),
         ("timm", {"hidden_act": "mish"}, "the activation mish"),
         ("torchvision", {"layerscale_value": 0.1}, "layer scale"),
+        ("transformers", {"layerscale_value": 0.1, "norm_after_pooling": True}, "a norm after the pooling"),
+        ("jax", {"pooling": "mean", "use_cls_token": False, "norm_after_pooling": True}, "a norm after the pooling"),
         ("torchvision", {"qkv_bias": False}, "no bias of query"),
         ("torchvision", {"num_channels": 1}, "1 channels"),
         ("torchvision", {"image_size": (16, 40)}, "no squares"),
@@ -1425,10 +1448,13 @@ def test_verify_notices_a_tensor_in_the_wrong_order(tensor):
 
 
 @needs_timm
-@pytest.mark.parametrize("case", ["plain", "deit3 as published", "registers with positions", "no class token"])
+@pytest.mark.parametrize(
+    "case", ["plain", "deit3 as published", "registers with positions", "no class token", "norm after mean pooling"]
+)
 def test_verify_runs_timm(case):
     shapes, _, hints = TIMM_CASES[case]
-    assert verify_checkpoint(timm_tensors(**shapes), **{**HEADS, **hints}).passed
+    proof = verify_checkpoint(timm_tensors(**shapes), **{**HEADS, **hints})
+    assert proof.passed and 0 < proof.differences["final norm"] < NEAR_WITH_REGISTER_POSITIONS
 
 
 @needs_timm

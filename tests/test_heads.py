@@ -182,7 +182,9 @@ def test_auto_class_and_fine_tuning_from_pre_training(tmp_path):
 # Backbone
 
 
-@pytest.mark.parametrize("fields", [TINY, OBLONG, RICH, FIXED, {**TINY, "use_final_norm": False}])
+@pytest.mark.parametrize(
+    "fields", [TINY, OBLONG, RICH, FIXED, {**TINY, "use_final_norm": False}, {**RICH, "norm_after_pooling": True}]
+)
 def test_maps_are_the_normalised_patch_tokens_in_their_places(fields):
     model = make(ViTScratchBackbone, fields, out_indices=[0, 1, 2])
     x = images(model)

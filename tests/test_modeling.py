@@ -369,6 +369,18 @@ def test_final_norm_is_optional():
     equal(outputs.last_hidden_state, model.norm(outputs.hidden_states[-1]))
 
 
+@pytest.mark.parametrize("fields", [TINY, RICH, FIXED], ids=["cls", "mean", "mean of all"])
+def test_norm_after_pooling(fields):
+    model, before = make(ViTScratchModel, fields, norm_after_pooling=True), make(ViTScratchModel, fields)
+    before.load_state_dict({name.replace("pooled_norm", "norm"): p for name, p in model.state_dict().items()})
+    x = images(model)
+    outputs, expected = model(x, output_hidden_states=True), before(x, output_hidden_states=True)
+    equal(outputs.last_hidden_state, outputs.hidden_states[-1])
+    equal(outputs.last_hidden_state, expected.hidden_states[-1])
+    equal(outputs.pooler_output, before.norm(before.pool(expected.hidden_states[-1])))
+    assert torch.equal(outputs.pooler_output, expected.pooler_output) == (fields is TINY)  # one token: the same
+
+
 def test_pre_training_head():
     model = make(ViTScratchForImageClassification, representation_size=12)
     x = images(model)

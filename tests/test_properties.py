@@ -39,6 +39,7 @@ FIELDS = {
     "qkv_bias": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "use_cls_token": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "use_final_norm": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
+    "norm_after_pooling": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "num_register_tokens": mostly(st.integers(0, 3), st.sampled_from([-1, 1.5, "2", None])),
     "pooling": mostly(st.sampled_from(["cls", "mean"]), st.sampled_from(["max", "", None])),
     "position_embedding_type": mostly(st.sampled_from(["learned", "sincos"]), st.sampled_from(["rope", None])),
@@ -71,7 +72,7 @@ def faults(fields: dict) -> set[str]:
         wrong.add("representation_size")
     if not (fields["initializer_range"] == "fan_in" or is_number(fields["initializer_range"])):
         wrong.add("initializer_range")
-    for name in ("qkv_bias", "use_cls_token", "use_final_norm"):
+    for name in ("qkv_bias", "use_cls_token", "use_final_norm", "norm_after_pooling"):
         wrong |= set() if type(fields[name]) is bool else {name}
     known = {
         "hidden_act": ("gelu", "relu", "silu"), "pooling": ("cls", "mean"),
@@ -99,6 +100,8 @@ def faults(fields: dict) -> set[str]:
         wrong |= {"position_embedding_type", "hidden_size"}
     if fields["pooling"] == "cls" and not fields["use_cls_token"]:
         wrong |= {"pooling", "use_cls_token"}
+    if fields["norm_after_pooling"] and not fields["use_final_norm"]:
+        wrong |= {"norm_after_pooling", "use_final_norm"}
     return wrong
 
 
