@@ -1608,7 +1608,8 @@ def verify_checkpoint(
     title = reference.title
     del reference
     norm = model.vit.pooled_norm if config.norm_after_pooling else model.vit.norm
-    ours = _outputs(_Reference("ours", model, model.vit.layers, norm), images, headless)
+    every_token = {"output_hidden_states": True}  # else the last block computes the class token alone
+    ours = _outputs(_Reference("ours", model, model.vit.layers, norm, every_token), images, headless)
     if "tanh layer" in theirs:
         ours["tanh layer"] = model.pre_logits(ours["final norm"][:, 0])
     differences = {name: (ours[name] - theirs[name]).abs().max().item() for name in theirs}
