@@ -145,12 +145,16 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """The library's, save that names resembling no field stay attributes: users and libraries may have set them."""
-        added = {
-            name: value
-            for name, value in config_dict.items()
-            if not cls._is_known(name) and difflib.SequenceMatcher(None, name, cls._nearest(name)).ratio() < 0.8
-        }
+        """The library's, save that names resembling no field stay attributes: users and libraries may have set them.
+
+        So does a name whose like is there too: it is no misspelling of that.
+        """
+        added = {}
+        for name, value in config_dict.items():
+            near = cls._nearest(name)
+            likeness = difflib.SequenceMatcher(None, name, near).ratio()
+            if not cls._is_known(name) and (near in config_dict or likeness < 0.8):
+                added[name] = value
         known = {name: value for name, value in config_dict.items() if name not in added}
         return super().from_dict({**known, "_added": added}, **kwargs)
 

@@ -169,6 +169,16 @@ def test_a_misspelt_field_in_a_file_is_refused(tmp_path):
         AutoConfig.from_pretrained(tmp_path)
 
 
+def test_a_name_whose_like_is_there_too_is_no_misspelling(tmp_path):
+    """transformers' common tests set every model's spelling of the epsilon, then save and load."""
+    config = ViTScratchConfig(**TINY)
+    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rms_norm_eps"):
+        setattr(config, name, 1.0)
+    config.save_pretrained(tmp_path)
+    loaded = ViTScratchConfig.from_pretrained(tmp_path)
+    assert loaded.layer_norm_eps == loaded.layer_norm_epsilon == loaded.norm_eps == loaded.rms_norm_eps == 1.0
+
+
 def test_common_arguments_of_the_library():
     common = {
         "return_dict": False,

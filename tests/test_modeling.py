@@ -540,6 +540,19 @@ def test_flash_attention_is_declared():
             make(ViTScratchModel, attn_implementation="flash_attention_2")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention runs on a GPU only")
+def test_flash_attention():
+    pytest.importorskip("flash_attn")
+    model = make(ViTScratchForImageClassification, OBLONG, hidden_size=64).to("cuda", torch.bfloat16)
+    x = images(model).cuda()
+    logits = []
+    for implementation in ("eager", "flash_attention_2"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            logits.append(model(x).logits.float())
+    equal(logits[1], logits[0], 5e-2 * logits[0].abs().max().item())
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_maps_and_states_of_selected_layers(implementation):
     model = make(ViTScratchForImageClassification, num_hidden_layers=4, attn_implementation=implementation)
