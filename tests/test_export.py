@@ -1,0 +1,184 @@
+"""scripts/export.py: every file computes what the model does, for any batch, and the table says what it costs."""
+
+import json
+
+import pytest
+import torch
+from runs import load_script
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.data import load_split
+
+script = load_script("export")
+FIELDS = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 16,
+    "patch_size": 8, "num_channels": 1,
+}  # fmt: skip
+needs_onnx = pytest.mark.skipif(
+    not all(script.importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="pip install 'modeling_vit_scratch[export]'",
+)
+
+
+def save(model, folder):
+    """With every parameter large and random, and an image processor."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    model.eval().save_pretrained(folder)
+    hw = {"height": 16, "width": 16}
+    ViTImageProcessorPil(size=hw, image_mean=[0.3], image_std=[0.4]).save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(model, its folder)."""
+    folder = tmp_path_factory.mktemp("model")
+    names = {i: str(i) for i in range(10)}
+    return save(ViTScratchForImageClassification(ViTScratchConfig(**FIELDS, id2label=names)), folder), folder
+
+
+def pictures(count):
+    return torch.randn(count, 1, 16, 16, generator=torch.Generator().manual_seed(count))
+
+
+def run(capsys, *argv):
+    """(exit status, standard output, standard error)."""
+    status = script.main([str(word) for word in argv])
+    return status, *capsys.readouterr()
+
+
+def test_program_of_torch_export_takes_any_batch(trained, tmp_path, capsys):
+    model, folder = trained
+    status, output, _ = run(capsys, folder, tmp_path, "--formats", "program", "--repeats", 1, "--json")
+    assert status == 0
+    assert [row["format"] for row in json.loads(output)["rows"]] == ["PyTorch", "torch.export"]
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for count in (1, 2, 7):
+        torch.testing.assert_close(program(pictures(count)), model(pictures(count)).logits, atol=1e-5, rtol=0)
+    assert {path.name for path in tmp_path.iterdir()} >= {"model.pt2", "config.json", "preprocessor_config.json"}
+
+
+@needs_onnx
+@pytest.mark.parametrize("opset", [18, 20])
+def test_onnx_takes_any_batch_at_the_opset_that_is_named(trained, opset, tmp_path, capsys):
+    import onnx
+    import onnxruntime
+
+    model, folder = trained
+    argv = [folder, tmp_path, "--formats", "onnx", "--opset", opset, "--repeats", 1]
+    status, output, _ = run(capsys, *argv)
+    assert status == 0
+    assert f"opset {opset}" in output
+    assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == opset
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 1, 16, 16]
+    assert session.get_outputs()[0].name == "logits"
+    for count in (1, 2, 7):
+        logits = session.run(None, {"pixel_values": pictures(count).numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(logits), model(pictures(count)).logits, atol=1e-4, rtol=0)
+
+
+@needs_onnx
+def test_table_of_every_format_with_accuracy(trained, tmp_path, capsys):
+    model, folder = trained
+    argv = [folder, tmp_path, "--int8", "--dataset", "digits", "--max_samples", 90, "--repeats", 2]
+    status, text, said = run(capsys, *argv)
+    assert status == 0
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "90 pictures" in text
+    assert "model_int8.onnx" in said
+    status, output, _ = run(capsys, *argv, "--json")
+    report = json.loads(output)
+    rows = {row["format"]: row for row in report["rows"]}
+    assert list(rows) == ["PyTorch", "ONNX", "torch.export", "ONNX int8"]
+    assert (report["opset"], report["examples"], rows["PyTorch"]["ratio"]) == (20, 90, 1)
+
+    records, _ = load_split("digits", "test", max_samples=90, image_size=(16, 16))
+    processor = ViTImageProcessorPil.from_pretrained(folder)
+    pixels = processor(records.images(range(90), 1), return_tensors="pt")["pixel_values"]
+    right = (model(pixels).logits.argmax(1).numpy() == records.labels).mean()
+    assert 0 < right < 1
+    for name in ("PyTorch", "ONNX", "torch.export"):
+        assert rows[name]["accuracy"] == pytest.approx(right, abs=1e-9)
+        assert rows[name]["accuracy_change"] == 0
+        assert rows[name]["largest_difference"] <= 1e-4
+    int8 = rows["ONNX int8"]
+    assert 1e-4 < int8["largest_difference"] < 0.2 * model(pictures(3)).logits.abs().max()
+    assert int8["accuracy_change"] == pytest.approx(int8["accuracy"] - right, abs=1e-9)
+    for name, row in rows.items():
+        size = sum(p.numel() * 4 for p in model.parameters())
+        assert row["bytes"] == (size if row["file"] is None else (tmp_path / row["file"]).stat().st_size), name
+
+
+@pytest.mark.parametrize("formats", [["program"], pytest.param(["onnx"], marks=needs_onnx)])
+def test_a_file_that_computes_something_else_is_not_kept(trained, formats, tmp_path, capsys, monkeypatch):
+    _, folder = trained
+    other = save(ViTScratchForImageClassification(ViTScratchConfig(**FIELDS, num_labels=10)), tmp_path / "other")
+    with torch.no_grad():
+        other.classifier.bias += 2e-4
+    write = script.write_files
+    monkeypatch.setattr(script, "write_files", lambda module, *rest: write(script.Logits(other), *rest))
+    status, output, said = run(capsys, folder, tmp_path / "out", "--formats", *formats, "--repeats", 1)
+    assert (status, output) == (1, "")
+    assert "2.0e-04, where 0.0001 is allowed; nothing was written" in said
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@needs_onnx
+def test_a_model_of_another_library_and_one_without_classes(tmp_path, capsys):
+    fields = {name: value for name, value in FIELDS.items() if name != "num_channels"}
+    save(ViTForImageClassification(ViTConfig(**fields, num_labels=3)), tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    assert run(capsys, tmp_path / "vit", tmp_path / "out", "--repeats", 1)[0] == 0
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+    import onnxruntime
+
+    model = save(ViTScratchForImageClassification(ViTScratchConfig(**FIELDS, num_labels=0)), tmp_path / "features")
+    assert run(capsys, tmp_path / "features", tmp_path / "out", "--formats", "onnx", "--repeats", 1)[0] == 0
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    features = session.run(["features"], {"pixel_values": pictures(3).numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(features), model.vit(pictures(3)).pooler_output, atol=1e-4, rtol=0)
+
+
+def test_without_the_extra(trained, tmp_path, capsys, monkeypatch):
+    _, folder = trained
+    find = script.importlib.util.find_spec
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    status, _, said = run(capsys, folder, tmp_path / "out")
+    assert status == 2
+    assert "onnxscript" in said and "modeling_vit_scratch[export]" in said and len(said.splitlines()) == 1
+    assert run(capsys, folder, tmp_path / "out", "--formats", "program", "--repeats", 1)[0] == 0
+
+
+def test_wrong_usage(trained, tmp_path, capsys):
+    _, folder = trained
+    (tmp_path / "file").write_text("")
+    untrained = ViTScratchForImageClassification(ViTScratchConfig(**FIELDS, num_labels=10))
+    untrained.save_pretrained(tmp_path / "untrained")
+    program = ["--formats", "program"]
+    for argv, words in [
+        ([folder, tmp_path / "file", *program], "is a file; name a folder"),
+        ([tmp_path / "untrained", tmp_path / "out", *program], "no trained classifier"),
+        ([tmp_path / "nothing", tmp_path / "out", *program], "nothing"),
+    ]:
+        status, output, said = run(capsys, *argv)
+        assert (status, output) == (2, ""), said
+        assert words in said
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(folder), str(tmp_path / "out"), *program, "--int8"])
+    assert stop.value.code == 2
+    assert "add onnx to --formats" in capsys.readouterr().err
+
+
+def test_help_begins_with_an_example_and_fits(capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert text.split("\n\n")[1].startswith("python scripts/export.py")
+    assert all(len(line) <= 80 for line in text.splitlines())
