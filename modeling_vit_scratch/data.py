@@ -36,6 +36,7 @@ __all__ = [
     "load_image",
     "load_raw",
     "load_records",
+    "load_split",
     "load_splits",
     "pixel_statistics",
 ]
@@ -100,10 +101,11 @@ class Records:
 
 
 def to_tensor(image: Image.Image, processor) -> torch.Tensor:
-    """Resize as the image processor does, but leave the pixels integer: uint8 (C, H, W)."""
-    if image.size != (processor.size["width"], processor.size["height"]):
-        resized = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
-        return torch.from_numpy(np.ascontiguousarray(resized)).to(torch.uint8)
+    """Resize and crop as the image processor does, but leave the pixels integer: uint8 (C, H, W)."""
+    size = dict(processor.size)
+    if getattr(processor, "do_center_crop", None) or image.size != (size.get("width"), size.get("height")):
+        resized = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        return resized.round().to(torch.uint8)
     pixels = np.array(image)  # (H, W) or (H, W, C)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
 
@@ -331,9 +333,61 @@ def load_records(
     limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_eval_samples}
     for split, limit in limits.items():
         if limit is not None and split in records and limit < len(records[split]):
-            order = np.random.default_rng(seed).permutation(len(records[split]))[:limit]
-            records[split] = records[split].select(np.sort(order))
+            records[split] = records[split].select(_drawn(len(records[split]), limit, seed))
     return records, class_names
+
+
+def load_split(
+    name: str,
+    split: str | None = None,
+    config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_samples: int | None = None,
+    image_size: tuple[int, int] = (32, 32),
+    seed: int = 42,
+) -> tuple[Records, list[str]]:
+    """One split of a dataset, to use a trained model on; the dataset need not have others.
+
+    Args:
+        name: Hub id, folder, or "digits"; see `load_raw`, also for `config_name` and `image_size`.
+        split: "train" and "validation" are those of training: a validation split is cut from train where there is
+            none. None for test; where there is none, for the dataset's validation split, or else its first one, whole.
+        image_column: Name of the picture column; found if None.
+        label_column: Name of the label column; found if None.
+        max_samples: So many pictures only, drawn with `seed`.
+        seed: Also of the validation cut.
+
+    Returns:
+        The records, and the class names.
+
+    Raises:
+        ValueError: There is no such split, or as `load_records`.
+    """
+    raw = load_raw(name, config_name, image_size=image_size)
+    given = {"validation" if key in VALIDATION_SPLITS else key: key for key in raw}
+    if split in ("train", "validation") and "train" in given and "validation" not in given:
+        limits = dict.fromkeys(("max_train_samples", "max_eval_samples"), max_samples)
+        records, class_names = load_records(raw, image_column, label_column, **limits, seed=seed)
+        return records[split], class_names
+    split = split or next((key for key in ("test", "validation") if key in given), next(iter(given)))
+    if split not in given:
+        raise ValueError(f"there is no split {split!r}; {name} has {', '.join(raw)}.")
+    first = given.get("train", given[split])
+    columns = (
+        find_column(raw[first], image_column, IMAGE_COLUMNS, "image"),
+        find_column(raw[first], label_column, LABEL_COLUMNS, "label"),
+    )
+    class_names = _class_names(raw[first], columns[1], first)
+    records, class_names = check_split(raw[given[split]], columns, class_names, given[split])
+    if max_samples is not None and max_samples < len(records):
+        records = records.select(_drawn(len(records), max_samples, seed))
+    return records, class_names
+
+
+def _drawn(count: int, limit: int, seed: int) -> np.ndarray:
+    """`limit` of `count` indices, in order."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
 
 
 def check_split(

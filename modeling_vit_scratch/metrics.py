@@ -1,7 +1,8 @@
 """Metrics of image classification, computed in memory and without the network.
 
 `ImageClassificationMetrics` is an `evaluate.Metric`; the functions below it say how far its numbers can be trusted:
-calibration (Guo et al., 2017), the interval of an accuracy (Wilson, 1927), and a paired test (McNemar, 1947).
+calibration (Guo et al., 2017), the interval of an accuracy (Wilson, 1927), and a paired test (McNemar, 1947) with the
+interval of the difference.
 """
 
 import math
@@ -202,6 +203,27 @@ def mcnemar_test(correct_a, correct_b) -> dict[str, int | float]:
     return {"only_a": only_a, "only_b": only_b, "examples": len(a), "p_value": p}
 
 
+def paired_difference_interval(
+    only_a: int, only_b: int, examples: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """The interval of A's accuracy less B's on the same pictures, given how many only one of them gets right.
+
+    Of those b + c pictures, as in `mcnemar_test`, A's share s = b / (b + c) has `wilson_interval`; the difference is
+    (b + c) / n * (2 s - 1). Where no picture tells the models apart, it is (0, 0).
+
+    Args:
+        only_a: Pictures that only A gets right (b).
+        only_b: Pictures that only B gets right (c).
+        examples: All pictures (n).
+        confidence: In (0, 1).
+    """
+    differ = only_a + only_b
+    if not differ:
+        return 0.0, 0.0
+    low, high = (differ / examples * (2 * share - 1) for share in wilson_interval(only_a, differ, confidence))
+    return low, high
+
+
 def _array(values) -> np.ndarray:
     """A NumPy array of an array, list or tensor, on any device and of any floating type."""
     if hasattr(values, "detach"):
@@ -239,6 +261,7 @@ __all__ = [
     "ImageClassificationMetrics",
     "expected_calibration_error",
     "mcnemar_test",
+    "paired_difference_interval",
     "reliability_bins",
     "wilson_interval",
 ]

@@ -33,27 +33,32 @@ BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK = (
 # "Color universal design" (Okabe and Ito, 2008), without its yellow, which is too pale for lines on white.
 OKABE_ITO = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 GREY = "#666666"
+# Of maps over pictures.
+HEAT, HEAT_ALPHA = "cividis", 0.7
 # Points of many classes differ in shape too; the last three colours are from Tol's "muted" scheme (2021), and grey.
 CATEGORIES = (*OKABE_ITO, "#999999", "#882255", "#DDCC77")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 
 
-def save_figure(figure: Figure, path: str | Path, max_bytes: int = 150_000) -> list[Path]:
+def save_figure(figure: Figure, path: str | Path, max_bytes: int = 150_000, svg: bool = True) -> list[Path]:
     """Write `path` + ".png" and ".svg", the same bytes each time; the folder is made.
 
     Args:
         path: Without a suffix.
         max_bytes: Size that the PNG should keep to: first by a palette of 256 colours, then by fewer pixels.
+        svg: False for the PNG only.
 
     Returns:
-        The two files written.
+        The files written.
     """
-    png, svg = (Path(f"{path}{suffix}") for suffix in (".png", ".svg"))
-    png.parent.mkdir(parents=True, exist_ok=True)
-    png.write_bytes(_png(figure, max_bytes))
-    with matplotlib.rc_context({"svg.hashsalt": "vit_scratch"}):
-        figure.savefig(svg, metadata={"Date": None})
-    return [png, svg]
+    files = [Path(f"{path}.png")]
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    files[0].write_bytes(_png(figure, max_bytes))
+    if svg:
+        files.append(Path(f"{path}.svg"))
+        with matplotlib.rc_context({"svg.hashsalt": "vit_scratch"}):
+            figure.savefig(files[1], metadata={"Date": None})
+    return files
 
 
 def _png(figure: Figure, max_bytes: int) -> bytes:
@@ -427,6 +432,38 @@ def patch_map(
     return patches.unflatten(-1, grid_hw)
 
 
+def overlay_pixels(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
+    """A map over a picture in grey, as `plot_attention_rollout` draws it, without a figure around it.
+
+    Args:
+        image: (C, H, W), uint8, or floating point in [0, 1].
+        heat: (h, w), at least 0; dark is 0, bright the largest value.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    grey = _pixels(image).mean(dim=0)  # (H, W)
+    heat = heat.detach().float().cpu() / heat.max().clamp_min(torch.finfo(torch.float32).tiny)
+    large = torch.nn.functional.interpolate(heat[None, None], size=grey.shape, mode="nearest-exact")[0, 0]
+    colours = torch.from_numpy(matplotlib.colormaps[HEAT](large.numpy())[..., :3])  # (H, W, 3)
+    return (255 * (HEAT_ALPHA * colours + (1 - HEAT_ALPHA) * grey[..., None])).round().to(torch.uint8)
+
+
+def patch_mosaic(image: torch.Tensor, patch_hw: tuple[int, int], enlarge: int = 1, gap: int = 1) -> torch.Tensor:
+    """The patches in their places with white gaps between: uint8 (C, H, W) -> (C, H', W').
+
+    Args:
+        image: As the model gets it.
+        patch_hw: Pixels (height, width) of a patch.
+        enlarge: Each pixel becomes a square of so many.
+        gap: Pixels between patches.
+    """
+    patches = patch_sequence(image, patch_hw).repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    patches = torch.nn.functional.pad(patches, (0, gap, 0, gap), value=255)  # (N, C, height + gap, width + gap)
+    grid = patches.unflatten(0, (-1, image.shape[2] // patch_hw[1])).permute(2, 0, 3, 1, 4)  # (C, h, ., w, .)
+    return grid.flatten(3, 4).flatten(1, 2)[:, :-gap, :-gap]
+
+
 def confident_mistakes(probabilities: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
     """Indices of the wrong answers, the most confident first: probabilities (n, classes), labels (n,) -> (k,)."""
     confidence, predicted = torch.as_tensor(probabilities).max(dim=1)
@@ -754,7 +791,7 @@ def plot_reliability(probabilities, labels, bins: int = 15) -> Figure:
     edges, count = table["edges"], table["count"]
     accuracy, confidence = np.nan_to_num(table["accuracy"]), np.nan_to_num(table["confidence"])
     middle, width, n = (edges[1:] + edges[:-1]) / 2, 1 / bins, count.sum()
-    figure = _figure(4.6, 5.4)
+    figure = _figure(5.0, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.bar(middle, accuracy, width, color=SKY, edgecolor="white", label="accuracy")
     bottom = np.minimum(accuracy, confidence)
@@ -762,7 +799,6 @@ def plot_reliability(probabilities, labels, bins: int = 15) -> Figure:
     upper.bar(middle, np.abs(accuracy - confidence), width, bottom=bottom, label="gap to the confidence", **gap)
     upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
     upper.set(ylabel="right answers (%)", ylim=(0, 1))
-    _legend(upper, upper.get_legend_handles_labels()[0], loc="upper left")
     lower.bar(middle, count / n, width, color=GREY, edgecolor="white")
     mean = (count * confidence).sum() / n, (count * accuracy).sum() / n
     for x, colour, label in zip(mean, (ORANGE, BLUE), ("mean confidence", "accuracy"), strict=True):
@@ -775,6 +811,8 @@ def plot_reliability(probabilities, labels, bins: int = 15) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     upper.set_title(f"Expected calibration error {error:.2%} ({n:,} pictures)", fontsize=11)
+    # Below, not inside: a bin of few pictures can have a bar anywhere.
+    _legend(figure, upper.get_legend_handles_labels()[0], loc="outside lower center", ncols=3, columnspacing=1)
     return figure
 
 
@@ -884,7 +922,12 @@ def _overlay(figure: Figure, axes, picture: torch.Tensor, heat: torch.Tensor, la
     H, W = picture.shape[1:]
     _show(axes, picture.mean(dim=0, keepdim=True))
     image = axes.imshow(
-        heat.numpy(), cmap="cividis", alpha=0.7, extent=(-0.5, W - 0.5, H - 0.5, -0.5), vmin=0, interpolation="nearest"
+        heat.numpy(),
+        cmap=HEAT,
+        alpha=HEAT_ALPHA,
+        extent=(-0.5, W - 0.5, H - 0.5, -0.5),
+        vmin=0,
+        interpolation="nearest",
     )
     bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=16, pad=0.03)
     bar.solids.set_alpha(1)

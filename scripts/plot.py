@@ -11,9 +11,13 @@ KIND is one or more of
   confusion per-class               of a split, or as the run saved them
   curves                            of a run's history.csv; several runs compare
   all                               each of these that the input allows
+  readme                            those of this project's README, of CIFAR-10
 
 MODEL is a folder, file or Hub id: of this package, or what convert.py reads.
 The files written are listed on standard output.
+
+Exit status: 0; 1 if a picture cannot be read or a KIND cannot be drawn; 2 if
+the model, the dataset or an option is wrong.
 """
 
 import argparse
@@ -24,12 +28,12 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from modeling_vit_scratch import plots
-from modeling_vit_scratch.conversion import convert_checkpoint, image_processor_for
-from modeling_vit_scratch.data import load_records
+from modeling_vit_scratch import cli, plots
+from modeling_vit_scratch.data import load_image
+from modeling_vit_scratch.inference import Answers, find_pictures
 from modeling_vit_scratch.metrics import ImageClassificationMetrics
-from modeling_vit_scratch.sources import load_image, load_raw
 
+PROGRAM = "plot.py"
 FILES = {
     "filters": "patch_filters",
     "positions": "position_similarity",
@@ -46,54 +50,36 @@ FILES = {
 }
 NEED_PICTURES = {"patches", "rollout", "heads", "distance"}
 NEED_LABELS = {"mistakes", "reliability", "features"}
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+SAVED = {"curves", "confusion", "per-class"}
+README = ("curves", "patches", "filters", "positions", "heads", "rollout")
+PICTURES = Path(__file__).parent / "pictures"  # of the README: PNG only, one picture of each kind, 3 of rollout
+EXAMPLES = [str(PICTURES / "examples" / f"{name}.jpg") for name in ("horse", "ship", "bird")]
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="plot.py",
-        usage="plot.py KIND [KIND ...] MODEL [MODEL ...] [--option value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("words", nargs="+", metavar="KIND ... MODEL", help="what to draw, then of which model")
-    group = parser.add_argument_group("pictures")
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, with `words` split into `kinds` and `models`, and what cannot be drawn refused."""
+    options = cli.Parser(__doc__, f"{PROGRAM} KIND [KIND ...] MODEL [MODEL ...] [--option value ...]")
+    options.add_argument("words", nargs="+", metavar="KIND ... MODEL", help="what to draw, then of which model")
+    group = options.add_argument_group("pictures")
     group = group.add_mutually_exclusive_group()
-    group.add_argument("--images", nargs="+", metavar="PATH", help="pictures, or folders of pictures")
+    group.add_argument("--images", nargs="+", metavar="PATH", help="pictures, folders of pictures, or patterns")
     group.add_argument("--dataset", metavar="NAME", help="Hub id, folder with one directory per class, or 'digits'")
-    group = parser.add_argument_group("options of --dataset")
-    group.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
-    group.add_argument("--dataset_config_name", metavar="NAME", help="which of a Hub dataset's configurations")
-    group.add_argument("--image_column_name", metavar="NAME", help="found if not named")
-    group.add_argument("--label_column_name", metavar="NAME", help="found if not named")
-    group.add_argument("--max_samples", type=_positive, metavar="N", help="use so many pictures only, drawn at random")
-    group = parser.add_argument_group("what is drawn")
+    group = options.add_argument_group("options of --dataset")
+    cli.add_split_options(group)
+    cli.add_model_options(options.add_argument_group("options of MODEL"))
+    group = options.add_argument_group("what is drawn")
     group.add_argument("--layer", type=int, default=-1, metavar="L", help="of heads, from 1; default: -1, the last")
-    group.add_argument("--count", type=_positive, default=25, metavar="N", help="of mistakes; default: 25")
+    group.add_argument("--count", type=cli.at_least_one, default=25, metavar="N", help="of mistakes; default: 25")
     group.add_argument(
-        "--max_pictures", type=_positive, default=4, metavar="N", help="of patches, rollout and heads; default: 4"
+        "--max_pictures", type=cli.at_least_one, default=4, metavar="N", help="of patches, rollout, heads; default: 4"
     )
     group.add_argument("--seed", type=int, default=0, help="of features: which pictures, and t-SNE; default: 0")
-    group = parser.add_argument_group("output and device")
-    group.add_argument("--output", type=Path, default=Path("plots"), metavar="DIR", help="default: plots")
-    group.add_argument("--batch_size", type=_positive, default=64, metavar="N", help="default: 64")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    return parser
+    group = options.add_argument_group("output")
+    group.add_argument("--output", type=Path, metavar="DIR", help="default: plots")
+    group.add_argument("--batch_size", type=cli.at_least_one, default=64, metavar="N", help="default: 64")
 
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
-    return number
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, with `words` split into `kinds` and `models`, and what cannot be drawn refused."""
-    options = parser()
     args = options.parse_args(argv)
-    known = [*FILES, "all"]
+    known = [*FILES, "all", "readme"]
     split = next((i for i, word in enumerate(args.words) if word not in known), len(args.words))
     args.kinds, args.models = list(dict.fromkeys(args.words[:split])), args.words[split:]
     if not args.kinds:
@@ -104,11 +90,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.error(
             f"there are {len(args.models)} models ({', '.join(args.models)}); only curves take more than one."
         )
+    args.all, args.readme = "all" in args.kinds, "readme" in args.kinds
+    if args.readme and not args.dataset:
+        args.images = args.images or EXAMPLES
     labelled, pictures = args.dataset is not None, args.dataset is not None or args.images is not None
-    args.all = "all" in args.kinds
     if args.all:
         args.kinds = [kind for kind in FILES if pictures or kind not in NEED_PICTURES]
         args.kinds = [kind for kind in args.kinds if labelled or kind not in NEED_LABELS]
+    elif args.readme:
+        args.kinds = list(README)
+        args.max_pictures = 3
+    args.output = args.output or (PICTURES if args.readme else Path("plots"))
     for kind in args.kinds:
         if kind in NEED_LABELS and not labelled:
             options.error(f"{kind} needs labelled pictures: add --dataset NAME.")
@@ -118,7 +110,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Sight:
-    """A model, its image processor and its pictures, and what the model makes of them.
+    """A model, its pictures, and what it makes of them.
 
     Args:
         args: The parsed arguments.
@@ -129,110 +121,64 @@ class Sight:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.failed = args, 0
-        self.model = convert_checkpoint(args.models[0]).to(args.device)
-        self.processor = image_processor_for(args.models[0], self.model) if args.images or args.dataset else None
-        self.config = self.model.config
-        # Classifiers start at zero: one that is still there was never trained, or is not in the checkpoint.
-        self.can_classify = any(bool(p.any()) for p in self.model.classifier.parameters())
+        self.predictor = cli.load_predictor(args, args.models[0])
+        self.config, self.model = self.predictor.config, self.predictor.model
         self.records, self.pictures, self.titles, self._answers = None, [], [], None
         if args.dataset:
-            self._open_split()
+            self.records, self.data_names = cli.load_records(args, self.config.image_hw)
             shown = range(min(args.max_pictures, len(self.records)))
             self.pictures = list(self.batch(shown))
-            self.titles = [self.class_names[self.records.labels[i]] for i in shown]
+            self.titles = [self.data_names[self.records.labels[i]] for i in shown]
         elif args.images:
-            self._read(_files(args.images))
+            self._read(list(find_pictures(args.images)))
 
-    def _read(self, files: list[Path]):
-        for file in tqdm(files, desc="Reading", unit="image", delay=2, leave=False):
+    def _read(self, files: list[tuple[str, str | None]]):
+        for name, wrong in tqdm(files, desc="Reading", unit="image", delay=2, leave=False):
             try:
-                self.pictures += self._process([load_image(file, self.config.num_channels)])
+                if wrong:
+                    raise ValueError(wrong)
+                self.pictures += self.predictor.pixels([load_image(name, self.config.num_channels)])
             except (ValueError, OSError) as error:
                 self.failed += 1
-                say(f"{file}: {error}")
+                cli.say(PROGRAM, f"{name}: {error}")
                 continue
-            self.titles.append(file.name if len(file.name) <= 40 else f"{file.name[:26]}…{file.name[-13:]}")
+            title = Path(name).name
+            self.titles.append(title if len(title) <= 40 else f"{title[:26]}…{title[-13:]}")
         if not self.pictures:
             raise ValueError(f"none of {len(files)} pictures could be read.")
 
-    def _open_split(self):
-        args = self.args
-        raw = load_raw(args.dataset, args.dataset_config_name, image_size=self.config.image_hw)
-        limits = {"max_train_samples": args.max_samples, "max_eval_samples": args.max_samples}
-        records, names = load_records(raw, args.image_column_name, args.label_column_name, **limits)
-        if args.split not in records:
-            raise ValueError(f"there is no split {args.split!r}; {args.dataset} has {', '.join(records)}.")
-        self.records, self.class_names = records[args.split], names
-        own = [self.config.id2label[i] for i in range(self.config.num_labels)]
-        if not self.can_classify or own == names:
-            return
-        if sorted(own) == sorted(names):  # the same classes in another order
-            self.records.labels = torch.tensor([own.index(name) for name in names]).numpy()[self.records.labels]
-            self.class_names = own
-        elif len(own) == len(names):
-            say(f"the model's classes ({own[0]}, ...) have other names than the data's ({names[0]}, ...).")
-        else:
-            raise ValueError(f"the model has {len(own)} classes, but {args.dataset} has {len(names)}.")
-
-    def _process(self, images: list) -> torch.Tensor:
-        """Pictures as the model's image processor cuts and resizes them, not yet normalised: uint8 (B, C, H, W)."""
-        pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-        return pixels.round().to(torch.uint8)
-
     def batch(self, indices: range) -> torch.Tensor:
         """Pictures of the split: uint8 (B, C, H, W)."""
-        return self._process(self.records.images(indices, self.config.num_channels))
+        return self.predictor.pixels(self.records.images(indices, self.config.num_channels))
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """One picture of the split: uint8 (C, H, W)."""
         return self.batch(range(index, index + 1))[0]
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W) to what the model takes."""
-        pixels = pixels.to(self.args.device).float()
-        if self.processor.do_rescale:
-            pixels = pixels * self.processor.rescale_factor
-        if self.processor.do_normalize:
-            for_channels = (self.processor.image_mean, self.processor.image_std)
-            mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in for_channels)
-            pixels = (pixels - mean) / std
-        return pixels
-
-    @torch.inference_mode()
-    def answers(self) -> dict[str, torch.Tensor]:
-        """Of every picture of the split: probabilities (n, classes), features (n, D), labels (n,)."""
+    def answers(self) -> Answers:
+        """What the model says of every picture of the split."""
         if self._answers is None:
-            probabilities, features = [], []
-            with tqdm(total=len(self.records), desc="Classifying", unit="image", delay=2, leave=False) as bar:
-                for start in range(0, len(self.records), self.args.batch_size):
-                    pixels = self.batch(range(start, min(start + self.args.batch_size, len(self.records))))
-                    pooled = self.model.vit(self.normalise(pixels)).pooler_output
-                    logits = self.model.classifier(self.model.pre_logits(pooled))
-                    probabilities.append(logits.float().softmax(dim=1).cpu())
-                    features.append(pooled.float().cpu())
-                    bar.update(len(pixels))
-            self._answers = {
-                "probabilities": torch.cat(probabilities),
-                "features": torch.cat(features),
-                "labels": torch.from_numpy(self.records.labels),
-            }
+            self._answers = self.predictor.answers(self.records, self.data_names, self.args.batch_size)
         return self._answers
 
     def judgements(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities (n, classes) and labels (n,) of the split.
 
         Raises:
-            ValueError: The model has no trained classifier.
+            ValueError: The model has no trained classifier, or other classes.
         """
-        if not self.can_classify:
-            raise ValueError(f"{self.args.models[0]} has no trained classifier.")
+        self.predictor.require_classifier()
         answers = self.answers()
-        return answers["probabilities"], answers["labels"]
+        return answers.probabilities, answers.labels
 
-    @torch.inference_mode()
+    @property
+    def class_names(self) -> list[str]:
+        """Of the labels that `answers` has."""
+        return self.predictor.class_names if self.predictor.can_classify else self.data_names
+
     def look(self, pictures: torch.Tensor):
         """The model's output with attention maps, of a few pictures (B, C, H, W)."""
-        return self.model(self.normalise(pictures), output_attentions=True)
+        return self.predictor(pictures, output_attentions=True)
 
     def distance(self, most: int = 128) -> torch.Tensor:
         """`attention_distance` over up to 128 pictures, as many as in the paper."""
@@ -246,19 +192,6 @@ class Sight:
                 total = total + len(chunk) * plots.attention_distance(self.look(chunk).attentions, *geometry)
                 bar.update(len(chunk))
         return total / n
-
-
-def _files(paths: list[str]) -> list[Path]:
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise ValueError(f"{path} has no pictures ({', '.join(sorted(SUFFIXES))}).")
-            files += inside
-        else:
-            files.append(path)
-    return files
 
 
 def draw(kind: str, args: argparse.Namespace, sight: Sight | None) -> dict[str, plots.Figure]:
@@ -293,14 +226,15 @@ def draw(kind: str, args: argparse.Namespace, sight: Sight | None) -> dict[str, 
         return {name: plots.plot_attention_distance(sight.distance(), uniform=even)}
     if kind == "features":
         answers = sight.answers()
-        figure = plots.plot_features(answers["features"], answers["labels"], sight.class_names, seed=args.seed)
+        figure = plots.plot_features(answers.features, answers.labels, sight.class_names, seed=args.seed)
         return {name: figure}
     if kind == "reliability":
         return {name: plots.plot_reliability(*sight.judgements())}
     if kind == "mistakes":
         return {name: plots.plot_mistakes(sight, *sight.judgements(), sight.class_names, args.count)}
 
-    pictures, titles = sight.pictures[: args.max_pictures], sight.titles[: args.max_pictures]
+    shown = 1 if args.readme and kind != "rollout" else args.max_pictures
+    pictures, titles = sight.pictures[:shown], sight.titles[:shown]
     numbers = [""] if len(pictures) == 1 else [f"_{i + 1}" for i in range(len(pictures))]
     if kind == "patches":
         drawn = [plots.plot_patch_sequence(picture, config.patch_hw) for picture in pictures]
@@ -309,9 +243,9 @@ def draw(kind: str, args: argparse.Namespace, sight: Sight | None) -> dict[str, 
     where = config.grid_hw, config.num_prefix_tokens, config.pooling
     if kind == "rollout":
         maps = plots.patch_map(plots.attention_rollout(output.attentions), *where)
-        if sight.can_classify:
-            p, guess = output.logits.float().softmax(dim=1).max(dim=1)
-            answers = [f"{config.id2label[int(k)]} ({q:.0%})" for k, q in zip(guess, p, strict=True)]
+        if sight.predictor.can_classify:
+            p, guess = sight.predictor.probabilities(output.logits).max(dim=1)
+            answers = [f"{sight.class_names[int(k)]} ({q:.0%})" for k, q in zip(guess, p, strict=True)]
             titles = [f"{title}: the model says {answer}" for title, answer in zip(titles, answers, strict=True)]
         return {name: plots.plot_attention_rollout(pictures, maps, titles)}
     L = config.num_hidden_layers
@@ -348,31 +282,25 @@ def _labels(paths: list[str]) -> list[str]:
     raise ValueError(f"the same run is named twice among {', '.join(paths)}.")
 
 
-def say(text: str):
-    print(f"plot.py: {text}", file=sys.stderr)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Draw; 0 if everything was drawn, 1 if something was not, 2 for wrong usage."""
-    args = parse(argv)
-    try:
-        saved = set(args.kinds) <= {"curves", "confusion", "per-class"} and not (args.dataset or args.images)
-        sight = None if saved else Sight(args)
-        args.output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        say(str(error))
-        return 2
+def run(args: argparse.Namespace) -> int:
+    saved = set(args.kinds) <= SAVED and not (args.dataset or args.images)
+    sight = None if saved else Sight(args)
+    args.output.mkdir(parents=True, exist_ok=True)
     failed = 0 if sight is None else sight.failed
     for kind in args.kinds:
         try:
             figures = draw(kind, args, sight)
         except (ValueError, OSError) as error:
-            say(f"{kind}: {error}")
-            failed += not (args.all and kind in ("curves", "confusion", "per-class"))  # a model need not have a run
+            cli.say(PROGRAM, f"{kind}: {error}")
+            failed += not (args.all and kind in SAVED)  # a model need not have a run
             continue
         for name, figure in figures.items():
-            print(*plots.save_figure(figure, args.output / name), sep="\n", flush=True)
+            print(*plots.save_figure(figure, args.output / name, svg=not args.readme), sep="\n", flush=True)
     return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(PROGRAM, run, parse(argv))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ ARROWS = {
     "modeling_vit_scratch": {"configuration_vit_scratch"},
     "augmentation": set(),
     "metrics": set(),
+    "inference": {"conversion", "data", "metrics"},
+    "cli": {"conversion", "data", "inference"},
     "checkpoints": set(),
     "optimization": set(),
     "plots": {"metrics"},

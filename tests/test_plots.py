@@ -3,8 +3,10 @@
 import importlib.util
 import itertools
 import math
+import shutil
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -517,6 +519,28 @@ def test_draws_rollout_and_heads():
     assert heads.get_suptitle().startswith("Layer 2")
 
 
+def test_overlay_pixels_by_hand():
+    """The largest value in cividis' last colour, 0 in its first, 7 parts to 3 of grey, patch by patch."""
+    first, last = (np.array(matplotlib.colormaps["cividis"](end)[:3]) for end in (0.0, 1.0))
+    image = torch.full((3, 4, 6), 100, dtype=torch.uint8)
+    drawn = plots.overlay_pixels(image, torch.tensor([[0.0, 3.0]]))
+    assert drawn.shape == (4, 6, 3) and drawn.dtype == torch.uint8
+    for columns, colour in ((slice(0, 3), first), (slice(3, 6), last)):
+        expected = torch.from_numpy(np.rint(0.7 * 255 * colour + 0.3 * 100)).byte()
+        assert (drawn[:, columns].int() - expected.int()).abs().max() <= 1
+    assert plots.overlay_pixels(image[:1], torch.zeros(2, 3)).shape == (4, 6, 3)  # grey; nothing attended to
+
+
+def test_patch_mosaic_by_hand():
+    image = torch.arange(2 * 6, dtype=torch.uint8).reshape(1, 2, 6)  # two patches of 2 x 3
+    mosaic = plots.patch_mosaic(image, (2, 3), enlarge=2, gap=1)
+    assert mosaic.shape == (1, 4, 13)
+    assert (mosaic[:, :, 6] == 255).all()
+    for column, pixel in ((0, 0), (1, 0), (4, 2), (7, 3), (12, 5)):
+        assert mosaic[0, :, column].tolist() == [pixel, pixel, pixel + 6, pixel + 6]
+    assert plots.patch_mosaic(picture(), (8, 4), gap=2).shape == (3, 24 + 2 * 2, 16 + 3 * 2)
+
+
 def test_draws_mistakes():
     images = [picture(seed=i) for i in range(5)]
     probabilities = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.8, 0.2], [0.25, 0.75], [0.9, 0.1]])
@@ -596,17 +620,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_script_help_begins_with_an_example(script, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as status:
-        script.main(["--help"])
-    text = capsys.readouterr().out
-    assert status.value.code == 0
-    assert text.index("python scripts/plot.py rollout") < text.index("--images")
-    assert all(kind in text for kind in script.FILES)
-    assert max(map(len, text.splitlines())) <= 80
-
-
 def test_script_draws_pictures(script, folder, tmp_path, capsys):
     for name in ("a.png", "b.jpg"):
         Image.fromarray(picture(3, 30, 20).permute(1, 2, 0).numpy()).save(tmp_path / name)
@@ -634,12 +647,12 @@ def test_script_says_what_the_model_says(script, folder):
     answers = sight.answers()
     picture = Image.fromarray(sight[3].permute(1, 2, 0).numpy())
     with torch.no_grad():
-        pixels = sight.processor(picture, return_tensors="pt")["pixel_values"]
+        pixels = sight.predictor.processor(picture, return_tensors="pt")["pixel_values"]
         logits = sight.model(pixels).logits
         pooled = sight.model.vit(pixels).pooler_output
-    torch.testing.assert_close(answers["probabilities"][3], logits.softmax(1)[0], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(answers["features"][3], pooled[0], atol=1e-5, rtol=1e-4)
-    assert answers["labels"].shape == (20,)
+    torch.testing.assert_close(answers.probabilities[3], logits.softmax(1)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(answers.features[3], pooled[0], atol=1e-5, rtol=1e-4)
+    assert answers.labels.shape == (20,)
     assert sight.distance().shape == (2, 3)
 
 
@@ -653,7 +666,7 @@ def test_script_finds_classes_by_name(script, folder, tmp_path):
     words = ["features", "--dataset", "digits", "--max_samples", "50"]
     straight, turned = (script.Sight(script.parse([words[0], str(path), *words[1:]])) for path in (folder, tmp_path))
     assert turned.class_names == straight.class_names[::-1]
-    assert torch.equal(turned.answers()["labels"], 9 - straight.answers()["labels"])
+    assert torch.equal(turned.answers().labels, 9 - straight.answers().labels)
 
 
 def test_script_compares_runs(script, history, tmp_path, capsys):
@@ -674,6 +687,18 @@ def test_script_takes_the_numbers_that_a_run_saved(script, history, capsys):
     )
     assert script.main(["confusion", "per-class", "curves", str(run), "--output", str(run / "plots")]) == 0
     assert len(capsys.readouterr().out.split()) == 6
+
+
+def test_script_remakes_the_pictures_of_the_readme(script, folder, history, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    shutil.copy(history, run / "history.csv")
+    words = ["readme", str(run)]
+    assert script.parse(words).output == script.PICTURES
+    assert script.main([*words, "--output", str(tmp_path / "out")]) == 0
+    drawn = {file.name for file in (tmp_path / "out").iterdir()}
+    assert drawn == {f"{script.FILES[kind]}.png" for kind in script.README}
+    assert len(capsys.readouterr().out.split()) == len(drawn)
 
 
 def test_script_status_when_an_input_fails(script, folder, history, tmp_path, capsys):
@@ -744,5 +769,5 @@ def test_script_takes_encoders_and_other_libraries(script, folder, tmp_path, cap
     assert script.main([*words, "--output", str(tmp_path / "q")]) == 0
     sight = script.Sight(script.parse(words))
     with torch.no_grad():
-        logits = other.eval()(sight.normalise(sight.batch(range(5)))).logits
+        logits = other.eval()(sight.predictor.normalise(sight.batch(range(5)))).logits
     torch.testing.assert_close(sight.judgements()[0][:5], logits.softmax(1), atol=1e-5, rtol=1e-4)

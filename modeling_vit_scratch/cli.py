@@ -1,0 +1,130 @@
+"""What the scripts have in common on a terminal: help, options, streams, and exit statuses.
+
+Results go to the standard output, all else to the standard error. Exit status: 0; 1 if some inputs failed; 2 for wrong
+usage, with one line that says what is wrong.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+
+from transformers.utils import logging as transformers_logging
+
+from .conversion import FAMILIES, read_labels
+from .data import Records, load_split
+from .inference import Predictor
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Texts as they are written, 80 columns whatever the terminal's width."""
+
+    def __init__(self, prog: str, **kwargs):
+        super().__init__(prog, **{"max_help_position": 28, "width": 80, **kwargs})
+
+
+class OneLineErrors:
+    """For an ArgumentParser: wrong usage is one line, with no usage text above it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {_one_line(message).removesuffix('.')}; --help shows how\n")
+
+
+class Parser(OneLineErrors, argparse.ArgumentParser):
+    """A parser whose `--help` begins with examples.
+
+    Args:
+        doc: The script's docstring: one sentence, examples, and what else there is to say, blank lines between.
+        usage: One line that begins with the script's name.
+    """
+
+    def __init__(self, doc: str, usage: str):
+        super().__init__(
+            prog=usage.split()[0],
+            usage=usage,
+            description=describe(doc),
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+
+
+def describe(doc: str) -> str:
+    """A script's docstring, as for `Parser`, with the examples first."""
+    summary, examples, *rest = doc.strip().split("\n\n")
+    return "\n\n".join([examples, summary, *rest])
+
+
+def at_least_one(text: str) -> int:
+    """An option's whole number, 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def add_model_options(group):
+    """The options that `load_predictor` reads."""
+    group.add_argument(
+        "--source",
+        choices=tuple(FAMILIES),
+        metavar="NAME",
+        help=f"default: told by its names; {', '.join(FAMILIES)}",
+    )
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id")
+    group.add_argument("--labels", metavar="FILE", help="names of its classes: text, one a line, or a JSON list")
+    group.add_argument("--device", metavar="NAME", help="'cpu', 'cuda', 'cuda:1', 'mps'; default: an accelerator")
+
+
+def load_predictor(arguments: argparse.Namespace, model: str) -> Predictor:
+    """The model, as the options of `add_model_options` say."""
+    labels = None if arguments.labels is None else read_labels(arguments.labels)
+    return Predictor(model, arguments.device, labels, source=arguments.source, revision=arguments.revision)
+
+
+def add_split_options(group):
+    """The options that `load_records` reads besides `dataset`."""
+    group.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        metavar="NAME",
+        help="train, validation or test; default: test, if there is none validation, or the only one",
+    )
+    group.add_argument("--dataset_config_name", metavar="NAME", help="which of a Hub dataset's configurations")
+    group.add_argument("--image_column_name", metavar="NAME", help="found if not named")
+    group.add_argument("--label_column_name", metavar="NAME", help="found if not named")
+    group.add_argument("--max_samples", type=at_least_one, metavar="N", help="so many pictures only, drawn at random")
+
+
+def load_records(arguments: argparse.Namespace, image_hw: tuple[int, int]) -> tuple[Records, list[str]]:
+    """The split and its class names, as the options of `add_split_options` say."""
+    return load_split(
+        arguments.dataset,
+        arguments.split,
+        arguments.dataset_config_name,
+        arguments.image_column_name,
+        arguments.label_column_name,
+        arguments.max_samples,
+        image_size=image_hw,
+    )
+
+
+def say(program: str, text: str):
+    """Print a line for people on the standard error."""
+    print(f"{program}: {text}", file=sys.stderr, flush=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def run(program: str, function: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """The function's exit status; 2, with its message, if it finds something wrong with what it was given."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    transformers_logging.disable_progress_bar()  # of reading weights
+    try:
+        return function(arguments)
+    except (ValueError, OSError) as error:
+        say(program, _one_line(str(error)))
+        return 2
+    except KeyboardInterrupt:
+        return 130  # as shells count Ctrl-C
