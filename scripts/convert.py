@@ -1,23 +1,24 @@
-"""Bring another library's Vision Transformer into this package, or one of this package out, and prove it.
+"""Bring another library's Vision Transformer in, or one of ours out, and prove it.
 
-python scripts/convert.py google/vit-base-patch16-224 vit --verify            from the Hub, with the proof
-python scripts/convert.py vit_b_16-c867db91.pth vit --labels imagenet.txt     a file, and the names of its classes
-python scripts/convert.py dinov2_vits14.pth dino --image_size 224 --num_labels 10    to be fine-tuned
-python scripts/convert.py vit vit-timm --to timm --verify                     out again
+python scripts/convert.py google/vit-base-patch16-224 vit --verify
+python scripts/convert.py vit_b_16-c867db91.pth vit --labels imagenet.txt
+python scripts/convert.py dinov2_vits14.pth dino --image_size 224 --num_labels 9
+python scripts/convert.py vit vit-timm --to timm --verify
 
-OUT becomes a folder that is a Hub repository: weights, config, image processor and code (with --to, the weights and
-the config of that library). What was recognised, assumed and changed is said on the standard error; the table of
-differences goes to the standard output. Exit status: 0; 1, nothing written, if the proof fails or cannot be had; 2 if
+OUT becomes a folder that is a Hub repository: weights, config, image processor
+and code (with --to, the weights and the config of that library). What was
+recognised, assumed and changed is said on the standard error; the table of
+differences goes to the standard output.
+
+Exit status: 0; 1, nothing written, if the proof fails or cannot be had; 2 if
 the checkpoint or an option is wrong.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
+from modeling_vit_scratch import cli
 from modeling_vit_scratch.conversion import (
     FAMILIES,
     TARGETS,
@@ -32,47 +33,45 @@ from modeling_vit_scratch.conversion import (
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    example, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="convert.py",
-        usage="convert.py CHECKPOINT OUT [--verify] [--option value ...]",
-        description=f"{rest.partition(chr(10) * 2)[0]}\n\n{example}\n\n{rest.partition(chr(10) * 2)[2]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__, "convert.py CHECKPOINT OUT [--verify] [--option value ...]")
     what = parser.add_argument_group("what and where")
+    what.add_argument("checkpoint", metavar="CHECKPOINT", help="file (.safetensors, .npz, .pt, .bin), folder or Hub id")
+    what.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     what.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="File (.safetensors, .npz, .pt, .pth, .bin), folder or Hub id."
+        "--source",
+        choices=tuple(FAMILIES),
+        metavar="NAME",
+        help=f"default: told by its names; {', '.join(FAMILIES)}",
     )
-    what.add_argument("out", metavar="OUT", type=Path, help="Folder to write.")
-    what.add_argument("--source", choices=tuple(FAMILIES), help="Where it comes from. Default: told by the names.")
-    what.add_argument("--revision", help="Branch, tag or commit of a Hub id.")
-    what.add_argument("--to", choices=tuple(TARGETS), help="Write in another library's layout instead of ours.")
+    what.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id")
+    what.add_argument(
+        "--to", choices=tuple(TARGETS), metavar="NAME", help=f"write another library's layout: {', '.join(TARGETS)}"
+    )
     untold = parser.add_argument_group("what the tensors do not tell (default: config.json, then the published value)")
-    untold.add_argument("--num_attention_heads", type=int, help="Heads. Default: 64 channels each.")
-    untold.add_argument("--layer_norm_eps", type=float, help="Epsilon of the LayerNorms.")
-    untold.add_argument("--hidden_act", help="Activation, e.g. 'gelu', or 'gelu_pytorch_tanh' as in Google's code.")
-    untold.add_argument("--pooling", choices=("cls", "mean"), help="What the classifier sees.")
+    untold.add_argument("--num_attention_heads", type=int, metavar="N", help="default: 64 channels each")
+    untold.add_argument("--layer_norm_eps", type=float, metavar="EPSILON", help="of the LayerNorms")
+    untold.add_argument("--hidden_act", metavar="NAME", help="'gelu', or 'gelu_pytorch_tanh' as in Google's code")
+    untold.add_argument("--pooling", choices=("cls", "mean"), help="what the classifier sees")
     untold.add_argument(
-        "--grid_size", type=int, nargs=2, metavar=("DOWN", "ACROSS"), help="Patches, where they are no square."
+        "--grid_size", type=int, nargs=2, metavar=("DOWN", "ACROSS"), help="patches, where they are no square"
     )
     change = parser.add_argument_group("changes")
     change.add_argument(
-        "--image_size", type=int, nargs="+", metavar="PIXELS", help="Resize the positions: one number, or two (h w)."
+        "--image_size", type=int, nargs="+", metavar="PIXELS", help="resize the positions: one number, or two (h w)"
     )
-    change.add_argument("--num_labels", type=int, help="Classes; another number makes the head anew.")
+    change.add_argument("--num_labels", type=int, metavar="N", help="classes; another number makes the head anew")
     change.add_argument(
-        "--labels", type=Path, metavar="FILE", help="Names of the classes: text, one a line, or a JSON list."
+        "--labels", type=Path, metavar="FILE", help="names of its classes: text, one a line, or a JSON list"
     )
     proof = parser.add_argument_group("proof")
     proof.add_argument(
         "--verify",
         action="store_true",
-        help=f"Run the source library's own model on the same random images; fail above {TOLERANCE:g}.",
+        help=f"run the source library's own model on the same random images; fail above {TOLERANCE:g}",
     )
-    proof.add_argument("--num_images", type=int, default=2, help="Random images to compare on (default: 2).")
-    return parser
+    proof.add_argument("--num_images", type=int, default=2, metavar="N", help="random images; default: 2")
+    return parser.parse_args(argv)
 
 
 def print_table(proof: Verification):
@@ -161,14 +160,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    transformers_logging.disable_progress_bar()
-    try:
-        return convert(arguments)
-    except (ValueError, OSError) as error:
-        print(f"convert.py: {error}", file=sys.stderr)
-        return 2
+    return cli.run("convert.py", convert, parse(argv))
 
 
 if __name__ == "__main__":

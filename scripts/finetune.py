@@ -1,12 +1,16 @@
 """Train a Vision Transformer on pictures.
 
-python scripts/finetune.py                 CIFAR-10 (or digits, offline)
+python scripts/finetune.py
 python scripts/finetune.py --dataset_name path/to/folder
-                                           your own pictures, one directory per
-                                           class
 python scripts/finetune.py scripts/recipes/teaching_adamw.yaml
-                                           a recipe; options after it win
-accelerate launch scripts/finetune.py ...  several GPUs
+accelerate launch scripts/finetune.py ...
+
+Without options it trains on CIFAR-10, or, where the Hub cannot be reached, on
+scikit-learn's digits. A folder has one directory per class. A recipe is a file
+of options, which those after it override. The last line is for several GPUs.
+
+Exit status: 0; 1 if the loss diverges or the Hub fails; 2 if the data or an
+option is wrong; 130 after Ctrl-C, which saves a checkpoint.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import yaml
 from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser
 
+from modeling_vit_scratch import cli
 from modeling_vit_scratch.data import DIGITS, default_dataset
 from modeling_vit_scratch.hub import HubError
 from modeling_vit_scratch.training import DataArguments, ImageTrainingArguments, ModelArguments, finetune
@@ -32,24 +37,22 @@ USUAL = (
 )  # fmt: skip
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
+class _Formatter(cli.HelpFormatter):
     """One spelling of each option, and no list of forty choices in its place."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=80)
 
     def _format_action_invocation(self, action):
         takes_value = action.nargs != 0
         return f"{action.option_strings[-1 if action.dest == 'help' else 0]}{' VALUE' * takes_value}"
 
 
-class Parser(HfArgumentParser):
+class Parser(cli.OneLineErrors, HfArgumentParser):
     """All options of a run; `--help` shows ours and the usual ones of TrainingArguments, `--help_all` every one."""
 
     def __init__(self):
         super().__init__(
             (ModelArguments, DataArguments, ImageTrainingArguments),
-            description=__doc__,
+            prog="finetune.py",
+            description=cli.describe(__doc__),
             formatter_class=_Formatter,
             allow_abbrev=False,
             usage="finetune.py [recipe.yaml] [--option value ...]",

@@ -1,38 +1,34 @@
-"""Push a trained folder to the Hub in one commit, or prove that a repository there loads anywhere.
+"""Push a trained folder to the Hub in one commit, or prove that one there loads.
 
-    python scripts/push_to_hub.py runs/showcase me/my-vit --private
-    python scripts/push_to_hub.py --verify me/my-vit
+python scripts/push_to_hub.py runs/showcase me/my-vit --private
+python scripts/push_to_hub.py --verify me/my-vit
 
-A folder that would not load from the Hub is refused before anything is sent, with what is missing. Log in once with
-`hf auth login`; tokens are not taken on the command line, where others could read them.
+A folder that would not load from the Hub is refused before anything is sent,
+with what is missing. Log in once with `hf auth login`; tokens are not taken on
+the command line, where others could read them.
 
-Exit status: 0 done, 1 refused or failed, 2 wrong arguments.
+Exit status: 0; 1 if it was refused or failed; 2 for wrong options.
 """
 
 import argparse
 import sys
 
+from modeling_vit_scratch import cli, hub
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    description, examples, *notes = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="push_to_hub.py",
-        usage=examples.strip().replace("\n    ", "\n       "),
-        description=description,
-        epilog="\n\n".join(notes),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", nargs="?", help="the folder to push; with --verify, the one to compare with")
-    parser.add_argument("repo_id", nargs="?", help="owner/name, or name alone for a repository of your own")
-    parser.add_argument("--verify", metavar="REPO_ID", help="pull, load without this package, compare every bit")
-    parser.add_argument("--private", action="store_true", help="nobody else may see a new repository")
-    parser.add_argument("--revision", metavar="R", help="branch to push to; with --verify, a branch, tag or commit")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--commit_message", default="Upload model", help="first line of the commit")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="with --verify: run code that differs from this package's"
-    )
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__, "push_to_hub.py FOLDER REPO_ID [--option value ...]")
+    what = parser.add_argument_group("what and where")
+    what.add_argument("folder", nargs="?", metavar="FOLDER", help="to push; with --verify, the one to compare with")
+    what.add_argument("repo_id", nargs="?", metavar="REPO_ID", help="owner/name, or name alone if it is your own")
+    push = parser.add_argument_group("pushing")
+    push.add_argument("--private", action="store_true", help="nobody else may see a new repository")
+    push.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    push.add_argument("--commit_message", default="Upload model", metavar="TEXT", help="first line of the commit")
+    push.add_argument("--revision", metavar="NAME", help="branch; with --verify, a branch, tag or commit")
+    verify = parser.add_argument_group("verifying")
+    verify.add_argument("--verify", metavar="REPO_ID", help="pull, load without this package, compare every bit")
+    verify.add_argument("--trust_remote_code", action="store_true", help="run code that differs from this package's")
     args = parser.parse_args(argv)
     if args.verify and (args.repo_id or args.private or args.create_pr):
         parser.error("--verify takes at most a FOLDER, --revision and --trust_remote_code beside it.")
@@ -44,9 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    from modeling_vit_scratch import hub  # after the arguments: --help need not wait for torch
-
+    args = parse(argv)
     try:
         if args.verify:
             result = hub.verify_repo(
@@ -65,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             commit_message=args.commit_message,
         )
     except (hub.FolderError, hub.HubError) as error:
-        print(error, file=sys.stderr)
+        cli.say("push_to_hub.py", str(error))
         return 1
     for name, reason in pushed.left_out.items():
         print(f"left out: {name} ({reason})", file=sys.stderr)

@@ -386,5 +386,29 @@ def test_preset_and_overrides_are_checked(tmp_path, capsys):
         assert all(word in message for word in words), message
 
 
+def test_reports_to_tensorboard(tmp_path):
+    """The curves that `--report_to` sends are those of the history, and no token goes with them."""
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    from tensorboardX.proto.event_pb2 import Event
+
+    run = tmp_path / "run"
+    settings = {"report_to": "tensorboard", "num_train_epochs": 1, "hub_token": "hf_secret"}
+    assert finetune.main(options(run, **settings)) == 0
+    (file,) = run.glob("runs/*/events*")
+    content, sent = file.read_bytes(), {}
+    assert b"hf_secret" not in content
+    while content:  # records: length (8 bytes), its checksum (4), an event, its checksum (4)
+        length = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + length])
+        sent |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        content = content[16 + length :]
+    rows = [row for row in history(run) if row["loss"] or row["eval_accuracy"]]
+    assert rows
+    for row in rows:
+        for column, tag in (("loss", "train/loss"), ("eval_accuracy", "eval/accuracy")):
+            if row[column]:
+                assert sent[tag, int(row["step"])] == pytest.approx(float(row[column]), rel=1e-5)
+
+
 def test_tiny_settings_are_tiny():
     assert "hidden_size=16" in TINY and (ROOT / "setup.cfg").exists()

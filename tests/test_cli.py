@@ -1,0 +1,80 @@
+"""The scripts on a terminal: one look and feel, help that is true, streams, and exit statuses."""
+
+import re
+import shlex
+
+import pytest
+from runs import SCRIPTS, load_script
+
+NAMES = sorted(path.stem for path in SCRIPTS.glob("*.py"))
+# A command line with nothing wrong but its input, and the exit status.
+MISSING = "no/such/folder"
+BAD_INPUT = {
+    "convert": ([MISSING, "OUT"], 2),
+    "demo": (["--model", MISSING], 2),
+    "finetune": (["--dataset_name", "digits", "--model_name_or_path", MISSING, "--output_dir", "OUT"], 2),
+    "plot": (["filters", MISSING, "--output", "OUT"], 2),
+    "predict": (["photo.png", "--model", MISSING], 2),
+    "push_to_hub": ([MISSING, "me/model"], 1),
+    "validate": ([MISSING, "digits"], 2),
+}
+
+
+def run(name: str, words: list[str], capsys) -> tuple[int, str, str]:
+    """Exit status, standard output, standard error."""
+    capsys.readouterr()
+    try:
+        status = load_script(name).main(words)
+    except SystemExit as end:
+        status = end.code
+    return (status, *capsys.readouterr())
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # the help keeps to 80 all the same
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help(name, capsys):
+    status, out, err = run(name, ["--help"], capsys)
+    lines = out.splitlines()
+    assert (status, err) == (0, "")
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith(f"usage: {name}.py ") and lines[1] == ""
+    assert lines[2].startswith(f"python scripts/{name}.py")  # an example comes first
+    assert "Exit status: 0; " in out
+    groups = [line for line in lines if re.fullmatch(r"[a-z][^.]*:", line) and line != "options:"]
+    assert groups, "options stand in groups"
+    described, _, options = "\n".join(lines[1:]).partition("\noptions:\n")
+    assert options
+    for option in set(re.findall(r"--\w+", described)):  # what the text names is there
+        assert re.search(rf"^ +(-\w, )?{option}\b", options, re.MULTILINE), option
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "finetune"])  # which would look for its data
+def test_examples_of_the_help_are_understood(name, capsys):
+    script = load_script(name)
+    examples = re.sub(r"\\\n *", "", script.__doc__.split("\n\n")[1]).splitlines()
+    assert examples
+    for example in examples:
+        python, path, *words = shlex.split(example.partition("  ")[0].partition(">")[0])
+        assert (python, path) == ("python", f"scripts/{name}.py")
+        script.parse(words)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_usage_is_one_line(name, capsys):
+    words = [*BAD_INPUT[name][0], "--no_such_option", "1"]
+    status, out, err = run(name, words, capsys)
+    assert (status, out) == (2, "")
+    assert re.fullmatch(rf"{name}\.py: .*no_such_option.*\n", err)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input_is_named(name, tmp_path, capsys):
+    words, expected = BAD_INPUT[name]
+    status, out, err = run(name, [str(tmp_path / "out") if word == "OUT" else word for word in words], capsys)
+    assert (status, out) == (expected, "")
+    assert err.startswith(f"{name}.py: ") and (expected == 1 or err.count("\n") == 1)
+    assert MISSING in err or "pip install" in err  # the page's extra may be missing
