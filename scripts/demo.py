@@ -1,0 +1,238 @@
+"""Open a page where you drop a picture and watch the model look at it.
+
+python scripts/demo.py --model runs/showcase
+python scripts/demo.py --model google/vit-base-patch16-224 --examples photos/
+python scripts/demo.py --model vit --host 0.0.0.0 --port 8000
+
+The page shows the five likeliest classes, the attention rollout over the
+picture, each layer's and head's attention, the patches as the model gets them,
+and the time taken. It is for this computer only, unless --host says otherwise;
+it asks nothing of the network. It needs gradio: pip install -e ".[demo]"
+Ctrl-C closes it.
+
+Exit status: 0; 2 if the model or an option is wrong.
+"""
+
+import argparse
+import functools
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modeling_vit_scratch import cli, plots
+from modeling_vit_scratch.data import load_image
+from modeling_vit_scratch.inference import Predictor, find_pictures
+
+PROGRAM = "demo.py"
+EXAMPLES = Path(__file__).parent / "pictures" / "examples"  # test pictures of CIFAR-10 (JPEG copy)
+SIDE = 448  # pixels, about, of what is shown
+MAX_UPLOAD = "50mb"
+CSS = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+#title h1 { margin-bottom: 0; }
+.view img { width: 100%; image-rendering: auto; border-radius: 6px; }
+.pixelated img { image-rendering: pixelated; }
+.caption p { margin: 0; font-size: 0.85em; opacity: 0.8; }
+"""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__, f"{PROGRAM} --model MODEL [--option value ...]")
+    model = parser.add_argument_group("model")
+    # To be optional once a model comes with the package.
+    model.add_argument("--model", required=True, help="folder, Hub id, or file of any model convert.py reads")
+    cli.add_model_options(model)
+    page = parser.add_argument_group("page")
+    page.add_argument("--examples", nargs="+", metavar="PICTURE", help="files or folders; default: some of CIFAR-10")
+    page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this computer")
+    page.add_argument("--port", type=int, help="default: the first free one from 7860")
+    return parser.parse_args(argv)
+
+
+@dataclass
+class Look:
+    """What the model makes of a picture.
+
+    Args:
+        shown: The picture to draw maps over, uint8 (C, H', W').
+        pixels: The picture as the model gets it, uint8 (C, H, W).
+        answers: The likeliest classes and their probabilities; empty without a classifier.
+        rollout: (h, w), see `plots.patch_map`.
+        heads: (L, A, h, w), likewise.
+        seconds: The model took, and all took.
+    """
+
+    shown: torch.Tensor
+    pixels: torch.Tensor
+    answers: dict[str, float]
+    rollout: torch.Tensor
+    heads: torch.Tensor
+    seconds: tuple[float, float]
+
+
+def look(predictor: Predictor, path: str) -> Look:
+    """Show the model a picture.
+
+    Raises:
+        ValueError: The picture cannot be read.
+    """
+    started = time.perf_counter()
+    config = predictor.config
+    image = load_image(path, config.num_channels)
+    pixels = predictor.pixels([image])
+    shown = predictor.pixels([image], enlarge=max(1, round(SIDE / max(config.image_hw))))[0]
+    before = time.perf_counter()
+    output = predictor(pixels, output_attentions=True)
+    probabilities = predictor.probabilities(output.logits)[0].cpu()
+    seconds = time.perf_counter() - before
+    where = config.grid_hw, config.num_prefix_tokens, config.pooling
+    best = probabilities.topk(min(5, config.num_labels)) if predictor.can_classify else None
+    names = predictor.class_names
+    return Look(
+        shown,
+        pixels[0],
+        {} if best is None else {names[i]: p for p, i in zip(*(part.tolist() for part in best), strict=True)},
+        plots.patch_map(plots.attention_rollout(output.attentions), *where)[0].cpu(),
+        torch.stack([plots.patch_map(maps, *where)[0].cpu() for maps in output.attentions]),
+        (seconds, time.perf_counter() - started),
+    )
+
+
+def image_of(pixels: torch.Tensor):
+    """uint8 (C, H, W) as an array that the page can show, (H, W, 3)."""
+    return pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+def import_gradio():
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError('gradio is missing: pip install -e ".[demo]"') from error
+    return gradio
+
+
+def build(predictor: Predictor, examples: list[str]):
+    """The page, a `gradio.Blocks`."""
+    gr = import_gradio()
+    config = predictor.config
+    L, A = config.num_hidden_layers, config.num_attention_heads
+    (H, W), (height, width), (h, w) = config.image_hw, config.patch_hw, config.grid_hw
+    remembered = functools.lru_cache(maxsize=64)(lambda path: look(predictor, path))  # sliders ask again and again
+
+    def seen(path: str) -> Look:
+        try:
+            return remembered(path)
+        except (ValueError, OSError) as error:
+            raise gr.Error(f"This file cannot be read as a picture: {error}", duration=None) from error
+
+    def answer(path: str | None, layer: int, head: int):
+        if path is None:
+            return None, None, None, None, ""
+        found = seen(path)
+        enlarge = max(1, round(SIDE / max(config.image_hw)))
+        model_ms, all_ms = (1000 * part for part in found.seconds)
+        return (
+            found.answers or None,
+            plots.overlay_pixels(found.shown, found.rollout).numpy(),
+            overlay(path, layer, head),
+            image_of(plots.patch_mosaic(found.pixels, config.patch_hw, enlarge, gap=max(2, SIDE // (8 * max(h, w))))),
+            f"The model took **{model_ms:.0f} ms**; with reading the picture **{all_ms:.0f} ms**.",
+        )
+
+    def overlay(path: str | None, layer: int, head: int):
+        if path is None:
+            return None
+        found = seen(path)
+        return plots.overlay_pixels(found.shown, found.heads[int(layer) - 1, int(head) - 1]).numpy()
+
+    with gr.Blocks(title="What a Vision Transformer sees", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(
+            f"# What a Vision Transformer sees\n`{Path(predictor.name).name}`: {predictor.model.num_parameters():,} "
+            f"parameters, {L} blocks of {A} heads, pictures of {W} × {H} pixels in {h * w} patches of {width} × "
+            f"{height}.",
+            elem_id="title",
+        )
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1):
+                picture = gr.Image(
+                    type="filepath", sources=["upload", "clipboard"], label="A picture: drop, paste or pick one",
+                    height=320, elem_id="picture",
+                )  # fmt: skip
+                # gr.Image would open the file itself, and fail without a word where it cannot.
+                picture.preprocess = lambda upload: upload and upload.path
+                if examples:
+                    gr.Examples(examples, picture, label="Or one of these", examples_per_page=12)
+            with gr.Column(scale=1):
+                label = gr.Label(
+                    num_top_classes=5, label="The likeliest classes", visible=predictor.can_classify, elem_id="answer"
+                )
+                took = gr.Markdown(elem_id="took", elem_classes="caption")
+        with gr.Row(equal_height=False):
+            with gr.Column(min_width=260):
+                rollout = _view(gr, "Attention rollout", "rollout")
+                gr.Markdown(
+                    "How much of each patch reaches the answer, through all blocks: dark none, bright most.",
+                    elem_classes="caption",
+                )
+            with gr.Column(min_width=260):
+                one_head = _view(gr, "Attention of one head", "head")
+                layer = gr.Slider(1, max(L, 2), L, step=1, label="Layer", elem_id="layer", interactive=L > 1)
+                head = gr.Slider(1, max(A, 2), 1, step=1, label="Head", elem_id="which", interactive=A > 1)
+            with gr.Column(min_width=260):
+                patches = _view(gr, "The patches, as the model gets them", "patches", "pixelated")
+                gr.Markdown("Read row by row: these are all that it knows of the picture.", elem_classes="caption")
+        shown = [label, rollout, one_head, patches, took]
+        limit = {"concurrency_limit": os.cpu_count(), "show_progress": "minimal"}
+        picture.change(answer, [picture, layer, head], shown, api_name="classify", **limit)
+        for slider in (layer, head):
+            slider.change(
+                overlay, [picture, layer, head], one_head, api_name=False, trigger_mode="always_last", **limit
+            )
+    return page
+
+
+def _view(gr, label: str, name: str, *classes: str):
+    return gr.Image(
+        label=label, interactive=False, format="png", buttons=["fullscreen"], elem_id=name,
+        elem_classes=["view", *classes],
+    )  # fmt: skip
+
+
+def serve(arguments: argparse.Namespace, block: bool = True):
+    """Start the page; `block` until Ctrl-C. Returns the page."""
+    gr = import_gradio()
+    predictor = cli.load_predictor(arguments, arguments.model)
+    config = predictor.config
+    predictor(torch.zeros(1, config.num_channels, *config.image_hw, dtype=torch.uint8))  # the first call is slow
+    found = list(find_pictures(arguments.examples or [str(EXAMPLES)]))
+    for name, wrong in found:
+        if wrong:
+            raise ValueError(f"--examples {name}: {wrong}.")
+    page = build(predictor, [name for name, _ in found])
+    page.launch(
+        server_name=arguments.host, server_port=arguments.port, share=False, max_file_size=MAX_UPLOAD, quiet=True,
+        prevent_thread_lock=True, footer_links=[], ssr_mode=False, css=CSS, theme=gr.themes.Soft(),
+    )  # fmt: skip
+    print(page.local_url, flush=True)
+    if block:
+        cli.say(PROGRAM, "the page is open; Ctrl-C closes it.")
+        page.block_thread()
+    return page
+
+
+def run(arguments: argparse.Namespace) -> int:
+    serve(arguments)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(PROGRAM, run, parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
