@@ -1,6 +1,6 @@
 """Open a page where you drop a picture and watch the model look at it.
 
-python scripts/demo.py --model runs/showcase
+python scripts/demo.py
 python scripts/demo.py --model google/vit-base-patch16-224 --examples photos/
 python scripts/demo.py --model vit --host 0.0.0.0 --port 8000
 
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from modeling_vit_scratch import cli, plots
+from modeling_vit_scratch.conversion import PACKAGED_MODEL
 from modeling_vit_scratch.data import load_image
 from modeling_vit_scratch.inference import Predictor, find_pictures
 
@@ -41,10 +42,13 @@ CSS = """
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__, f"{PROGRAM} --model MODEL [--option value ...]")
+    parser = cli.Parser(__doc__, f"{PROGRAM} [--model MODEL] [--option value ...]")
     model = parser.add_argument_group("model")
-    # To be optional once a model comes with the package.
-    model.add_argument("--model", required=True, help="folder, Hub id, or file of any model convert.py reads")
+    model.add_argument(
+        "--model",
+        default=str(PACKAGED_MODEL),
+        help="folder, Hub id, or file of any model convert.py reads; default: the packaged one of CIFAR-10's classes",
+    )
     cli.add_model_options(model)
     page = parser.add_argument_group("page")
     page.add_argument("--examples", nargs="+", metavar="PICTURE", help="files or folders; default: some of CIFAR-10")

@@ -259,9 +259,7 @@ def export(arguments: argparse.Namespace) -> int:
         with warnings.catch_warnings(action="ignore"), quiet(logging.WARNING):
             write_files(module, example, folder, arguments.formats, arguments.opset)
         rows = measure(module, folder, arguments, predictor, records, labels)
-        wrong = [
-            row for row in rows if row["format"] != "ONNX int8" and not row["largest_difference"] <= TOLERANCE
-        ]
+        wrong = [row for row in rows if row["format"] != "ONNX int8" and not row["largest_difference"] <= TOLERANCE]
         for row in wrong:
             cli.say(
                 PROGRAM,

@@ -1,6 +1,6 @@
 """Classify pictures.
 
-python scripts/predict.py photo.jpg --model runs/showcase
+python scripts/predict.py photo.jpg
 python scripts/predict.py photos/ "more/*.png" --top_k 3 \\
     --model google/vit-base-patch16-224
 python scripts/predict.py photos/ --model vit --json > predictions.json
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from tqdm.auto import tqdm
 
 from modeling_vit_scratch import cli
+from modeling_vit_scratch.conversion import PACKAGED_MODEL
 from modeling_vit_scratch.data import load_image
 from modeling_vit_scratch.inference import Predictor, find_pictures
 
@@ -29,11 +30,14 @@ PROGRAM = "predict.py"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__, f"{PROGRAM} PICTURE... --model MODEL [--option value ...]")
+    parser = cli.Parser(__doc__, f"{PROGRAM} PICTURE... [--model MODEL] [--option value ...]")
     what = parser.add_argument_group("pictures and model")
     what.add_argument("pictures", metavar="PICTURE", nargs="+", help="file, folder, or pattern such as 'photos/*.jpg'")
     what.add_argument(
-        "--model", required=True, metavar="MODEL", help="folder, Hub id, or file of any model convert.py reads"
+        "--model",
+        default=str(PACKAGED_MODEL),
+        metavar="MODEL",
+        help="folder, Hub id, or file of any model convert.py reads; default: the packaged one of CIFAR-10's classes",
     )
     cli.add_model_options(what)
     output = parser.add_argument_group("output")
