@@ -316,6 +316,11 @@ class ImageTrainer(Trainer):
             self.average = None
         return result
 
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(**kwargs)
+        self.control.should_training_stop = True  # resumed after the last step; Trainer would take one more
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average is not None:

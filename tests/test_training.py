@@ -259,6 +259,20 @@ def test_streaming_stops_and_resumes_as_if_it_had_not(tmp_path, interrupt, capsy
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
     assert "streamed train" in capsys.readouterr().out
+    assert finetune.main([*parts, "--resume_from_checkpoint", "last"]) == 0  # killed after its last checkpoint
+    assert history(tmp_path / "parts") == history(tmp_path / "whole")
+
+
+def test_resuming_after_the_last_step_trains_no_more(tmp_path):
+    argv = options(
+        tmp_path, max_steps=3, save_steps=3, eval_steps=3, save_strategy="steps", eval_strategy="steps",
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    assert finetune.main(argv) == 0
+    before, rows = weights(tmp_path), history(tmp_path)
+    assert finetune.main([*argv, "--resume_from_checkpoint", "last"]) == 0
+    assert history(tmp_path) == rows and rows[-1]["step"] == "3"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
 
 
 def test_streaming_needs_max_steps(tmp_path, capsys):
