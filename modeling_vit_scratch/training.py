@@ -35,7 +35,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImagePr
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from . import checkpoints, conversion, hub, plots
+from . import checkpoints, conversion, hub, lora, plots
 from .augmentation import Augmentation, normalize, parse_until
 from .configuration_vit_scratch import PRESETS, ViTScratchConfig
 from .data import DecodedImages, ImageSplits, LazyImages, collate, load_splits
@@ -73,6 +73,9 @@ class ModelArguments:
         },
     )
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head only (linear probe)."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train the head, and LoRA matrices of this rank in each block, e.g. 8."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels; a trained model's positions are interpolated to it."}
     )
@@ -242,11 +245,13 @@ class ImageTrainer(Trainer):
     Args:
         augmentation: Applied to training batches; evaluation only normalises, with the same mean and std.
         run_facts: What a run must share with a checkpoint to continue it; saved with each (`checkpoints.check_run`).
+        adapter: Of `lora.add_adapter`, around the model; folders then hold the merged model, and the adapter in it.
         **kwargs: As for Trainer.
     """
 
-    def __init__(self, augmentation: Augmentation, run_facts: dict, **kwargs):
+    def __init__(self, augmentation: Augmentation, run_facts: dict, adapter=None, **kwargs):
         super().__init__(data_collator=collate, compute_metrics=self._metrics, compute_loss_func=self._loss, **kwargs)
+        self.adapter = adapter
         self.augmentation = augmentation
         self.run_facts = run_facts
         self.average = None if self.args.ema_decay is None else WeightAverage(self.model, self.args.ema_decay)
@@ -322,14 +327,27 @@ class ImageTrainer(Trainer):
         self.control.should_training_stop = True  # resumed after the last step; Trainer would take one more
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.adapter is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            lora.load_adapter(self.adapter, Path(resume_from_checkpoint) / lora.FOLDER)
         if self.average is not None:
             self.average.load(Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
 
+    def _load_best_model(self):
+        if self.adapter is None:
+            super()._load_best_model()
+        else:
+            lora.load_adapter(self.adapter, Path(self.state.best_model_checkpoint) / lora.FOLDER)
+
     def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        if self.adapter is not None:
+            lora.save_adapter(self.adapter, folder / lora.FOLDER)
+            state_dict = lora.merged_weights(self.adapter)
         super()._save(output_dir, state_dict)
         # A pickle of the arguments, the Hub token among them, that nothing reads back.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model, trial):
         """As Trainer does, but aside; the folder takes its name once it is whole."""
@@ -834,6 +852,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         args.output_dir, args.resume_from_checkpoint = broadcast_object_list(
             [args.output_dir, args.resume_from_checkpoint]
         )
+    if model_args.lora_rank is not None and (model_args.model_name_or_path is None or model_args.freeze_backbone):
+        raise ValueError("lora_rank adapts a trained model: it needs --model_name_or_path, and no --freeze_backbone.")
     set_seed(args.seed)
     transformers.utils.logging.disable_progress_bar()  # of reading and writing files; training keeps its own
 
@@ -874,6 +894,9 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         model = with_classes(trained[0], splits.class_names)
     if model_args.freeze_backbone:
         model.vit.requires_grad_(False)
+    adapter = None
+    if model_args.lora_rank is not None:
+        adapter = lora.add_adapter(model, model_args.lora_rank, _public_name(model_args.model_name_or_path))
     lazy = isinstance(splits.train, (LazyImages, StreamedImages))
     padding = data_args.crop_padding
     augmentation = Augmentation(
@@ -907,6 +930,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         if args.bf16:  # torch's fused attention has a slow backward pass in bfloat16 on CPUs
             model.set_attn_implementation("eager")
     facts = _run_facts(model.config, splits, args)
+    if adapter is not None:  # a checkpoint has the adapter, and the base comes from where it came from
+        facts = {"lora": [model_args.lora_rank, _public_name(model_args.model_name_or_path)], **facts}
     if args.resume_from_checkpoint:
         checkpoints.check_run(Path(args.resume_from_checkpoint), facts)
         if data_args.streaming:  # what was trained on before is passed over, not decoded again
@@ -916,6 +941,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     trainer = ImageTrainer(
         augmentation,
         facts,
+        adapter,
         model=model,
         args=args,
         train_dataset=splits.train,
@@ -955,6 +981,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         return None
 
     trainer.save_model()
+    if adapter is not None:
+        adapter.merge_and_unload()  # in place: what is measured is what the folder holds
     folder = Path(args.output_dir)
     metrics = {
         "task": "image-classification",
@@ -971,6 +999,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             "optimizer": args.optim.value,
             "learning_rate": args.learning_rate,
             "muon_learning_rate": args.muon_learning_rate,
+            "lora_rank": model_args.lora_rank,
             "ema_decay": args.ema_decay,
             "lr_scheduler_type": args.lr_scheduler_type.value,
             "warmup_steps": args.get_warmup_steps(steps),

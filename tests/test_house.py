@@ -28,9 +28,10 @@ ARROWS = {
     "inspection": {"augmentation", "data", "streaming"},
     "hub": MODEL,
     "conversion": MODEL,
+    "lora": MODEL,
     "training": {
-        "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "metrics", "optimization", "plots",
-        "streaming", *MODEL,
+        "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "lora", "metrics", "optimization",
+        "plots", "streaming", *MODEL,
     },
 }
 # fmt: on
