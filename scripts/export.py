@@ -1,8 +1,7 @@
 """Export a model to ONNX and torch.export, and measure what came out.
 
-python scripts/export.py runs/mine exported                     both formats
+python scripts/export.py runs/mine exported
 python scripts/export.py runs/mine exported --int8 --dataset uoft-cs/cifar10
-                                                                and accuracy
 python scripts/export.py google/vit-base-patch16-224 vit --formats onnx
 
 MODEL is a folder, file or Hub id: of this package, or what convert.py reads.

@@ -12,6 +12,7 @@ MISSING = "no/such/folder"
 BAD_INPUT = {
     "convert": ([MISSING, "OUT"], 2),
     "demo": (["--model", MISSING], 2),
+    "export": ([MISSING, "OUT", "--formats", "program"], 2),
     "finetune": (["--dataset_name", "digits", "--model_name_or_path", MISSING, "--output_dir", "OUT"], 2),
     "plot": (["filters", MISSING, "--output", "OUT"], 2),
     "predict": (["photo.png", "--model", MISSING], 2),
