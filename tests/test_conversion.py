@@ -14,16 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hub_server import Repo
-from torchvision_shim import import_timm, import_torchvision
+from peers import MODULES
+from safetensors.torch import load_file, save_file
 
-torchvision, timm = import_torchvision(), import_timm()  # before transformers looks for them
-
-import transformers  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification  # noqa: E402
-from modeling_vit_scratch.conversion import (  # noqa: E402
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.conversion import (
     FAMILIES,
     convert_checkpoint,
     export_checkpoint,
@@ -32,6 +29,7 @@ from modeling_vit_scratch.conversion import (  # noqa: E402
     verify_checkpoint,
 )
 
+torchvision, timm = MODULES.get("torchvision"), MODULES.get("timm")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 24, "patch_size": 8}
 HEADS = {"num_attention_heads": 4}
 CLASSES = 6

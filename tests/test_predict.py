@@ -7,15 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
-from torchvision_shim import import_torchvision
 
-import_torchvision()  # before transformers looks for it
+import transformers
+from colours import NAMES, colour_model, paint, processor
 
-import transformers  # noqa: E402
-from colours import NAMES, colour_model, paint, processor  # noqa: E402
-
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification  # noqa: E402
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "predict.py"
 
