@@ -432,6 +432,9 @@ class Clock(TrainerCallback, ExportableState):
         self.wall += time.perf_counter() - self._started[0]
         self.cpu += time.process_time() - self._started[1]
 
+    def on_log(self, args, state, control, **kwargs):
+        state.log_history[-1] |= {"train_seconds": round(self.wall, 3), "train_cpu_seconds": round(self.cpu, 3)}
+
     def state(self) -> dict:
         return {"args": {}, "attributes": {"wall": self.wall, "cpu": self.cpu}}
 
@@ -803,6 +806,7 @@ def _run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainin
 def _write_history(folder: Path, log_history: list[dict]) -> bool:
     """One row per logged event, in the order of steps; empty where an event has no such number. False if none was."""
     names = ["step", "epoch", "learning_rate", "loss", "grad_norm", "eval_loss", "eval_accuracy", "eval_top5_accuracy"]
+    names += ["train_seconds", "train_cpu_seconds"]
     rows = [row for row in log_history if "loss" in row or "eval_loss" in row]
     with open(folder / "history.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")

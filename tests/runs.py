@@ -38,8 +38,10 @@ def weights(folder: Path) -> dict:
 
 
 def history(folder: Path) -> list[dict]:
+    """The rows of a run's history, without its times, which differ from run to run."""
     with open(folder / "history.csv") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
 
 
 def free_port() -> int:
