@@ -99,7 +99,7 @@ def plot_training_curves(histories: str | Path | Mapping[str, str | Path]) -> Fi
     runs = {"": histories} if single else dict(histories)
     if not runs:
         raise ValueError("there are 0 histories; give at least 1.")
-    runs = {name: _read_history(path) for name, path in runs.items()}
+    runs = {name: read_history(path) for name, path in runs.items()}
     unit = "epoch" if all(np.isfinite(run["epoch"]).any() for run in runs.values()) else "step"
     accurate = any(np.isfinite(run["eval_accuracy"]).any() for run in runs.values())
 
@@ -160,7 +160,12 @@ def _draw_evaluation(axes, x, values, colour):
         axes.plot(x[known], values[known], color=colour, linewidth=1.5, marker="." if known.sum() <= 30 else None)
 
 
-def _read_history(path: str | Path) -> dict[str, np.ndarray]:
+def read_history(path: str | Path) -> dict[str, np.ndarray]:
+    """The columns of a `history.csv`, or of the one in a folder, as floats; NaN where a cell is empty or no number.
+
+    Raises:
+        ValueError: As `plot_training_curves`.
+    """
     path = Path(path)
     path = path / "history.csv" if path.is_dir() else path
     with path.open(newline="", encoding="utf-8") as file:
@@ -184,7 +189,8 @@ def _read_history(path: str | Path) -> dict[str, np.ndarray]:
         values = np.array(values)
         return np.where(np.isfinite(values), values, np.nan)
 
-    return {name: numbers(name) for name in ("epoch", "step", "loss", "eval_loss", "eval_accuracy")}
+    names = ("epoch", "step", "loss", "eval_loss", "eval_accuracy", "train_seconds", "train_cpu_seconds")
+    return {name: numbers(name) for name in names}
 
 
 def plot_confusion_matrix(matrix, class_names: Sequence[str] | None = None) -> Figure:
@@ -286,6 +292,111 @@ def plot_per_class_accuracy(
         axes.tick_params(axis="y", length=0)
     part = f": the 30 best and 30 worst of {len(values)}" if len(values) > 120 else ""
     figure.suptitle(f"Accuracy of each class{part} (dashed: mean {mean:.2%})", fontsize=11)
+    return figure
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+def plot_bars(
+    groups: Mapping[str, Mapping[str, tuple[float, str]]], label: str, reference: float | None = None
+) -> Figure:
+    """Contestants in groups: a bar each, in the same colour in every group, with a text at its end.
+
+    Args:
+        groups: By title, for each contestant the length of its bar, at least 0, and the text.
+        label: What the lengths are.
+        reference: Where a dashed line stands.
+
+    Raises:
+        ValueError: There are no groups, or one is empty.
+    """
+    if not groups or not all(groups.values()):
+        raise ValueError("there is nothing to draw; give at least 1 group, and 1 bar in each.")
+    names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    colours = dict(zip(names, _line_colours(len(names)), strict=True))
+    figure = _figure(7.5, 0.8 + sum(0.45 + 0.26 * len(bars) for bars in groups.values()))
+    heights = [len(bars) for bars in groups.values()]
+    panels = figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    longest = max(value for bars in groups.values() for value, _ in bars.values())
+    for axes, (title, bars) in zip(panels, groups.items(), strict=True):
+        values = [value for value, _ in bars.values()]
+        axes.barh(range(len(bars)), values, color=[colours[name] for name in bars], height=0.75)
+        for row, (value, text) in enumerate(bars.values()):
+            _plain(axes.text(value + 0.01 * longest, row, text, va="center", fontsize=8))
+        if reference is not None:
+            axes.axvline(reference, color=GREY, linewidth=1.0, linestyle="--")
+        axes.set_yticks(range(len(bars)), list(bars), fontsize=9)
+        axes.set(xlim=(0, 1.3 * longest or 1), ylim=(len(bars) - 0.5, -0.5))
+        axes.set_title(title, fontsize=10, loc="left")
+        _plain(*axes.get_yticklabels(), axes.title)
+        _tidy(axes, grid="x")
+        axes.tick_params(axis="y", length=0)
+    panels[-1].set_xlabel(label)
+    return figure
+
+
+def plot_scaling(panels: Mapping[str, Mapping[str, Sequence]]) -> Figure:
+    """How quantities grow: a column of axes for each thing that was varied, a row for each quantity.
+
+    Args:
+        panels: By the name of what was varied: "x", its values, numbers (drawn as a line, both axes logarithmic) or
+            names (drawn as bars), and each quantity by name, None where it is not known. All have the same quantities.
+
+    Raises:
+        ValueError: There are no panels, or their quantities differ.
+    """
+    quantities = [[name for name in panel if name != "x"] for panel in panels.values()]
+    if not quantities or any(names != quantities[0] for names in quantities):
+        raise ValueError(f"panels must have the same quantities, got {quantities}.")
+    rows = quantities[0]
+    figure = _figure(3.2 * len(panels), 2.6 * len(rows))
+    grid = figure.subplots(len(rows), len(panels), squeeze=False)
+    for column, (varied, panel) in enumerate(panels.items()):
+        for row, quantity in enumerate(rows):
+            axes = grid[row, column]
+            known = [(x, y) for x, y in zip(panel["x"], panel[quantity], strict=True) if y is not None]
+            if not known:
+                axes.set_axis_off()
+                continue
+            x, y = zip(*known, strict=True)
+            if isinstance(x[0], str):
+                axes.bar(range(len(x)), y, color=SKY, width=0.7)
+                axes.set_xticks(range(len(x)), [name.replace(", ", ",\n") for name in x], fontsize=8)
+                axes.tick_params(axis="x", length=0)
+                axes.set_ylabel(quantity)
+            else:
+                axes.plot(x, y, "o-", color=BLUE, linewidth=1.5, markersize=4)
+                axes.set(xscale="log", yscale="log", xlabel=varied, ylabel=quantity)
+                axes.set_xticks(x, [f"{value:g}" for value in x], fontsize=8)
+                axes.set_xticks([], minor=True)
+            _tidy(axes)
+    return figure
+
+
+def plot_race(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], unit: str) -> Figure:
+    """Validation accuracy against the time that training took so far, a line for each run.
+
+    Args:
+        curves: By name: seconds, and accuracies in [0, 1], as many.
+        unit: What the seconds are, e.g. "CPU seconds".
+
+    Raises:
+        ValueError: There are no curves, or one has no points.
+    """
+    if not curves or not all(len(seconds) for seconds, _ in curves.values()):
+        raise ValueError("there is nothing to draw; give at least 1 curve, and 1 point in each.")
+    figure = _figure(6.4, 4.0)
+    axes = figure.subplots()
+    entries = []
+    for (name, (seconds, accuracy)), colour in zip(curves.items(), _line_colours(len(curves)), strict=True):
+        axes.plot(seconds, accuracy, "o-", color=colour, linewidth=1.5, markersize=3)
+        entries.append(_handle(colour, f"{name}: {max(accuracy):.2%} in {seconds[-1]:,.0f}", marker="o"))
+    axes.set(xscale="log", xlabel=f"{unit} of training", ylabel="validation accuracy (%)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    _tidy(axes)
+    _legend(axes, entries, loc="lower right")
     return figure
 
 

@@ -96,6 +96,70 @@ def test_training_curves_draw_the_numbers_of_the_file(history):
     assert len(plots.plot_training_curves(history.parent).axes) == 2
 
 
+def test_history_has_times_where_there_are_any(history, tmp_path):
+    assert np.isnan(plots.read_history(history)["train_cpu_seconds"]).all()
+    (tmp_path / "history.csv").write_text("step,loss,train_seconds,train_cpu_seconds\n1,2.5,0.5,0.75\n2,1.5,1,1.5\n")
+    columns = plots.read_history(tmp_path)
+    assert (columns["train_seconds"].tolist(), columns["train_cpu_seconds"].tolist()) == ([0.5, 1], [0.75, 1.5])
+
+
+def test_bars_of_contestants_in_groups():
+    groups = {
+        "small": {"ours": (2.0, "2 $x$"), "theirs": (1.0, "1 x")},
+        "large": {"theirs": (1.0, "1 x"), "third": (0.5, "half"), "ours": (1.5, "1.5 x")},
+    }
+    figure = draw(plots.plot_bars(groups, "speed", reference=1.0))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["small", "large"]
+    assert [[bar.get_width() for bar in axes.patches] for axes in figure.axes] == [[2, 1], [1, 0.5, 1.5]]
+    for axes, bars in zip(figure.axes, groups.values(), strict=True):
+        assert [label.get_text() for label in axes.get_yticklabels()] == list(bars)
+        assert [text.get_text() for text in axes.texts] == [text for _, text in bars.values()]
+        assert axes.lines[0].get_xdata()[0] == 1
+        assert axes.get_xlim() == figure.axes[0].get_xlim()
+        assert overlaps([*axes.texts, axes.title]) == []
+    colours = [
+        {name: bar.get_facecolor() for name, bar in zip(bars, axes.patches, strict=True)}
+        for axes, bars in zip(figure.axes, groups.values(), strict=True)
+    ]
+    assert colours[0]["ours"] == colours[1]["ours"] != colours[0]["theirs"] == colours[1]["theirs"]
+    assert figure.axes[-1].get_xlabel() == "speed"
+    for nothing in ({}, {"small": {}}):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            plots.plot_bars(nothing, "speed")
+
+
+def test_scaling_draws_numbers_as_lines_and_names_as_bars():
+    panels = {
+        "batch": {"x": [1, 8, 64], "images/s": [10.0, 60.0, 100.0], "MB": [1.0, None, 4.0]},
+        "processes": {"x": ["1 process, 1 thread", "2 processes"], "images/s": [5.0, 9.0], "MB": [None, None]},
+    }
+    figure = draw(plots.plot_scaling(panels))
+    speed, bars, memory, nothing = figure.axes
+    assert (speed.lines[0].get_xdata().tolist(), speed.lines[0].get_ydata().tolist()) == ([1, 8, 64], [10, 60, 100])
+    assert (speed.get_xscale(), speed.get_yscale(), speed.get_xlabel()) == ("log", "log", "batch")
+    assert [label.get_text() for label in speed.get_xticklabels()] == ["1", "8", "64"]
+    assert memory.lines[0].get_xdata().tolist() == [1, 64]  # what is not known is left out
+    assert [bar.get_height() for bar in bars.patches] == [5, 9]
+    assert not nothing.axison
+    assert overlaps([*bars.get_xticklabels(), *speed.get_xticklabels()]) == []
+    with pytest.raises(ValueError, match="same quantities"):
+        plots.plot_scaling({**panels, "other": {"x": [1], "MB": [1.0]}})
+
+
+def test_race_draws_accuracy_against_time():
+    curves = {"theirs": ([10.0, 20.0, 40.0], [0.3, 0.5, 0.45]), "ours": ([2.0, 4.0], [0.4, 0.6])}
+    figure = draw(plots.plot_race(curves, "CPU seconds"))
+    (axes,) = figure.axes
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[10, 20, 40], [2, 4]]
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[0.3, 0.5, 0.45], [0.4, 0.6]]
+    assert axes.get_xlabel() == "CPU seconds of training"
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == ["theirs: 50.00% in 40", "ours: 60.00% in 4"]
+    for nothing in ({}, {"ours": ([], [])}):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            plots.plot_race(nothing, "seconds")
+
+
 def test_training_curves_of_several_runs(history, tmp_path):
     (tmp_path / "other.csv").write_text(HEADER + "5,0.5,1,2.5,1,,\n10,1,,,,2.0,0.2\n")
     figure = draw(plots.plot_training_curves({"a $x$ run": history, "other": tmp_path / "other.csv"}))
