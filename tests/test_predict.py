@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
-
-import transformers
 from colours import NAMES, colour_model, paint, processor
+from PIL import Image
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 

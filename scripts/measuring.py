@@ -1,0 +1,179 @@
+"""Time and memory, measured fairly, and tables of them: what scripts/benchmark.py measures with."""
+
+import contextlib
+import ctypes
+import gc
+import math
+import multiprocessing
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+OURS, PEAK = "this package", "matrix product"
+
+
+def stopwatch(step: Callable[[], object], device: torch.device, least: float = 0.1) -> Callable[[], float]:
+    """A function that gives the seconds one step takes, over as many as take `least` seconds; warms up first."""
+
+    def seconds(calls: int) -> float:
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        synchronise(device)
+        return (time.perf_counter() - start) / calls
+
+    seconds(2)
+    calls = math.ceil(least / seconds(1))
+    return lambda: seconds(calls)
+
+
+def synchronise(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(contestants: dict[str, Callable[[], float]], rounds: int, title: str) -> dict[str, list[float]]:
+    """Let each contestant measure its seconds once in every round, each round in another order."""
+    samples, order = {name: [] for name in contestants}, random.Random(0)
+    with tqdm(total=rounds * len(contestants), desc=title, unit="sample", delay=2, leave=False) as bar:
+        for _ in range(rounds):
+            for name in order.sample(list(contestants), len(contestants)):
+                samples[name].append(contestants[name]())
+                bar.update()
+    return samples
+
+
+def faster(samples: dict[str, list[float]], name: str, other: str) -> float:
+    """How many times as fast `name` is as `other`: the median, over the rounds, of the ratio within a round."""
+    return float(np.median(np.divide(samples[other], samples[name])))
+
+
+def compare(samples: dict[str, list[float]]) -> dict[str, dict]:
+    """Medians, spread and ratios of contestants whose samples with one index were taken in one round.
+
+    Args:
+        samples: Seconds by contestant; `OURS` and `PEAK` are no peers.
+
+    Returns:
+        For each contestant "seconds", the median; "spread", the interquartile range over the median; and, where there
+        are peers, "vs_fastest_peer", its speed over that of the peer with the smallest median, and "ours_is", our
+        speed over its own.
+    """
+    rivals = [name for name in samples if name not in (OURS, PEAK)]
+    fastest = min(rivals, key=lambda name: np.median(samples[name]), default=None)
+    rows = {}
+    for name, values in samples.items():
+        low, median, high = np.percentile(values, (25, 50, 75)).tolist()
+        rows[name] = {"seconds": median, "spread": (high - low) / median, "samples": values}
+        if fastest is not None and OURS in samples:
+            rows[name]["vs_fastest_peer"] = faster(samples, name, fastest)
+            rows[name]["ours_is"] = faster(samples, OURS, name)
+    return rows
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype, n: int | None = None) -> tuple[Callable, int]:
+    """A product of two large square matrices, and its floating-point operations: what the machine can do at most."""
+    n = n or (8192 if device.type == "cuda" else 2048)
+    a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out), 2 * n**3
+
+
+@contextlib.contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def anonymous_memory() -> int | None:
+    """Bytes that this process itself filled: no code of libraries, no files mapped into memory (Linux; else None)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), None)
+
+
+class PeakMemory:
+    """The most anonymous memory inside a `with`, in `.bytes`, beyond what the process had when this was made.
+
+    It is looked up every millisecond or so; what is shorter can be missed.
+    """
+
+    def __init__(self):
+        self._before = anonymous_memory()
+
+    def __enter__(self):
+        gc.collect()
+        if hasattr(ctypes.CDLL(None), "malloc_trim"):  # what was freed before goes back to the system
+            ctypes.CDLL(None).malloc_trim(0)
+        self._samples, self._stop = [], threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while not self._stop.wait(0.001):
+            self._samples.append(anonymous_memory())
+
+    def __exit__(self, *exception):
+        self._samples.append(anonymous_memory())
+        self._stop.set()
+        self._thread.join()
+        self.bytes = None if self._before is None else max(self._samples) - self._before
+
+
+def in_fresh_processes(jobs: list[tuple[Callable, tuple]], title: str) -> list:
+    """What each function returns for its arguments, in a process that has imported everything and computed nothing."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_fork_each, jobs, title).result()
+
+
+def _fork_each(jobs: list[tuple[Callable, tuple]], title: str) -> list:
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        jobs = tqdm(jobs, desc=title, unit="process", delay=2, leave=False)
+        return [pool.apply(function, arguments) for function, arguments in jobs]
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:,.0f}"
+
+
+def ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} x"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def table(header: list[str], lines: list[str | list[str]]) -> str:
+    """Columns, the first to the left and the others to the right; a bare text stands alone, after an empty line."""
+    cells = [header, *(line for line in lines if isinstance(line, list))]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+
+    def text(line: str | list[str]) -> str:
+        if isinstance(line, str):
+            return f"\n{line}"
+        aligned = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join(map(text, [header, *lines]))

@@ -1,0 +1,466 @@
+"""scripts/benchmark.py: its arithmetic by hand-made timings, its peers, and every section at a tiny size."""
+
+import json
+import math
+import re
+import sys
+import time
+
+import benchmark
+import measuring
+import numpy as np
+import peers
+import pytest
+import torch
+from measuring import OURS, PEAK
+
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+
+CPU = torch.device("cpu")
+SMALL = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+TINY = benchmark.Case("tiny, inference", "showcase", 2, fields=SMALL)
+TINY_TRAINING = benchmark.Case("tiny + class token, training", "showcase", 2, True, {**SMALL, **benchmark.CLASS_TOKEN})
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch):
+    """Arguments so small that every section runs in a moment, most of them without new processes."""
+
+    def in_this_process(jobs, title):
+        return [function(*arguments) for function, arguments in jobs]
+
+    monkeypatch.setattr(benchmark, "in_fresh_processes", in_this_process)
+    monkeypatch.setattr(benchmark, "DATA_BATCH", 8)
+    args = benchmark.parse(["--quick", "--device", "cpu", "--dataset_name", "digits", "--output", str(tmp_path / "o")])
+    args.cases, args.rounds, args.least, args.steps, args.large = [TINY, TINY_TRAINING], 2, 1e-4, 8, "tiny"
+    args.batch_sizes, args.image_sizes = [1, 2], [32, 48]
+    args.race_options = ["--max_train_samples", "64", "--max_eval_samples", "30", "--num_train_epochs", "2"]
+    monkeypatch.setattr(benchmark, "ARRANGEMENTS", {})
+    return args
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def test_medians_spread_and_ratios():
+    # The machine is half as fast in the second round and a quarter as fast in the fifth; one sample is an outlier.
+    samples = {
+        OURS: [1.0, 2.0, 1.0, 1.0, 4.0],
+        "near": [1.1, 2.2, 1.1, 9.9, 4.4],
+        "far": [3.0, 6.0, 3.0, 3.0, 12.0],
+        PEAK: [0.5, 1.0, 0.5, 0.5, 2.0],
+    }
+    rows = measuring.compare(samples)
+    assert {name: row["seconds"] for name, row in rows.items()} == {OURS: 1.0, "near": 2.2, "far": 3.0, PEAK: 0.5}
+    assert rows[OURS]["spread"] == pytest.approx((2.0 - 1.0) / 1.0)
+    assert rows["near"]["spread"] == pytest.approx((4.4 - 1.1) / 2.2)
+    # The matrix product is no peer; the nearest is 1.1 times slower in every round but one.
+    assert rows[OURS]["vs_fastest_peer"] == pytest.approx(1.1)
+    assert rows["far"]["vs_fastest_peer"] == pytest.approx(1.1 / 3)
+    assert rows["near"]["vs_fastest_peer"] == 1
+    assert rows["far"]["ours_is"] == pytest.approx(3)
+    assert rows[PEAK]["ours_is"] == pytest.approx(0.5)
+
+
+def test_without_peers_there_are_no_ratios():
+    rows = measuring.compare({OURS: [1.0, 3.0, 2.0], PEAK: [1.0, 1.0, 1.0]})
+    assert rows[OURS] == {"seconds": 2.0, "spread": 0.5, "samples": [1.0, 3.0, 2.0]}
+
+
+def test_stopwatch_warms_up_and_repeats_short_steps(monkeypatch):
+    now, calls = [0.0], [0]
+
+    def step():
+        calls[0] += 1
+        now[0] += 5.0 if calls[0] == 1 else 0.03  # the first is slow, as with torch.compile
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    measure = measuring.stopwatch(step, CPU, least=0.1)
+    before = calls[0]
+    assert measure() == pytest.approx(0.03)
+    assert calls[0] - before == 4  # 0.1 s
+
+
+def test_every_contestant_runs_once_a_round_and_the_order_changes():
+    ran = []
+
+    def contestant(name):
+        return lambda: ran.append(name) or len(ran)
+
+    samples = measuring.interleave({name: contestant(name) for name in "abc"}, 6, "test")
+    rounds = [tuple(ran[start : start + 3]) for start in range(0, 18, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 1
+    for name in "abc":
+        assert samples[name] == [3 * i + order.index(name) + 1 for i, order in enumerate(rounds)]
+
+
+def test_table_aligns_and_sets_titles_apart():
+    text = measuring.table(["", "ms", "ratio"], ["a title", ["first", "1.5", "1.00 x"], ["second one", "12", ""]])
+    assert text.splitlines() == [
+        "             ms   ratio",
+        "",
+        "a title",
+        "first       1.5  1.00 x",
+        "second one   12",
+    ]
+    assert [measuring.number(value) for value in (0.01234, 12.34, 1234.5)] == ["0.0123", "12.3", "1,234"]
+    assert measuring.megabytes(2_500_000_000) == "2,500"
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_what_was_filled_for_a_while_and_no_mapped_file(tmp_path):
+    np.zeros(40_000_000, np.uint8).tofile(tmp_path / "mapped")
+    with measuring.PeakMemory() as memory:
+        filled = np.ones(50_000_000, np.uint8)
+        time.sleep(0.2)
+        del filled
+        assert not np.memmap(tmp_path / "mapped", np.uint8).any()
+    assert 45e6 < memory.bytes < 65e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_from_disk_in_a_fresh_process(args, monkeypatch):
+    monkeypatch.setattr(benchmark, "in_fresh_processes", measuring.in_fresh_processes)
+    result = benchmark.measure_memory(args)
+    assert result["parameters"] == 5_717_416
+    assert [row["name"] for row in result["rows"]] == [OURS, "transformers"]
+    for row in result["rows"]:
+        assert row["seconds"] > 0
+        assert row["of_size"] == row["memory_bytes"] / result["float32_bytes"] < 3
+    assert "5,717,416 parameters, 23 MB" in benchmark.show_memory(result)
+
+
+def test_memory_refuses_a_full_disk(args, monkeypatch):
+    monkeypatch.setattr(benchmark.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1e6}))
+    with pytest.raises(ValueError, match=r"GB free, but two models take 0\.0 GB; name another"):
+        benchmark.measure_memory(args)
+
+
+# -- peers -------------------------------------------------------------------------------------------------------------
+
+
+def test_teaching_layout_has_the_size_of_showcase():
+    parameters = sum(p.numel() for p in peers.TeachingViT().parameters())
+    assert parameters == 847_626
+    assert parameters == ViTScratchForImageClassification(ViTScratchConfig.preset("showcase")).num_parameters()
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_peers_compute_what_we_do(name):
+    compared = 0
+    for case in (TINY, TINY_TRAINING):
+        try:
+            peer = benchmark.make_model(case, name)
+        except ImportError as error:
+            pytest.skip(f"{name} does not import: {error}")
+        except ValueError:
+            continue  # another geometry
+        if peers.PEERS[name][1]:
+            assert benchmark.difference(case, benchmark.make_model(case, OURS), peer) < 1e-5
+        assert benchmark.logits_of(peer(torch.randn(2, 3, 16, 16))).shape == (2, 10)
+        compared += 1
+    assert compared == (2 if name == "timm" else 1)
+
+
+def test_what_does_not_import_is_named(monkeypatch):
+    monkeypatch.setattr(peers, "REASONS", {"timm": "No module named 'timm'"})
+    with pytest.raises(ImportError, match="No module named 'timm'"):
+        peers.make_peer("timm", None)
+
+
+def test_libraries_are_found_or_excused(monkeypatch):
+    """torchvision is tried again once its operators are declared; what fails then is excused with its reason."""
+    tried, declared = [], []
+
+    def import_module(name):
+        tried.append(name)
+        if name == "torchvision" and not declared:
+            raise RuntimeError("operator torchvision::nms does not exist\nand more")
+        if name == "timm":
+            raise ImportError("No module named 'timm'")
+        return name
+
+    monkeypatch.setattr(peers.importlib, "import_module", import_module)
+    monkeypatch.setattr(peers, "declare_operators", lambda: declared.append(1) or "operators")
+    modules, reasons, operators = peers.import_libraries()
+    assert tried == ["torchvision", "torchvision", "timm", "vit_pytorch"]
+    assert modules == {"torchvision": "torchvision", "vit_pytorch": "vit_pytorch"}
+    assert reasons == {"timm": "No module named 'timm'"}
+    assert operators == "operators"
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------
+
+
+def test_model(args, monkeypatch):
+    monkeypatch.setattr(peers, "REASONS", {"timm": "No module named 'timm'", **peers.REASONS})
+
+    def interleave(contestants, rounds, title):
+        assert list(contestants)[:1] + list(contestants)[-1:] == [OURS, PEAK]
+        return {name: [4.0, 8.0] for name in contestants} | {OURS: [2.0, 5.0], PEAK: [1.0, 3.0]}
+
+    monkeypatch.setattr(benchmark, "interleave", interleave)
+    result = benchmark.measure_model(args)
+    names = {case.title: [row["name"] for row in result["rows"] if row["case"] == case.title] for case in args.cases}
+    assert names[TINY.title] == [OURS, "teaching layout"]
+    assert names[TINY_TRAINING.title][:2] == [OURS, "transformers"]
+    assert "timm" in result["absent"]
+    for row, group in zip(result["rows"], [g for g in result["cases"] for _ in names[g["case"]]], strict=True):
+        assert (row["seconds"], row["images_per_second"]) == ((3.5, 2 / 3.5) if row["name"] == OURS else (6, 2 / 6))
+        assert row["vs_fastest_peer"] == (1.8 if row["name"] == OURS else 1)
+        assert group["peak_flops_per_second"] == 2 * 2048**3 / 2
+        rounds = (1 / 2 + 3 / 5) / 2 if row["name"] == OURS else (1 / 4 + 3 / 8) / 2
+        assert row["of_peak"] == pytest.approx(rounds * 2 * group["flops_per_image"] / (2 * 2048**3))
+        assert row["memory_bytes"] is not None or sys.platform != "linux"
+    forward, training = (group["flops_per_image"] for group in result["cases"])
+    # N = 4 patches of 192 numbers, D = 16, MLP 24, 2 blocks, 10 classes; a training step is three times inference.
+    block = 2 * (4 * (4 * 16 * 16 + 2 * 16 * 24) + 2 * 4 * 4 * 16)
+    assert forward == 2 * 4 * 192 * 16 + 2 * block + 2 * 16 * 10
+    assert training % 3 == 0 and training > 3 * forward
+    text = benchmark.show_model(result)
+    assert "Not compared, as it does not import here: timm (No module named 'timm')" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_model_refuses_peers_that_compute_something_else(args, monkeypatch):
+    make_peer = peers.make_peer
+
+    def broken(name, ours):
+        peer = make_peer(name, ours)
+        with torch.no_grad():
+            next(peer.parameters()).add_(0.1)
+        return peer
+
+    monkeypatch.setattr(peers, "make_peer", broken)
+    args.cases = [TINY]
+    with pytest.raises(ValueError, match=r"logits of .* differ from ours by .* although the weights are the same"):
+        benchmark.measure_model(args)
+
+
+def test_widest_model_table_fits():
+    cases = [case.title for case in (*benchmark.CASES["cpu"], *benchmark.CASES["cuda"])]
+    row = {"seconds": 12.345678, "spread": 1.2, "images_per_second": 123456.7, "vs_fastest_peer": 12.34, "samples": []}
+    row |= {"ours_is": 12.34, "of_peak": 1.0, "memory_bytes": 12_345_678_901}
+    groups = [{"case": case, "flops_per_image": 105.4e9, "peak_flops_per_second": 789e12} for case in cases]
+    rows = [{"case": case, "name": name, **row} for case in cases for name in (OURS, *peers.PEERS)]
+    text = benchmark.show_model({"rows": rows, "cases": groups, "absent": {"timm": "no " * 60}})
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(benchmark.draw_model({"rows": rows, "cases": groups}).axes) == len(cases)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_bf16_and_compiled_steps(training, monkeypatch):
+    """What a GPU is asked for, here on the CPU and with a compiler that only notes that it was called."""
+    compiled, dtypes = [], []
+
+    def compile_(model):
+        compiled.append(model)
+        model.vit.layers[0].mlp.fc1.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    case = benchmark.Case("", "showcase", 2, training, SMALL, bf16=True)
+    model = benchmark.make_model(case, OURS)
+    weight = model.classifier.weight.clone()
+    benchmark.make_step(case, model, CPU)()
+    assert compiled == [model]
+    assert dtypes == [torch.bfloat16]
+    assert (model.classifier.weight.dtype, model.training) == (torch.float32, training)
+    assert torch.equal(weight, model.classifier.weight) != training
+
+
+def test_data_paths(args):
+    pictures = benchmark.random_pictures(32, CPU)
+    paths = [benchmark.our_data_path]
+    if "torchvision" in peers.MODULES:
+        paths.append(benchmark.torchvision_data_path)
+    for title, settings in benchmark.DATA_CASES.items():
+        for path in paths:
+            images, labels = path(pictures, settings)()
+            assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.float32)
+            assert labels.shape == ((8, 10) if "mixup" in title else (8,))
+            mean, std = torch.tensor(benchmark.MEAN), torch.tensor(benchmark.STD)
+            low, high = (-mean / std).min(), ((1 - mean) / std).max()  # bytes, normalised
+            assert low - 1e-5 <= images.min() < -1 and 1 < images.max() <= high + 1e-5
+
+    threads = torch.get_num_threads()
+    result = benchmark.measure_data(args)
+    assert torch.get_num_threads() == threads
+    assert [row["case"] for row in result["rows"] if row["name"] == OURS] == list(benchmark.DATA_CASES)
+    for row in result["rows"]:
+        assert row["images_per_second"] == 8 / row["seconds"]
+        assert 0 < row["share_of_step"] < 1
+
+
+def test_batches_cover_all_pictures():
+    indices = benchmark.batches(10, 4)
+    epoch = next(indices) + next(indices)
+    assert len(set(epoch)) == 8
+    assert sorted(next(indices) + next(indices)) != sorted(epoch) or len(next(indices)) == 4
+
+
+def test_trainer(args, capsys):
+    result = benchmark.measure_trainer(args)
+    for row in result["rows"]:
+        samples = {name: np.array(values) for name, values in row["samples"].items()}
+        assert row["cost_seconds"] == pytest.approx(np.median(samples["trainer"] - samples["bare"]))
+        assert row["cost_share"] == pytest.approx(np.median(samples["trainer"] / samples["bare"]) - 1)
+    assert capsys.readouterr().out == ""  # Trainer's own log would stand between the tables
+    assert "2 blocks, width 64" in benchmark.show_trainer(result)
+
+
+def test_trainer_and_bare_loop_do_the_same_work(monkeypatch):
+    """Both see the same number of batches of the same shape, and move every weight."""
+    models, seen = [], []
+    make = benchmark.ViTScratchForImageClassification
+
+    def watched(config):
+        torch.manual_seed(0)
+        models.append(make(config))
+        models[-1].register_forward_pre_hook(
+            lambda model, inputs, kwargs: seen.append((kwargs.get("pixel_values", *inputs).shape, model.training)),
+            with_kwargs=True,
+        )
+        return models[-1]
+
+    monkeypatch.setattr(benchmark, "ViTScratchForImageClassification", watched)
+    config = ViTScratchConfig.preset("showcase", **{**SMALL, "image_size": 32})
+    start, pictures = watched(config).state_dict(), benchmark.random_pictures(128, CPU)
+    for seconds in (benchmark.bare_seconds, benchmark.trainer_seconds):
+        assert seconds(config, pictures, 8, CPU) > 0
+        assert seen == [((64, 3, 32, 32), True)] * 8
+        seen.clear()
+        moved = [name for name, p in models[-1].state_dict().items() if not torch.equal(p, start[name])]
+        assert len(moved) == len(start)
+
+
+def test_scale(args, monkeypatch):
+    monkeypatch.setattr(benchmark, "ARRANGEMENTS", {"1 process, 1 thread": (1, 1), "2 processes, 1 thread": (2, 1)})
+    monkeypatch.setattr(benchmark, "train_in_processes", lambda processes, threads, steps: 0.5 / processes)
+    result = benchmark.measure_scale(args)
+    found = {(row["axis"], row["x"]): row for row in result["rows"]}
+    assert [found["pixels a side", size]["tokens"] for size in (32, 48)] == [5, 10]
+    assert found["pictures per batch", 1]["flops_per_image"] == found["pictures per batch", 2]["flops_per_image"]
+    assert found["processes", "2 processes, 1 thread"]["images_per_second"] == 4
+    text = benchmark.show_scale(result)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "showcase, training, batch 64 per process" in text
+    assert benchmark.draw_scale(result).axes[0].get_xlabel() == "pictures per batch"
+
+
+@pytest.mark.slow
+def test_two_processes_train_together():
+    assert 0 < benchmark.train_in_processes(2, 1, steps=2) < 60
+
+
+def test_race_is_run_once_and_goes_on_where_it_stopped(args, monkeypatch):
+    import finetune
+
+    started, main = [], finetune.main
+    monkeypatch.setattr(finetune, "main", lambda argv: started.append(argv) or main(argv))
+    result = benchmark.measure_race(args)
+    teaching, ours = result["rows"]
+    assert [argv[0].rpartition("/")[2] for argv in started] == ["teaching_adamw.yaml", "showcase.yaml"]
+    assert teaching["name"], ours["name"] == tuple(benchmark.RACE)
+    assert teaching["parameters"] == 847_626 and teaching["epochs"] == 2
+    for row in result["rows"]:
+        seconds, accuracy = result["curves"][row["name"]].values()
+        assert len(seconds) == len(accuracy) == 2
+        assert 0 < seconds[0] < seconds[1] <= row["seconds"] + 1e-3
+    assert teaching["seconds_to_goal"] in result["curves"]["teaching protocol"]["seconds"]
+    assert benchmark.draw_race(result).axes[0].get_xlabel() == "CPU seconds of training"
+
+    assert benchmark.measure_race(args) == result
+    assert len(started) == 2
+
+    folder = benchmark.run_recipe("teaching protocol", args)
+    (folder / "metrics.json").unlink()  # as if it had been interrupted at the end
+    again = benchmark.measure_race(args)
+    assert started[2][-2:] == ["--resume_from_checkpoint", "last"]
+    assert again["curves"] == result["curves"]
+
+    args.race_options = [*args.race_options, "--seed", "1"]
+    monkeypatch.setattr(finetune, "main", lambda argv: 130)
+    with pytest.raises(KeyboardInterrupt):  # another run, not the one that lies there
+        benchmark.measure_race(args)
+
+
+def test_race_says_who_is_sooner():
+    rows = [{"name": name, "dataset": "CIFAR-10", "parameters": 847_626, "accuracy": 0.66} for name in benchmark.RACE]
+    rows[0] |= {"epochs": 50.0, "seconds": 2791.4, "seconds_to_goal": 2700.0}
+    rows[1] |= {"epochs": 8.0, "seconds": 302.0, "seconds_to_goal": 300.0}
+    text = benchmark.show_race({"rows": rows, "goal": 0.67, "unit": "CPU seconds"})
+    assert "this package is there 9.0 times sooner" in text
+    assert max(map(len, text.splitlines())) <= 80
+    rows[1]["seconds_to_goal"] = None
+    text = benchmark.show_race({"rows": rows, "goal": 0.67, "unit": "CPU seconds"})
+    assert "sooner" not in text and "never" in text
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_command_writes_tables_numbers_and_charts(args, monkeypatch, capsys):
+    def fails(args):
+        raise ValueError("there is no such thing.")
+
+    monkeypatch.setattr(benchmark, "parse", lambda argv: args)
+    monkeypatch.setitem(benchmark.SECTIONS, "scale", (fails, None, None))
+    args.sections = ["scale", "model", "data"]
+    assert benchmark.main([]) == 1  # scale failed, the others were measured
+    output = capsys.readouterr()
+    assert "benchmark.py: scale: there is no such thing." in output.err
+    assert f"torch {torch.__version__}" in output.out.replace("\n", " ")
+    assert "of a training step" in output.out
+    assert max(map(len, output.out.splitlines())) <= 80
+    assert {path.name for path in args.output.iterdir()} == {
+        f"{section}.{suffix}" for section in ("model", "data") for suffix in ("json", "png", "svg")
+    }
+    saved = json.loads((args.output / "data.json").read_text())
+    assert saved["environment"]["versions"]["torch"] == torch.__version__
+    assert saved["quick"] is True
+
+    args.json, args.sections = True, ["data"]
+    assert benchmark.main([]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed) == ["data"]
+    assert all(math.isfinite(row["images_per_second"]) for row in printed["data"]["rows"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sections", "model,moddel"], "'moddel' is none of model, data"),
+        (["--device", "toaster"], "--device (toaster) must be cpu or cuda."),
+        (["--device", "cuda:99x"], "--device (cuda:99x)"),
+    ],
+)
+def test_usage_errors(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        benchmark.main(argv)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unwritable_output(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert benchmark.main(["--device", "cpu", "--output", str(tmp_path / "file")]) == 2
+    assert re.fullmatch(r"benchmark.py: .*File exists.*\n", capsys.readouterr().err)
+
+
+def test_help_fits(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert [name for name in benchmark.SECTIONS if f"\n  {name} " not in text] == []
+
+
+def test_default_sections_are_all_but_the_long_one():
+    assert benchmark.parse([]).sections == ["model", "data", "trainer", "memory", "scale"]
+    assert benchmark.parse(["--sections", "all"]).sections == list(benchmark.SECTIONS)
