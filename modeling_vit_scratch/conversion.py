@@ -709,6 +709,7 @@ def convert_checkpoint(
     image_size: int | tuple[int, int] | None = None,
     num_labels: int | None = None,
     id2label: dict[int, str] | None = None,
+    replace_head: bool = False,
     revision: str | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
@@ -722,8 +723,9 @@ def convert_checkpoint(
         source: One of `FAMILIES`; None to recognise it from the names.
         image_size: Pixels, one number or (height, width), to resize the positions to; None keeps the resolution.
         num_labels: Classes; a number other than the checkpoint's makes the head anew. A head that this model cannot
-            express (two heads, or DINOv2's on class token and mean) is left out if this is given, else refused.
+            express (two heads, or DINOv2's on class token and mean) is made anew if this is given, else refused.
         id2label: Names of the classes; as many as there are.
+        replace_head: Make a head that this model cannot express anew even if `num_labels` is not given.
         revision: Branch, tag or commit of a Hub id.
         cache_dir: Where files of the Hub are kept; None for its usual cache.
         token: For a private Hub id; None for the one that `hf auth login` stored.
@@ -744,7 +746,7 @@ def convert_checkpoint(
         opened = _open(located, str(checkpoint))
         family, named = _recognise(opened, source)
         named.consume = opened.path is not None and isinstance(opened.tensors, dict)
-        model, headless = _convert(opened, family, named, hints, new_head=num_labels is not None)
+        model, headless = _convert(opened, family, named, hints, replace_head or num_labels is not None)
         antialias = FAMILIES[family].antialias
     return _change(model, headless, image_size, num_labels, id2label, antialias)
 

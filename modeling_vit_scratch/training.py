@@ -541,7 +541,8 @@ def load_trained(arguments: ModelArguments) -> tuple[ViTScratchForImageClassific
     source = arguments.model_name_or_path
     fields = config_overrides(arguments)
     hub_access = {"cache_dir": arguments.cache_dir, "token": arguments.token}
-    model = conversion.convert_checkpoint(source, image_size=arguments.image_size, **hub_access, **fields)
+    size = arguments.image_size
+    model = conversion.convert_checkpoint(source, image_size=size, replace_head=True, **hub_access, **fields)
     processor = conversion.image_processor_for(source, model, **hub_access)
     return model, make_processor(model.config, processor.image_mean, processor.image_std)
 
