@@ -82,7 +82,7 @@ def load_predictor(arguments: argparse.Namespace, model: str) -> Predictor:
 
 
 def add_split_options(group):
-    """The options that `load_records` reads besides `dataset`."""
+    """The options that `read_split` reads besides `dataset`."""
     group.add_argument(
         "--split",
         choices=("train", "validation", "test"),
@@ -95,7 +95,7 @@ def add_split_options(group):
     group.add_argument("--max_samples", type=at_least_one, metavar="N", help="so many pictures only, drawn at random")
 
 
-def load_records(arguments: argparse.Namespace, image_hw: tuple[int, int]) -> tuple[Records, list[str]]:
+def read_split(arguments: argparse.Namespace, image_hw: tuple[int, int]) -> tuple[Records, list[str]]:
     """The split and its class names, as the options of `add_split_options` say."""
     return load_split(
         arguments.dataset,

@@ -14,6 +14,7 @@ Exit status: 0; 2 if the model or an option is wrong.
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
@@ -33,11 +34,14 @@ EXAMPLES = Path(__file__).parent / "pictures" / "examples"  # test pictures of C
 SIDE = 448  # pixels, about, of what is shown
 MAX_UPLOAD = "50mb"
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
 #title h1 { margin-bottom: 0; }
-.view img { width: 100%; image-rendering: auto; border-radius: 6px; }
-.pixelated img { image-rendering: pixelated; }
-.caption p { margin: 0; font-size: 0.85em; opacity: 0.8; }
+.heading h3 { margin: 0; }
+.heading p { margin: 0; font-size: 0.9em; opacity: 0.75; min-height: 3.2em; }
+#picture img { width: 100%; height: 100%; object-fit: contain; }
+.view { border: none !important; background: none !important; }
+.view img { width: 100%; border-radius: 8px; image-rendering: pixelated; }
+#took p { font-size: 0.9em; opacity: 0.75; }
 """
 
 
@@ -88,7 +92,7 @@ def look(predictor: Predictor, path: str) -> Look:
     config = predictor.config
     image = load_image(path, config.num_channels)
     pixels = predictor.pixels([image])
-    shown = predictor.pixels([image], enlarge=max(1, round(SIDE / max(config.image_hw))))[0]
+    shown = predictor.pixels([image], enlarge=enlargement(config))[0]
     before = time.perf_counter()
     output = predictor(pixels, output_attentions=True)
     probabilities = predictor.probabilities(output.logits)[0].cpu()
@@ -106,9 +110,9 @@ def look(predictor: Predictor, path: str) -> Look:
     )
 
 
-def image_of(pixels: torch.Tensor):
-    """uint8 (C, H, W) as an array that the page can show, (H, W, 3)."""
-    return pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()
+def enlargement(config) -> int:
+    """Pixels shown, on a side, for each that the model gets."""
+    return max(1, round(SIDE / max(config.image_hw)))
 
 
 def import_gradio():
@@ -126,85 +130,82 @@ def build(predictor: Predictor, examples: list[str]):
     config = predictor.config
     L, A = config.num_hidden_layers, config.num_attention_heads
     (H, W), (height, width), (h, w) = config.image_hw, config.patch_hw, config.grid_hw
+    enlarge, gap = enlargement(config), max(2, SIDE // (24 * max(h, w)))
     remembered = functools.lru_cache(maxsize=64)(lambda path: look(predictor, path))  # sliders ask again and again
-
-    def seen(path: str) -> Look:
-        try:
-            return remembered(path)
-        except (ValueError, OSError) as error:
-            raise gr.Error(f"This file cannot be read as a picture: {error}", duration=None) from error
 
     def answer(path: str | None, layer: int, head: int):
         if path is None:
             return None, None, None, None, ""
-        found = seen(path)
-        enlarge = max(1, round(SIDE / max(config.image_hw)))
+        try:
+            found = remembered(path)
+        except (ValueError, OSError) as error:
+            text = f"This cannot be read as a picture: {str(error).replace(path, Path(path).name)}"
+            gr.Warning(text, duration=None)
+            return None, None, None, None, text  # nothing of an earlier picture stays
         model_ms, all_ms = (1000 * part for part in found.seconds)
         return (
             found.answers or None,
             plots.overlay_pixels(found.shown, found.rollout).numpy(),
             overlay(path, layer, head),
-            image_of(plots.patch_mosaic(found.pixels, config.patch_hw, enlarge, gap=max(2, SIDE // (8 * max(h, w))))),
-            f"The model took **{model_ms:.0f} ms**; with reading the picture **{all_ms:.0f} ms**.",
+            plots.patch_mosaic(found.pixels, config.patch_hw, enlarge, gap).expand(3, -1, -1).permute(1, 2, 0).numpy(),
+            f"The model took {model_ms:.0f} ms, all together {all_ms:.0f} ms.",
         )
 
     def overlay(path: str | None, layer: int, head: int):
-        if path is None:
-            return None
-        found = seen(path)
-        return plots.overlay_pixels(found.shown, found.heads[int(layer) - 1, int(head) - 1]).numpy()
+        with contextlib.suppress(ValueError, OSError):  # which `answer` has told
+            if path is not None:
+                found = remembered(path)
+                return plots.overlay_pixels(found.shown, found.heads[int(layer) - 1, int(head) - 1]).numpy()
+        return None
+
+    def view(name: str, heading: str, text: str):
+        gr.Markdown(f"### {heading}\n{text}", elem_classes="heading")
+        return gr.Image(
+            show_label=False, interactive=False, format="png", buttons=["fullscreen"], elem_id=name, elem_classes="view"
+        )
 
     with gr.Blocks(title="What a Vision Transformer sees", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
-            f"# What a Vision Transformer sees\n`{Path(predictor.name).name}`: {predictor.model.num_parameters():,} "
+            f"# What a Vision Transformer sees\n{Path(predictor.name).name}: {predictor.model.num_parameters():,} "
             f"parameters, {L} blocks of {A} heads, pictures of {W} × {H} pixels in {h * w} patches of {width} × "
             f"{height}.",
             elem_id="title",
         )
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=1):
+        with gr.Row():
+            with gr.Column():
                 picture = gr.Image(
-                    type="filepath", sources=["upload", "clipboard"], label="A picture: drop, paste or pick one",
-                    height=320, elem_id="picture",
+                    label="Picture", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="picture",
+                    placeholder="Drop a picture here, paste it,\nor click to pick one",
                 )  # fmt: skip
                 # gr.Image would open the file itself, and fail without a word where it cannot.
                 picture.preprocess = lambda upload: upload and upload.path
-                if examples:
-                    gr.Examples(examples, picture, label="Or one of these", examples_per_page=12)
-            with gr.Column(scale=1):
+            with gr.Column():
                 label = gr.Label(
-                    num_top_classes=5, label="The likeliest classes", visible=predictor.can_classify, elem_id="answer"
+                    num_top_classes=5, label="The model says", visible=predictor.can_classify, elem_id="answer"
                 )
-                took = gr.Markdown(elem_id="took", elem_classes="caption")
-        with gr.Row(equal_height=False):
-            with gr.Column(min_width=260):
-                rollout = _view(gr, "Attention rollout", "rollout")
-                gr.Markdown(
-                    "How much of each patch reaches the answer, through all blocks: dark none, bright most.",
-                    elem_classes="caption",
-                )
-            with gr.Column(min_width=260):
-                one_head = _view(gr, "Attention of one head", "head")
-                layer = gr.Slider(1, max(L, 2), L, step=1, label="Layer", elem_id="layer", interactive=L > 1)
+                took = gr.Markdown(elem_id="took")
+        if examples:
+            gr.Examples(examples, picture, label="Examples", examples_per_page=12)
+        with gr.Row():
+            with gr.Column(min_width=280):
+                rollout = view(
+                    "rollout", "Attention rollout",
+                    "How much of each patch reaches the answer, through all blocks: dark none, bright the most.",
+                )  # fmt: skip
+            with gr.Column(min_width=280):
+                one_head = view("head", "Attention of one head", "Where one head of one block looks; choose it below.")
+                layer = gr.Slider(1, max(L, 2), L, step=1, label="Block", elem_id="layer", interactive=L > 1)
                 head = gr.Slider(1, max(A, 2), 1, step=1, label="Head", elem_id="which", interactive=A > 1)
-            with gr.Column(min_width=260):
-                patches = _view(gr, "The patches, as the model gets them", "patches", "pixelated")
-                gr.Markdown("Read row by row: these are all that it knows of the picture.", elem_classes="caption")
+            with gr.Column(min_width=280):
+                patches = view("patches", "Patches", "The picture as the model gets it, read row by row.")
         shown = [label, rollout, one_head, patches, took]
-        limit = {"concurrency_limit": os.cpu_count(), "show_progress": "minimal"}
+        limit = {"concurrency_limit": os.cpu_count(), "show_progress": "hidden"}
         picture.change(answer, [picture, layer, head], shown, api_name="classify", **limit)
         for slider in (layer, head):
             slider.change(
                 overlay, [picture, layer, head], one_head, api_name=False, trigger_mode="always_last", **limit
             )
     return page
-
-
-def _view(gr, label: str, name: str, *classes: str):
-    return gr.Image(
-        label=label, interactive=False, format="png", buttons=["fullscreen"], elem_id=name,
-        elem_classes=["view", *classes],
-    )  # fmt: skip
 
 
 def serve(arguments: argparse.Namespace, block: bool = True):
@@ -220,7 +221,8 @@ def serve(arguments: argparse.Namespace, block: bool = True):
     page = build(predictor, [name for name, _ in found])
     page.launch(
         server_name=arguments.host, server_port=arguments.port, share=False, max_file_size=MAX_UPLOAD, quiet=True,
-        prevent_thread_lock=True, footer_links=[], ssr_mode=False, css=CSS, theme=gr.themes.Soft(),
+        prevent_thread_lock=True, footer_links=[], ssr_mode=False, css=CSS,
+        theme=gr.themes.Soft(font=["system-ui", "sans-serif"]),
     )  # fmt: skip
     print(page.local_url, flush=True)
     if block:

@@ -125,7 +125,7 @@ class Sight:
         self.config, self.model = self.predictor.config, self.predictor.model
         self.records, self.pictures, self.titles, self._answers = None, [], [], None
         if args.dataset:
-            self.records, self.data_names = cli.load_records(args, self.config.image_hw)
+            self.records, self.data_names = cli.read_split(args, self.config.image_hw)
             shown = range(min(args.max_pictures, len(self.records)))
             self.pictures = list(self.batch(shown))
             self.titles = [self.data_names[self.records.labels[i]] for i in shown]

@@ -153,7 +153,7 @@ def print_comparison(test: dict):
 
 def validate(arguments: argparse.Namespace) -> int:
     predictors = [cli.load_predictor(arguments, model) for model in arguments.models]
-    records, class_names = cli.load_records(arguments, predictors[0].config.image_hw)
+    records, class_names = cli.read_split(arguments, predictors[0].config.image_hw)
     for predictor in predictors:  # before the first of them starts
         predictor.require_classifier()
         if predictor.config.problem_type == "multi_label_classification":

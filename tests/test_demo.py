@@ -64,7 +64,7 @@ def address(script, folder, photos):
 def test_look(script, folder, photos):
     predictor = Predictor(str(folder), "cpu")
     found = script.look(predictor, str(photos["blue"]))
-    assert list(found.answers)[0] == "blue" and sum(found.answers.values()) == pytest.approx(1, abs=1e-4)
+    assert next(iter(found.answers)) == "blue" and sum(found.answers.values()) == pytest.approx(1, abs=1e-4)
     assert found.pixels.shape == (3, 16, 16) and found.shown.shape == (3, 448, 448)
     assert found.rollout.shape == (2, 2) and found.heads.shape == (3, 2, 2, 2)
     with torch.no_grad():
@@ -100,7 +100,9 @@ def ask(address: str, path: Path):
     """Upload a file and have it answered, as the page does."""
     from gradio_client import Client, handle_file
 
-    return Client(address, verbose=False).predict(handle_file(str(path)), 1, 1, api_name="/classify")
+    return Client(address, verbose=False, httpx_kwargs={"timeout": 120}).predict(
+        handle_file(str(path)), 1, 1, api_name="/classify"
+    )
 
 
 def test_it_listens_on_this_computer_only(address):
@@ -126,18 +128,17 @@ def test_twenty_users_at_once(address, folder, tmp_path):
 
 
 def test_odd_files_get_an_answer_or_a_message_and_it_goes_on(address, photos, tmp_path):
-    from gradio_client.exceptions import AppError
-
     Image.new("RGB", (8660, 5774), GREEN).save(tmp_path / "50 megapixels.jpg")
     assert ask(address, tmp_path / "50 megapixels.jpg")[0]["label"] == "green"
     Image.new("L", (30, 30), 128).save(tmp_path / "grey.gif")
     assert len(ask(address, tmp_path / "grey.gif")[0]["confidences"]) == 3
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(AppError, match="cannot be read as a picture: unreadable image"):
-        ask(address, tmp_path / "text.png")
+    *nothing, message = ask(address, tmp_path / "text.png")
+    assert len(nothing) == 4 and not any(nothing)
+    assert "cannot be read as a picture: unreadable image" in message and str(tmp_path) not in message
     with open(tmp_path / "large.png", "wb") as file:
         file.truncate(100_000_000)
-    with pytest.raises(Exception, match="413|[Ff]ile size|[Tt]oo [Ll]arge"):
+    with pytest.raises(Exception, match=r"413|[Ff]ile size|[Tt]oo [Ll]arge"):
         ask(address, tmp_path / "large.png")
     assert ask(address, photos["red"])[0]["label"] == "red"
 
@@ -248,7 +249,7 @@ def test_messages_in_a_browser(address, browser, photos, tmp_path):
     page.resize(1280, 1000)
     (tmp_path / "text.png").write_text("no picture")
     page.upload(tmp_path / "text.png")
-    page.wait(lambda: "cannot be read as a picture" in browser.page_source, "the message")
+    page.wait(lambda: "cannot be read as a picture" in page.find("#took").text, "the message")
     page.screenshot("message")
     page = Page(browser, address)
     with open(tmp_path / "large.png", "wb") as file:

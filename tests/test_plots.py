@@ -754,7 +754,7 @@ def test_script_takes_the_numbers_that_a_run_saved(script, history, capsys):
 
 
 def test_script_remakes_the_pictures_of_the_readme(script, folder, history, tmp_path, capsys):
-    run = tmp_path / "run"
+    run = tmp_path / "model"
     shutil.copytree(folder, run)
     shutil.copy(history, run / "history.csv")
     words = ["readme", str(run)]

@@ -23,7 +23,10 @@ def shapes() -> dict[str, list[tuple[int, ...]]]:
     seen = {}
 
     def note(name, module):
-        module.register_forward_hook(lambda _, inputs, output: seen.setdefault(name, (inputs[0], output)))
+        def hook(_, inputs, output):
+            seen.setdefault(name, (inputs[0], output))
+
+        module.register_forward_hook(hook)
 
     embeddings = model.vit.embeddings
     note("projection", embeddings.patch_embeddings.projection)
