@@ -22,7 +22,7 @@ TABLE_OPS = ("auto_contrast", "equalize", "solarize", "posterize", "contrast", "
 BLEND_OPS = ("color", "sharpness")
 AFFINE_OPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 # Streams of randomness of one batch: switching one operation on or off leaves the others' draws as they are.
-_RAND_AUGMENT, _ERASING, _MIXING = 1, 2, 3
+_RAND_AUGMENT, _ERASING, _MIXING, _MASK = 1, 2, 3, 5
 
 
 def stateless_generator(*key: int) -> torch.Generator:
@@ -355,6 +355,28 @@ def mix(
 
 
 # Normalisation, and all of it
+
+
+def draw_mask(
+    batch: int, grid_hw: tuple[int, int], unit_hw: tuple[int, int], ratio: float, key: tuple[int, ...]
+) -> torch.Tensor:
+    """Which patches of each picture are hidden (SimMIM, Xie et al., 2022, sec. 3.2).
+
+    Args:
+        batch: Number of pictures B.
+        grid_hw: Patches (h, w) of a picture.
+        unit_hw: Patches (down, across) that are hidden or shown together.
+        ratio: Share of the units that is hidden, rounded up.
+        key: What the draw is a function of.
+
+    Returns:
+        bool (B, h, w).
+    """
+    down, across = (-(-side // unit) for side, unit in zip(grid_hw, unit_hw, strict=True))
+    rank = torch.rand(batch, down * across, generator=stateless_generator(*key, _MASK)).argsort(1).argsort(1)
+    hidden = (rank < math.ceil(ratio * down * across)).view(batch, down, across)
+    hidden = hidden.repeat_interleave(unit_hw[0], 1).repeat_interleave(unit_hw[1], 2)
+    return hidden[:, : grid_hw[0], : grid_hw[1]]
 
 
 def normalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:

@@ -337,6 +337,43 @@ def load_records(
     return records, class_names
 
 
+def load_pictures(
+    dataset: datasets.DatasetDict,
+    image_column: str | None = None,
+    train_val_split: float = 0.1,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    seed: int = 42,
+) -> dict[str, Records]:
+    """Pictures to learn from without labels, and those held out; a test split is left alone. Every label is 0.
+
+    Arguments as for `load_splits`.
+    """
+    validation = next((name for name in VALIDATION_SPLITS if name in dataset), None)
+    records = {}
+    for split, name in (("train", "train"), ("validation", validation)):
+        if name is not None:
+            if name not in dataset:
+                raise ValueError(f"there is no 'train' split; the dataset has {', '.join(dataset) or 'none'}.")
+            column = find_column(dataset[name], image_column, IMAGE_COLUMNS, "image")
+            _check_columns(dataset[name], (column,), name)
+            records[split] = _records(dataset[name], column, np.zeros(len(dataset[name]), np.int64), name)
+    if validation is None:
+        train, count = records["train"], len(records["train"])
+        held_out = round(train_val_split * count)
+        if not 0 < held_out < count:
+            raise ValueError(
+                f"{train_val_split:g} of {count} pictures cannot be held out; add pictures, or change "
+                "--train_val_split."
+            )
+        order = np.random.default_rng(seed).permutation(count)
+        records = {"train": train.select(np.sort(order[held_out:])), "validation": train.select(order[:held_out])}
+    for split, limit in (("train", max_train_samples), ("validation", max_eval_samples)):
+        if limit is not None and limit < len(records[split]):
+            records[split] = records[split].select(_drawn(len(records[split]), limit, seed))
+    return records
+
+
 def load_split(
     name: str,
     split: str | None = None,
@@ -405,18 +442,26 @@ def check_split(
         The records, and the class names.
     """
     image_column, label_column = columns
+    _check_columns(dataset, columns, split)
+    class_names = class_names or _class_names(dataset, label_column, split)
+    labels = _labels(dataset, label_column, class_names, split)
+    return _records(dataset, image_column, labels, split), class_names
+
+
+def _check_columns(dataset: datasets.Dataset, columns: tuple[str, ...], split: str):
     if len(dataset) == 0:
         raise ValueError(f"split {split!r} is empty; remove it, or add images.")
     for column in columns:
         if column not in dataset.column_names:
             raise ValueError(f"split {split!r} has no column {column!r}; it has {', '.join(dataset.column_names)}.")
-    class_names = class_names or _class_names(dataset, label_column, split)
-    labels = _labels(dataset, label_column, class_names, split)
+
+
+def _records(dataset: datasets.Dataset, image_column: str, labels: np.ndarray, split: str) -> Records:
     kind = dataset.features[image_column]
     if not isinstance(kind, datasets.Image):
         raise ValueError(f"column {image_column!r} does not hold images but {kind}; name another, or cast it to Image.")
     dataset = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    return Records(dataset, image_column, labels, np.arange(len(labels)), split), class_names
+    return Records(dataset, image_column, labels, np.arange(len(labels)), split)
 
 
 def decode(records: Records, processor, num_channels: int) -> DecodedImages | None:
@@ -490,6 +535,7 @@ def load_splits(
     seed: int = 42,
     cache_dir: str | None = None,
     token: str | None = None,
+    labelled: bool = True,
 ) -> ImageSplits:
     """Load a dataset for training; everything is checked before the first picture is decoded.
 
@@ -506,6 +552,8 @@ def load_splits(
         seed: Of the validation cut and of random crops.
         cache_dir: Where `datasets` keeps its files.
         token: For private Hub datasets.
+        labelled: False for pictures alone: a folder may then hold them without directories for classes, and there
+            are no class names and no test split.
 
     Raises:
         ValueError: Says which row, column, split or class is wrong, and the mend.
@@ -516,10 +564,12 @@ def load_splits(
         if value is not None and value < 1:
             raise ValueError(f"{option} ({value}) must be at least 1.")
     size = processor.size["height"], processor.size["width"]
-    raw = load_raw(name, config_name, data_files, cache_dir, token, size)
-    records, class_names = load_records(
-        raw, image_column, label_column, train_val_split, max_train_samples, max_eval_samples, seed
-    )
+    raw = load_raw(name, config_name, data_files, cache_dir, token, size, labelled=labelled)
+    limits = train_val_split, max_train_samples, max_eval_samples, seed
+    if labelled:
+        records, class_names = load_records(raw, image_column, label_column, *limits)
+    else:
+        records, class_names = load_pictures(raw, image_column, *limits), []
     splits = {split: decode(part, processor, num_channels) for split, part in records.items()}
     if splits["train"] is None:
         sample = np.linspace(0, len(records["train"]) - 1, min(len(records["train"]), 512)).astype(int)

@@ -82,7 +82,9 @@ def _png(figure: Figure, max_bytes: int) -> bytes:
 # -- training and results ----------------------------------------------------------------------------------------------
 
 
-def plot_training_curves(histories: str | Path | Mapping[str, str | Path]) -> Figure:
+def plot_training_curves(
+    histories: str | Path | Mapping[str, str | Path], loss: str = "cross-entropy (nats)"
+) -> Figure:
     """Loss (training and validation) and validation accuracy over the epochs, of one or several runs.
 
     The values are those of the files. Of more than 200 training losses, the running mean over a fiftieth of them is
@@ -91,6 +93,7 @@ def plot_training_curves(histories: str | Path | Mapping[str, str | Path]) -> Fi
     Args:
         histories: A `history.csv` or the folder that holds it, or several by name. Columns: "epoch" or "step"; "loss",
             "eval_loss" and "eval_accuracy" (in [0, 1]), as far as there are any. Cells may be empty.
+        loss: What the loss is, and its unit.
 
     Raises:
         ValueError: A file has no rows, lacks these columns, or holds something that is not a number.
@@ -122,7 +125,7 @@ def plot_training_curves(histories: str | Path | Mapping[str, str | Path]) -> Fi
     for axes in panels:
         axes.set_xlabel(unit)
         _tidy(axes)
-    panels[0].set(title="Loss", ylabel="cross-entropy (nats)")
+    panels[0].set(title="Loss", ylabel=loss)
     kinds = [("training", "loss", BLUE, "-" if single else "--"), ("validation", "eval_loss", ORANGE, "-")]
     _legend(
         panels[0],
@@ -668,6 +671,40 @@ def plot_patch_sequence(image: torch.Tensor, patch_hw: tuple[int, int]) -> Figur
             place = -gap, row * (height + line) + height / 2
             sequence.text(*place, f"{row * across + 1}", ha="right", va="center", fontsize=7)
     sequence.set_title(f"{N} patches of {height} × {width} pixels, in reading order", fontsize=10)
+    return figure
+
+
+def plot_reconstructions(images: torch.Tensor, mask: torch.Tensor, painted: torch.Tensor) -> Figure:
+    """What a masked image model sees and what it paints: pictures, the same with patches hidden, and these painted.
+
+    What was not hidden is drawn as it is.
+
+    Args:
+        images: (n, C, H, W), uint8, or floating point in [0, 1].
+        mask: bool (n, h, w), true for each hidden patch.
+        painted: (n, C, H, W), floating point in [0, 1].
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    pictures = torch.stack([_pixels(image) for image in images])
+    if painted.shape != pictures.shape or len(mask) != len(pictures):
+        raise ValueError(
+            f"images {tuple(pictures.shape)}, painted {tuple(painted.shape)} and mask {tuple(mask.shape)} must be of "
+            "the same pictures."
+        )
+    hidden = torch.nn.functional.interpolate(mask[:, None].float(), pictures.shape[2:]) > 0.5  # (n, 1, H, W)
+    rows = {
+        "picture": pictures,
+        "what the model sees": torch.where(hidden, 0.5, pictures),
+        "what it paints": torch.where(hidden, painted.float().clamp(0, 1), pictures),
+    }
+    figure = _figure(min(1.25 * len(pictures), 12.0) + 0.3, 4.1 * pictures.shape[2] / pictures.shape[3] + 0.6)
+    panels = figure.subplots(3, len(pictures), squeeze=False)
+    for line, (name, row) in zip(panels, rows.items(), strict=True):
+        for axes, image in zip(line, row, strict=True):
+            _show(axes, image)
+        line[0].set_title(name, fontsize=10, loc="left")
     return figure
 
 

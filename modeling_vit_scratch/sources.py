@@ -106,6 +106,7 @@ def load_raw(
     token: str | None = None,
     image_size: tuple[int, int] = (32, 32),
     streaming: bool = False,
+    labelled: bool = True,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """A dataset by its Hub id, its folder, or the name "digits"; pictures still encoded.
 
@@ -118,6 +119,7 @@ def load_raw(
         token: For private Hub datasets.
         image_size: (height, width) at which digits are drawn.
         streaming: Read a Hub dataset, or a folder in its layout, while it is used instead of preparing it on disk.
+        labelled: Whether the directories of a folder are classes; if not, it is the pictures below it that count.
 
     Raises:
         ValueError: There is no such dataset, or a class directory of an image folder has no images.
@@ -128,7 +130,8 @@ def load_raw(
     if not folders and name and Path(name).is_dir() and _is_image_folder(Path(name)):
         folders = _split_folders(Path(name))
     if folders:
-        return datasets.DatasetDict({split: _image_folder(folder, split) for split, folder in folders.items()})
+        read = _image_folder if labelled else _loose_pictures
+        return datasets.DatasetDict({split: read(folder, split) for split, folder in folders.items()})
     try:
         return datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
     except Exception as error:  # each format, and each way of not being there, fails in its own way
@@ -200,6 +203,16 @@ def _image_folder(folder: Path, split: str) -> datasets.Dataset:
     )
     columns = {"image": [{"bytes": None, "path": path} for path in paths], "label": labels}
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _loose_pictures(folder: Path, split: str) -> datasets.Dataset:
+    """Every picture in a folder and below it."""
+    suffixes = Image.registered_extensions()
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and _is_visible(path, folder))
+    if not paths:
+        raise ValueError(f"split {split!r}: {folder} holds no pictures.")
+    columns = {"image": [{"bytes": None, "path": str(path)} for path in paths if path.is_file()]}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(decode=False)}))
 
 
 def _is_visible(path: Path, root: Path) -> bool:

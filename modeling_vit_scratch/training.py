@@ -21,6 +21,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import accelerate
 import numpy as np
@@ -53,6 +54,10 @@ TRAINED_WEIGHTS = "trained_weights.safetensors"
 SAVE_SECONDS, FINISH_SECONDS = 0.5, 6.0
 
 
+# The --task of pretraining.py.
+MASKED = "masked-image-modeling"
+
+
 @dataclass
 class ModelArguments:
     """Which model to train."""
@@ -71,6 +76,10 @@ class ModelArguments:
             "help": "Trained model to start from instead of a preset: folder, file or Hub id, also of transformers, "
             "timm, torchvision, Google, DINO, DINOv2, DeiT, MAE."
         },
+    )
+    task: Literal["image-classification", "masked-image-modeling"] = field(
+        default="image-classification",
+        metadata={"help": f"'image-classification', or '{MASKED}': pre-training without labels."},
     )
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head only (linear probe)."})
     lora_rank: int | None = field(
@@ -125,6 +134,12 @@ class DataArguments:
         metadata={"help": "Smallest share of the area that a random crop keeps; for pictures of different sizes."},
     )
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of mirroring a picture."})
+    mask_ratio: float = field(
+        default=0.6, metadata={"help": f"Share of a picture that is hidden, with --task {MASKED}."}
+    )
+    mask_patch_size: int | None = field(
+        default=None, metadata={"help": "Pixels of the squares that are hidden. Default: the model's patches."}
+    )
     rand_augment: int = field(
         default=0, metadata={"help": "Random operations of RandAugment that each picture goes through; 0 for none."}
     )
@@ -271,16 +286,23 @@ class ImageTrainer(Trainer):
         smoothing = self.args.label_smoothing_factor if torch.is_grad_enabled() else 0.0
         return image_classification_loss(outputs.logits, labels, self.model.config, smoothing, num_items_in_batch)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        inputs = self._prepare_inputs(inputs)
-        step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
-        inputs["pixel_values"], inputs["labels"] = self.augmentation.with_labels(
-            inputs["pixel_values"],
-            inputs["labels"],
-            step,
-            self.args.process_index,
-            progress=self.state.global_step / max(self.state.max_steps, 1),
+    def training_inputs(self, batch: dict, step: int, progress: float) -> dict:
+        """What the model is trained on: augmented and normalised.
+
+        Args:
+            batch: As `collate` makes it, on the device.
+            step: Batches this process has trained on before.
+            progress: Share of the training that is done, in [0, 1].
+        """
+        images, labels = self.augmentation.with_labels(
+            batch["pixel_values"], batch["labels"], step, self.args.process_index, progress=progress
         )
+        return {"pixel_values": images, "labels": labels}
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        inputs = self.training_inputs(self._prepare_inputs(inputs), step, progress)
         self._micro_step = 0 if self.accelerator.sync_gradients else self._micro_step + 1
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -613,7 +635,7 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, last_pictures: int) -
     Raises:
         ValueError: There is no time for a single step.
     """
-    args, augmentation = trainer.args, trainer.augmentation
+    args = trainer.args
     model = copy.deepcopy(trainer.model).train()
     optimizer = trainer.make_optimizer(model)
     forward = torch.compile(model) if args.torch_compile else model
@@ -622,10 +644,9 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, last_pictures: int) -
     with torch.random.fork_rng():
         begun = time.monotonic()
         for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
-            batch = trainer._prepare_inputs(batch)
-            images, labels = augmentation.with_labels(batch["pixel_values"], batch["labels"], 0, args.process_index)
+            inputs = trainer.training_inputs(trainer._prepare_inputs(batch), 0, 0.0)
             with trainer.accelerator.autocast():
-                loss = trainer.compute_loss(forward, {"pixel_values": images, "labels": labels})
+                loss = trainer.compute_loss(forward, inputs)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -638,7 +659,7 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, last_pictures: int) -
         batch = next(iter(trainer.get_eval_dataloader()))
         for _ in range(2):
             begun = time.monotonic()
-            trainer.prediction_step(model.eval(), dict(batch), prediction_loss_only=False)[1].sum().item()
+            trainer.prediction_step(model.eval(), dict(batch), prediction_loss_only=False)[0].item()
         picture = (time.monotonic() - begun) / len(batch["labels"])
     epoch = max(len(loader) // args.gradient_accumulation_steps, 1)
     per_epoch = 0.0
@@ -668,17 +689,18 @@ def hardware(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
-def _table(rows: dict[str, object]) -> str:
+def table(rows: dict[str, object]) -> str:
     width = max(map(len, rows))
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
 
 
 def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: float | None) -> str:
     args, config = trainer.args, trainer.model.config
-    sizes = [f"{count:,} {name}" for name, count in _sizes(splits).items()]
+    sizes = [f"{count:,} {name}" for name, count in split_sizes(splits).items()]
     if isinstance(splits.train, StreamedImages):
         sizes.insert(0, "streamed train")
     global_batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    classes = f"{len(splits.class_names)} classes, " if splits.class_names else ""
     rate = "set by validation" if last_rate is None else f"{last_rate:.3g}"
     height, width = config.image_hw
     epochs = ""
@@ -689,7 +711,7 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
         f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}",
         "parameters": f"{trainer.model.num_parameters():,}{_frozen(trainer.model)}",
         "FLOPs per image": f"{flops_per_image(trainer.model):,} (forward)",
-        "data": f"{splits.name}: {', '.join(sizes)} images, {len(splits.class_names)} classes, {height}x{width} px",
+        "data": f"{splits.name}: {', '.join(sizes)} images, {classes}{height}x{width} px",
         "global batch": f"{global_batch} = {args.per_device_train_batch_size} per device x {args.world_size} "
         f"process{'es' * (args.world_size > 1)} x {args.gradient_accumulation_steps} accumulated",
         "steps": f"{steps:,}{epochs}",
@@ -698,7 +720,7 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
         "device": f"{hardware(args.device)}, {_precision(args)}",
         "output": args.output_dir,
     }
-    return _table(rows)
+    return table(rows)
 
 
 def _public_name(name: str) -> str:
@@ -711,7 +733,7 @@ def _frozen(model: ViTScratchForImageClassification) -> str:
     return "" if trained == model.num_parameters() else f", of which {trained:,} are trained"
 
 
-def _move_small_data(splits: ImageSplits, args: TrainingArguments):
+def move_small_data(splits: ImageSplits, args: TrainingArguments):
     """Pictures that take less than a tenth of the GPU's free memory live there: no batch is copied while training."""
     decoded = [part for part in _parts(splits).values() if isinstance(part, DecodedImages)]
     free, _ = torch.cuda.mem_get_info(args.device)
@@ -730,7 +752,7 @@ def _parts(splits: ImageSplits) -> dict[str, torch.utils.data.Dataset]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _sizes(splits: ImageSplits) -> dict[str, int]:
+def split_sizes(splits: ImageSplits) -> dict[str, int]:
     """Pictures of each split; a stream has no known number."""
     return {name: len(part) for name, part in _parts(splits).items() if not isinstance(part, StreamedImages)}
 
@@ -776,7 +798,7 @@ def _settle_output(arguments: ImageTrainingArguments, model: ModelArguments, dat
         raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir.") from error
 
 
-def _check_space(model: ViTScratchForImageClassification, args: ImageTrainingArguments):
+def check_space(model: ViTScratchForImageClassification, args: ImageTrainingArguments):
     """Refuse a disk that the checkpoints would fill: weights and two moments each, one more than are kept."""
     needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) * ((args.save_total_limit or 2) + 2)
     free = shutil.disk_usage(args.output_dir).free
@@ -787,13 +809,13 @@ def _check_space(model: ViTScratchForImageClassification, args: ImageTrainingArg
         )
 
 
-def _run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainingArguments) -> dict:
+def run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainingArguments) -> dict:
     """What a checkpoint must share with the run that continues it."""
     return {
         **{name: getattr(config, name) for name in ViTScratchConfig.__annotations__},
         "dataset": _public_name(splits.name),
         "classes": splits.class_names,
-        "images": _sizes(splits),
+        "images": split_sizes(splits),
         "processes": args.world_size,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -804,7 +826,7 @@ def _run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainin
     }
 
 
-def _write_history(folder: Path, log_history: list[dict]) -> bool:
+def write_history(folder: Path, log_history: list[dict]) -> bool:
     """One row per logged event, in the order of steps; empty where an event has no such number. False if none was."""
     names = ["step", "epoch", "learning_rate", "loss", "grad_norm", "eval_loss", "eval_accuracy", "eval_top5_accuracy"]
     names += ["train_seconds", "train_cpu_seconds"]
@@ -838,6 +860,158 @@ def _without_resuming(command: list[str]) -> list[str]:
     return kept
 
 
+def begin_run(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments) -> str:
+    """Settle the output folder, seed everything, and return the dataset's name."""
+    data_name = data_args.dataset_name or data_args.train_dir
+    if args.process_index == 0:
+        _settle_output(args, model_args, data_name)
+    if args.world_size > 1:  # one process decides, before any of them makes a folder
+        args.output_dir, args.resume_from_checkpoint = broadcast_object_list(
+            [args.output_dir, args.resume_from_checkpoint]
+        )
+    set_seed(args.seed)
+    transformers.utils.logging.disable_progress_bar()  # of reading and writing files; training keeps its own
+    return data_name
+
+
+def data_settings(
+    model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments, num_channels: int
+) -> dict:
+    """What `load_splits` and `load_streaming` have in common, as the options say."""
+    folders = {"train": data_args.train_dir, "validation": data_args.validation_dir, "test": data_args.test_dir}
+    return {
+        "num_channels": num_channels,
+        "config_name": data_args.dataset_config_name,
+        "data_files": {split: folder for split, folder in folders.items() if folder},
+        "image_column": data_args.image_column_name,
+        "label_column": data_args.label_column_name,
+        "train_val_split": data_args.train_val_split,
+        "max_eval_samples": data_args.max_eval_samples,
+        "crop_scale": data_args.crop_scale,
+        "seed": args.seed,
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.token,
+    }
+
+
+def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, processor, splits: ImageSplits):
+    """The augmentation of a run, as the options say."""
+    padding = data_args.crop_padding
+    if not isinstance(splits.train, DecodedImages):  # those are cropped when they are read
+        padding = 0
+    elif padding is None:
+        padding = min(processor.size["height"], processor.size["width"]) // 8
+    return Augmentation(
+        mean=processor.image_mean,
+        std=processor.image_std,
+        crop_padding=padding,
+        crop_mode=data_args.crop_mode,
+        horizontal_flip=data_args.horizontal_flip,
+        seed=args.seed,
+        rand_augment_ops=data_args.rand_augment,
+        rand_augment_magnitude=data_args.rand_augment_magnitude,
+        erasing=data_args.random_erasing,
+        mixup_alpha=data_args.mixup_alpha,
+        cutmix_alpha=data_args.cutmix_alpha,
+        mix_probability=data_args.mix_probability,
+        num_labels=len(splits.class_names),
+        until=parse_until(data_args.augment_until),
+    )
+
+
+def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
+    """Set what the options leave open as the device and the data want it."""
+    if not isinstance(splits.train, DecodedImages) and args.dataloader_num_workers == 0:
+        args.dataloader_num_workers = max((os.cpu_count() or 1) - 1, 1)
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+        if args.bf16:  # torch's fused attention has a slow backward pass in bfloat16 on CPUs
+            model.set_attn_implementation("eager")
+
+
+def settle_steps(trainer: ImageTrainer, splits: ImageSplits, started: float) -> tuple[int, float | None]:
+    """Steps of the run, within its time budget if it has one, and the learning rate of the last; say what will happen.
+
+    Args:
+        trainer: Of the run.
+        splits: Its pictures.
+        started: `time.monotonic()` when the run began.
+    """
+    args = trainer.args
+    if args.time_budget_seconds is not None:
+        if args.resume_from_checkpoint:
+            args.max_steps = _trainer_state(args.resume_from_checkpoint)["max_steps"]
+        else:
+            left = args.time_budget_seconds - (time.monotonic() - started)
+            measured = (len(part) for name, part in _parts(splits).items() if name != "train")
+            args.max_steps = steps_in_budget(trainer, left, sum(measured))
+    streamed = isinstance(splits.train, StreamedImages)
+    steps, last_rate = _settle_schedule(args, None if streamed else len(trainer.get_train_dataloader()))
+    if args.process_index == 0:
+        print(_summary(trainer, splits, steps, last_rate), flush=True)
+    return steps, last_rate
+
+
+def say_how_to_resume(trainer: ImageTrainer):
+    """Print the command that continues a run that was stopped."""
+    if trainer.args.process_index == 0:
+        options = ["--output_dir", trainer.args.output_dir, "--resume_from_checkpoint", "last"]
+        command = shlex.join(["python", *_without_resuming(sys.argv), *options])
+        print(f"Stopped at step {trainer.state.global_step}. To continue:\n  {command}")
+
+
+def describe_training(trainer: ImageTrainer, steps: int, data_args: DataArguments, lora_rank: int | None) -> dict:
+    """The settings of a run, for `metrics.json`."""
+    args, augmentation = trainer.args, trainer.augmentation
+    lazy = not isinstance(trainer.train_dataset, DecodedImages)
+    return {
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+        "optimizer": args.optim.value,
+        "learning_rate": args.learning_rate,
+        "muon_learning_rate": args.muon_learning_rate,
+        "lora_rank": lora_rank,
+        "ema_decay": args.ema_decay,
+        "lr_scheduler_type": args.lr_scheduler_type.value,
+        "warmup_steps": args.get_warmup_steps(steps),
+        "weight_decay": args.weight_decay,
+        "global_batch_size": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "label_smoothing": args.label_smoothing_factor,
+        "seed": args.seed,
+        "precision": _precision(args),
+        "augmentation": {
+            "crop_padding": augmentation.crop_padding,
+            "crop_mode": augmentation.crop_mode,
+            "crop_scale": data_args.crop_scale if lazy else None,
+            "horizontal_flip": augmentation.horizontal_flip,
+            "rand_augment": augmentation.rand_augment_ops,
+            "rand_augment_magnitude": augmentation.rand_augment_magnitude if augmentation.rand_augment_ops else None,
+            "random_erasing": augmentation.erasing,
+            "mixup_alpha": augmentation.mixup_alpha,
+            "cutmix_alpha": augmentation.cutmix_alpha,
+            "until": dict(augmentation.until),
+        },
+    }
+
+
+def describe_machine(trainer: ImageTrainer, clock: Clock) -> dict:
+    """Time and environment of a run, for `metrics.json`."""
+    args, cpu = trainer.args, torch.tensor(clock.cpu, dtype=torch.float64)
+    if args.world_size > 1:
+        cpu = trainer.accelerator.gather(cpu.to(args.device).view(1)).sum()
+    return {
+        "time": {"train_seconds": clock.wall, "train_cpu_seconds": cpu.item()},
+        "environment": {
+            "hardware": hardware(args.device),
+            "processes": args.world_size,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    }
+
+
 def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments) -> dict | None:
     """Train a classifier as the arguments say, and leave an output folder that is a Hub repository.
 
@@ -850,36 +1024,15 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     """
     started = time.monotonic()
     is_main = args.process_index == 0
-    data_name = data_args.dataset_name or data_args.train_dir
-    if is_main:
-        _settle_output(args, model_args, data_name)
-    if args.world_size > 1:  # one process decides, before any of them makes a folder
-        args.output_dir, args.resume_from_checkpoint = broadcast_object_list(
-            [args.output_dir, args.resume_from_checkpoint]
-        )
     if model_args.lora_rank is not None and (model_args.model_name_or_path is None or model_args.freeze_backbone):
         raise ValueError("lora_rank adapts a trained model: it needs --model_name_or_path, and no --freeze_backbone.")
-    set_seed(args.seed)
-    transformers.utils.logging.disable_progress_bar()  # of reading and writing files; training keeps its own
+    data_name = begin_run(model_args, data_args, args)
 
     # A new model takes mean and std from the data; a trained one comes with the processor it was trained with.
     trained = None if model_args.model_name_or_path is None else load_trained(model_args)
     config = make_config(model_args, ["0", "1"]) if trained is None else trained[0].config
     processor = make_processor(config) if trained is None else trained[1]
-    folders = {"train": data_args.train_dir, "validation": data_args.validation_dir, "test": data_args.test_dir}
-    settings = {
-        "num_channels": config.num_channels,
-        "config_name": data_args.dataset_config_name,
-        "data_files": {split: folder for split, folder in folders.items() if folder},
-        "image_column": data_args.image_column_name,
-        "label_column": data_args.label_column_name,
-        "train_val_split": data_args.train_val_split,
-        "max_eval_samples": data_args.max_eval_samples,
-        "crop_scale": data_args.crop_scale,
-        "seed": args.seed,
-        "cache_dir": model_args.cache_dir,
-        "token": model_args.token,
-    }
+    settings = data_settings(model_args, data_args, args, config.num_channels)
     with args.main_process_first(desc="loading the data"):
         if data_args.streaming:
             if args.max_steps <= 0:
@@ -902,26 +1055,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     adapter = None
     if model_args.lora_rank is not None:
         adapter = lora.add_adapter(model, model_args.lora_rank, _public_name(model_args.model_name_or_path))
-    lazy = isinstance(splits.train, (LazyImages, StreamedImages))
-    padding = data_args.crop_padding
-    augmentation = Augmentation(
-        mean=processor.image_mean,
-        std=processor.image_std,
-        crop_padding=0 if lazy else min(model.config.image_hw) // 8 if padding is None else padding,
-        crop_mode=data_args.crop_mode,
-        horizontal_flip=data_args.horizontal_flip,
-        seed=args.seed,
-        rand_augment_ops=data_args.rand_augment,
-        rand_augment_magnitude=data_args.rand_augment_magnitude,
-        erasing=data_args.random_erasing,
-        mixup_alpha=data_args.mixup_alpha,
-        cutmix_alpha=data_args.cutmix_alpha,
-        mix_probability=data_args.mix_probability,
-        num_labels=len(splits.class_names),
-        until=parse_until(data_args.augment_until),
-    )
-    if lazy and args.dataloader_num_workers == 0:
-        args.dataloader_num_workers = max((os.cpu_count() or 1) - 1, 1)
+    augmentation = make_augmentation(data_args, args, processor, splits)
+    suit_device(args, model, splits)
     clock, stop = Clock(), StopOnSignal()
     pushes = None
     if args.push_to_hub:  # by hub.py, which sends everything in one commit, code files included
@@ -930,11 +1065,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         pushes = hub.HubPushCallback(repo_id, bool(args.hub_private_repo), args.hub_revision, args.hub_token)
         if is_main:
             hub.prepare_repo(pushes.repo_id, pushes.private, pushes.token)
-    if args.device.type == "cpu":
-        args.dataloader_pin_memory = False
-        if args.bf16:  # torch's fused attention has a slow backward pass in bfloat16 on CPUs
-            model.set_attn_implementation("eager")
-    facts = _run_facts(model.config, splits, args)
+    facts = run_facts(model.config, splits, args)
     if adapter is not None:  # a checkpoint has the adapter, and the base comes from where it came from
         facts = {"lora": [model_args.lora_rank, _public_name(model_args.model_name_or_path)], **facts}
     if args.resume_from_checkpoint:
@@ -942,7 +1073,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         if data_args.streaming:  # what was trained on before is passed over, not decoded again
             step = _trainer_state(args.resume_from_checkpoint)["global_step"]
             splits.train.skip_decoding(step * args.gradient_accumulation_steps, args.per_device_train_batch_size)
-    _check_space(model, args)
+    check_space(model, args)
     trainer = ImageTrainer(
         augmentation,
         facts,
@@ -955,16 +1086,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         callbacks=[clock, stop, CropEpoch(), *([pushes] if pushes and args.hub_strategy.value != "end" else [])],
     )
     trainer.add_callback(ResumeLoss(trainer))
-    if args.time_budget_seconds is not None:
-        if args.resume_from_checkpoint:
-            args.max_steps = _trainer_state(args.resume_from_checkpoint)["max_steps"]
-        else:
-            left = args.time_budget_seconds - (time.monotonic() - started)
-            measured = (len(part) for name, part in _parts(splits).items() if name != "train")
-            args.max_steps = steps_in_budget(trainer, left, sum(measured))
-    steps, last_rate = _settle_schedule(args, None if data_args.streaming else len(trainer.get_train_dataloader()))
-    if is_main:
-        print(_summary(trainer, splits, steps, last_rate), flush=True)
+    steps, _ = settle_steps(trainer, splits, started)
     if args.dry_run:
         batch = next(iter(trainer.get_train_dataloader()))
         images = augmentation(batch["pixel_values"][:2].to(args.device), 0, args.process_index)
@@ -976,13 +1098,10 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         return {}
 
     if args.device.type == "cuda":
-        _move_small_data(splits, args)
+        move_small_data(splits, args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if stop.signal is not None:
-        if is_main:
-            options = ["--output_dir", args.output_dir, "--resume_from_checkpoint", "last"]
-            command = shlex.join(["python", *_without_resuming(sys.argv), *options])
-            print(f"Stopped at step {trainer.state.global_step}. To continue:\n  {command}")
+        say_how_to_resume(trainer)
         return None
 
     trainer.save_model()
@@ -994,40 +1113,11 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         "dataset": {
             "name": facts["dataset"],
             "fingerprint": facts["fingerprint"],
-            "splits": _sizes(splits),
+            "splits": split_sizes(splits),
             "class_names": splits.class_names,
         },
         "model": {"parameters": model.num_parameters(), "flops_per_image": flops_per_image(model)},
-        "training": {
-            "epochs": trainer.state.epoch,
-            "steps": trainer.state.global_step,
-            "optimizer": args.optim.value,
-            "learning_rate": args.learning_rate,
-            "muon_learning_rate": args.muon_learning_rate,
-            "lora_rank": model_args.lora_rank,
-            "ema_decay": args.ema_decay,
-            "lr_scheduler_type": args.lr_scheduler_type.value,
-            "warmup_steps": args.get_warmup_steps(steps),
-            "weight_decay": args.weight_decay,
-            "global_batch_size": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            "label_smoothing": args.label_smoothing_factor,
-            "seed": args.seed,
-            "precision": _precision(args),
-            "augmentation": {
-                "crop_padding": augmentation.crop_padding,
-                "crop_mode": augmentation.crop_mode,
-                "crop_scale": data_args.crop_scale if lazy else None,
-                "horizontal_flip": augmentation.horizontal_flip,
-                "rand_augment": augmentation.rand_augment_ops,
-                "rand_augment_magnitude": augmentation.rand_augment_magnitude
-                if augmentation.rand_augment_ops
-                else None,
-                "random_erasing": augmentation.erasing,
-                "mixup_alpha": augmentation.mixup_alpha,
-                "cutmix_alpha": augmentation.cutmix_alpha,
-                "until": dict(augmentation.until),
-            },
-        },
+        "training": describe_training(trainer, steps, data_args, model_args.lora_rank),
     }
     for split in [name for name in ("validation", "test") if name in _parts(splits)]:
         prediction = trainer.predict(_parts(splits)[split], metric_key_prefix=split)
@@ -1053,18 +1143,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         if is_main:
             rows = splits.records[split].rows
             _write_predictions(folder, split, prediction.predictions, prediction.label_ids, rows, splits.class_names)
-    cpu = torch.tensor(clock.cpu, dtype=torch.float64)
-    if args.world_size > 1:
-        cpu = trainer.accelerator.gather(cpu.to(args.device).view(1)).sum()
-    metrics["time"] = {"train_seconds": clock.wall, "train_cpu_seconds": cpu.item()}
-    metrics["environment"] = {
-        "hardware": hardware(args.device),
-        "processes": args.world_size,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-    }
+    metrics |= describe_machine(trainer, clock)
     metrics["command"] = hub.public_command(shlex.join(["python", *sys.argv]), data_name)
     if is_main:
         _finish(folder, metrics, trainer.state.log_history)
@@ -1077,7 +1156,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
 def _finish(folder: Path, metrics: dict, log_history: list[dict]):
     """Write what people look at: numbers, curves, card; say the result."""
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    logged = _write_history(folder, log_history)
+    logged = write_history(folder, log_history)
     final = "test" if "test" in metrics else "validation"
     names, result = metrics["dataset"]["class_names"], metrics[final]
     figures = {
@@ -1102,4 +1181,4 @@ def _finish(folder: Path, metrics: dict, log_history: list[dict]):
         f"{metrics['time']['train_seconds']:.0f} s ({metrics['time']['train_cpu_seconds']:.0f} CPU s)"
     )
     shown["everything is in"] = folder
-    print(_table(shown))
+    print(table(shown))

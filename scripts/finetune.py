@@ -25,7 +25,8 @@ from transformers import HfArgumentParser
 from modeling_vit_scratch import cli
 from modeling_vit_scratch.data import DIGITS, default_dataset
 from modeling_vit_scratch.hub import HubError
-from modeling_vit_scratch.training import DataArguments, ImageTrainingArguments, ModelArguments, finetune
+from modeling_vit_scratch.pretraining import pretrain
+from modeling_vit_scratch.training import MASKED, DataArguments, ImageTrainingArguments, ModelArguments, finetune
 
 RECIPES = Path(__file__).parent / "recipes"
 USUAL = (
@@ -141,7 +142,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTraining
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(list(sys.argv[1:] if argv is None else argv))
     try:
-        result = finetune(*arguments)
+        result = (pretrain if arguments[0].task == MASKED else finetune)(*arguments)
     except ValueError as error:
         print(f"finetune.py: {error}", file=sys.stderr)
         return 2

@@ -29,6 +29,9 @@ ARROWS = {
     "hub": MODEL,
     "conversion": MODEL,
     "lora": MODEL,
+    "pretraining": {
+        "augmentation", "checkpoints", "conversion", "data", "hub", "plots", "training", *MODEL,
+    },
     "training": {
         "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "lora", "metrics", "optimization",
         "plots", "streaming", *MODEL,

@@ -1,0 +1,277 @@
+"""Pre-training without labels: SimMIM (Xie et al., 2022) hides parts of a picture, and the model paints them.
+
+`pretrain` is a whole run, as `training.finetune` is; the folder it leaves is one that `finetune` starts from
+(`--model_name_or_path`): the encoder is taken, the decoder left out.
+"""
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import ViTImageProcessorPil
+
+from . import checkpoints, conversion, hub, plots
+from .augmentation import draw_mask, normalize
+from .configuration_vit_scratch import ViTScratchConfig
+from .data import collate, load_splits
+from .modeling_vit_scratch import ViTScratchForMaskedImageModeling
+from .training import (
+    MASKED,
+    Clock,
+    CropEpoch,
+    DataArguments,
+    ImageTrainer,
+    ImageTrainingArguments,
+    ModelArguments,
+    ResumeLoss,
+    StopOnSignal,
+    begin_run,
+    check_space,
+    config_overrides,
+    data_settings,
+    describe_machine,
+    describe_training,
+    make_augmentation,
+    make_config,
+    make_processor,
+    move_small_data,
+    run_facts,
+    say_how_to_resume,
+    settle_steps,
+    split_sizes,
+    suit_device,
+    table,
+    write_history,
+)
+
+# The held-out pictures are hidden in the same places each time, whatever the step.
+_HELD_OUT = 4
+SHOWN = 8
+
+
+class MaskedImageTrainer(ImageTrainer):
+    """ImageTrainer that hides patches and measures the error of what the model paints there.
+
+    Args:
+        mask_ratio: Share of the picture that is hidden, in (0, 1).
+        mask_hw: Pixels (height, width) of a square that is hidden or shown whole.
+        **kwargs: As for ImageTrainer.
+    """
+
+    def __init__(self, *args, mask_ratio: float, mask_hw: tuple[int, int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mask_ratio, self.mask_hw = mask_ratio, mask_hw
+        self.compute_metrics = self.compute_loss_func = None  # the model has its loss, and there is nothing to count
+
+    def mask(self, batch: int, *key: int) -> torch.Tensor:
+        """Where pictures are hidden: bool (batch, h, w), a function of the seed and the key."""
+        config = self.model.config
+        units = [max(side // patch, 1) for side, patch in zip(self.mask_hw, config.patch_hw, strict=True)]
+        drawn = draw_mask(batch, config.grid_hw, units, self.mask_ratio, (self.args.seed, *key))
+        return drawn.to(self.args.device)
+
+    def training_inputs(self, batch, step, progress):
+        images = self.augmentation(batch["pixel_values"], step, self.args.process_index, progress)
+        return {"pixel_values": images, "bool_masked_pos": self.mask(len(images), step, self.args.process_index)}
+
+    def held_out_inputs(self, images: torch.Tensor) -> dict:
+        """uint8 (B, C, H, W), normalised and hidden in places that depend on the seed alone."""
+        images = normalize(images.to(self.args.device), self.augmentation.mean, self.augmentation.std)
+        return {"pixel_values": images, "bool_masked_pos": self.mask(len(images), 0, 0, _HELD_OUT)}
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**self.held_out_inputs(inputs["pixel_values"])).loss
+        return loss.detach(), None, None
+
+
+def make_model(
+    model_args: ModelArguments,
+) -> tuple[ViTScratchForMaskedImageModeling, ViTImageProcessorPil | None]:
+    """A new model, or one with a trained encoder and a new decoder; and the trained one's image processor."""
+    if model_args.model_name_or_path is None:
+        config = make_config(model_args, ["0", "1"])
+        config.problem_type = None
+        return ViTScratchForMaskedImageModeling(config), None
+    source = model_args.model_name_or_path
+    hub_access = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    fields = config_overrides(model_args)
+    trained = conversion.convert_checkpoint(source, image_size=model_args.image_size, **hub_access, **fields)
+    processor = conversion.image_processor_for(source, trained, **hub_access)
+    trained.config.encoder_stride = trained.config.patch_size
+    model = ViTScratchForMaskedImageModeling(trained.config)
+    model.vit.load_state_dict(trained.vit.state_dict(), strict=False)  # all but the mask token
+    return model, make_processor(trained.config, processor.image_mean, processor.image_std)
+
+
+def _check(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments):
+    """Refuse options that pre-training does not read."""
+    unread = {
+        "freeze_backbone": model_args.freeze_backbone,
+        "lora_rank": model_args.lora_rank,
+        "streaming": data_args.streaming,
+        "mixup_alpha": data_args.mixup_alpha,
+        "cutmix_alpha": data_args.cutmix_alpha,
+        "label_smoothing_factor": args.label_smoothing_factor,
+        "flip_tta": args.flip_tta,
+        "push_to_hub": args.push_to_hub,
+    }
+    given = [name for name, value in unread.items() if value]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not with --task {MASKED}, which knows no labels.")
+    if not 0 < data_args.mask_ratio < 1:
+        raise ValueError(f"mask_ratio ({data_args.mask_ratio}) must be in (0, 1), e.g. 0.6.")
+    if args.metric_for_best_model == "accuracy":
+        args.metric_for_best_model, args.greater_is_better = "loss", False
+
+
+def _mask_hw(config: ViTScratchConfig, pixels: int | None) -> tuple[int, int]:
+    """Pixels (height, width) of the squares that are hidden."""
+    if pixels is None:
+        return config.patch_hw
+    for name, patch, image in zip(("height", "width"), config.patch_hw, config.image_hw, strict=True):
+        if pixels % patch or pixels > image:
+            raise ValueError(
+                f"mask_patch_size ({pixels}) must be a multiple of the patch's {name} ({patch}), and at most the "
+                f"picture's ({image}); use {patch}."
+            )
+    return pixels, pixels
+
+
+def pretrain(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments) -> dict | None:
+    """Pre-train an encoder as the arguments say, and leave a folder that fine-tuning starts from.
+
+    Returns:
+        What `metrics.json` holds; empty after a dry run, None if a signal stopped the run.
+
+    Raises:
+        ValueError: Something is wrong with the data, the options or the output folder; said before training.
+        FloatingPointError: The loss is no longer finite.
+    """
+    started = time.monotonic()
+    _check(model_args, data_args, args)
+    data_name = begin_run(model_args, data_args, args)
+    model, processor = make_model(model_args)
+    mask_hw = _mask_hw(model.config, data_args.mask_patch_size)
+    settings = data_settings(model_args, data_args, args, model.config.num_channels)
+    with args.main_process_first(desc="loading the data"):
+        splits = load_splits(
+            data_name,
+            processor or make_processor(model.config),
+            **settings,
+            max_train_samples=data_args.max_train_samples,
+            labelled=False,
+        )
+    processor = processor or make_processor(model.config, splits.mean, splits.std)
+    augmentation = make_augmentation(data_args, args, processor, splits)
+    suit_device(args, model, splits)
+    facts = {
+        "task": MASKED,
+        "mask_ratio": data_args.mask_ratio,
+        "mask_patch_size": list(mask_hw),
+        **run_facts(model.config, splits, args),
+    }
+    if args.resume_from_checkpoint:
+        checkpoints.check_run(Path(args.resume_from_checkpoint), facts)
+    check_space(model, args)
+    clock, stop = Clock(), StopOnSignal()
+    trainer = MaskedImageTrainer(
+        augmentation,
+        facts,
+        mask_ratio=data_args.mask_ratio,
+        mask_hw=mask_hw,
+        model=model,
+        args=args,
+        train_dataset=splits.train,
+        eval_dataset=splits.validation,
+        processing_class=processor,
+        callbacks=[clock, stop, CropEpoch()],
+    )
+    trainer.add_callback(ResumeLoss(trainer))
+    steps, _ = settle_steps(trainer, splits, started)
+    if args.dry_run:
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        model(**trainer.training_inputs(batch, 0, 0.0)).loss.backward()
+        if args.process_index == 0:
+            print("Dry run: one batch and the output folder are in order.")
+        return {}
+
+    if args.device.type == "cuda":
+        move_small_data(splits, args)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if stop.signal is not None:
+        say_how_to_resume(trainer)
+        return None
+
+    trainer.save_model()
+    metrics = {
+        "task": MASKED,
+        "dataset": {"name": facts["dataset"], "fingerprint": facts["fingerprint"], "splits": split_sizes(splits)},
+        "model": {"parameters": model.num_parameters()},
+        "training": describe_training(trainer, steps, data_args, None)
+        | {"mask_ratio": data_args.mask_ratio, "mask_patch_size": list(mask_hw)},
+        "validation": {
+            "examples": len(splits.validation),
+            "loss": trainer.evaluate(splits.validation, metric_key_prefix="validation")["validation_loss"],
+        },
+        **describe_machine(trainer, clock),
+        "command": hub.public_command(shlex.join(["python", *sys.argv]), data_name),
+    }
+    if args.process_index == 0:
+        _finish(trainer, metrics)
+    return metrics
+
+
+def _write_card(folder: Path, metrics: dict):
+    """The folder's README: what this is, how good it is, and how to go on."""
+    data, training = metrics["dataset"], metrics["training"]
+    front = {"license": "apache-2.0", "library_name": "transformers", "pipeline_tag": "image-feature-extraction"}
+    lines = [f"{name}: {value}" for name, value in front.items()]
+    (folder / "README.md").write_text(
+        "---\n" + "\n".join(lines) + "\n---\n\n"
+        f"# Vision Transformer, pre-trained on {data['name']} without labels\n\n"
+        "Masked image modelling after [SimMIM](https://arxiv.org/abs/2111.09886): "
+        f"{training['mask_ratio']:.0%} of a picture is hidden, in squares of {training['mask_patch_size'][0]} pixels, "
+        "and the model paints it.\n\n"
+        f"- **Parameters:** {metrics['model']['parameters']:,}\n"
+        f"- **Data:** {data['name']}: {data['splits']['train']:,} pictures, fingerprint `{data['fingerprint']}`\n"
+        f"- **Mean error of hidden pixels on {metrics['validation']['examples']:,} pictures held out:** "
+        f"{metrics['validation']['loss']:.4f} standard deviations\n"
+        f"- **Training:** {training['epochs']:g} epochs, {metrics['time']['train_seconds']:.0f} s\n\n"
+        "![Reconstructions](plots/reconstructions.png)\n\n"
+        "Fine-tune it on pictures with labels:\n\n```bash\n"
+        "python scripts/finetune.py --model_name_or_path FOLDER --dataset_name ...\n```\n\n"
+        f"The command:\n\n```bash\n{metrics['command']}\n```\n"
+    )
+
+
+@torch.no_grad()
+def _finish(trainer: MaskedImageTrainer, metrics: dict):
+    """Write what people look at: numbers, curve, reconstructions, card; say the result."""
+    folder = Path(trainer.args.output_dir)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    logged = write_history(folder, trainer.state.log_history)
+    dataset = trainer.eval_dataset
+    images = collate([dataset[i] for i in range(min(SHOWN, len(dataset)))])["pixel_values"]
+    inputs = trainer.held_out_inputs(images)
+    painted = trainer.model.eval()(**inputs).reconstruction.cpu()
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (trainer.augmentation.mean, trainer.augmentation.std))
+    mask = inputs["bool_masked_pos"].cpu()
+    (folder / "plots").mkdir(exist_ok=True)
+    figure = plots.plot_reconstructions(images.cpu(), mask, (painted * std + mean).clamp(0, 1))
+    figure.savefig(folder / "plots" / "reconstructions.png", dpi=110)
+    if logged:
+        curves = plots.plot_training_curves(folder / "history.csv", "mean error (standard deviations)")
+        curves.savefig(folder / "plots" / "training_curves.png", dpi=110)
+    _write_card(folder, metrics)
+    loss, seconds = metrics["validation"]["loss"], metrics["time"]
+    shown = {
+        "validation loss": f"{loss:.4f} standard deviations from each hidden pixel, {len(dataset):,} images",
+        "training time": f"{seconds['train_seconds']:.0f} s ({seconds['train_cpu_seconds']:.0f} CPU s)",
+        "everything is in": folder,
+        "fine-tune it": f"python scripts/finetune.py --model_name_or_path {folder} --dataset_name ...",
+    }
+    print(table(shown))
