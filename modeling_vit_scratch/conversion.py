@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -463,6 +463,12 @@ def _weights_in(folder: Path) -> Path:
 def _download(repo_id: str, **hub) -> Path:
     """Fetch config, processor and weights of a Hub model, or find them in the cache; the folder they lie in."""
     unreachable: list[Exception] = []
+    try:  # one question, asked once: a download asks for half a minute where there is no network
+        HfApi().model_info(repo_id, revision=hub.get("revision"), token=hub.get("token"), timeout=10)
+    except HfHubHTTPError:  # an answer: the downloads say what is wrong
+        pass
+    except Exception as error:  # no network, no answer, or offline by choice
+        unreachable.append(error)
 
     def get(name: str) -> Path | None:
         try:

@@ -1103,6 +1103,21 @@ def test_without_the_hub_the_cache_is_used(hub, tmp_path, monkeypatch):
         convert_checkpoint("me/other")
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(hub, tmp_path, monkeypatch):
+    """A download would ask again and again, for half a minute."""
+    put_on_hub(hub, "timm/vit", timm_folder(tmp_path / "timm"))
+    convert_checkpoint("timm/vit")
+    hub.stop()
+
+    def wait(seconds):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", wait)
+    assert_logits(convert_checkpoint("timm/vit"), lambda image: timm_logits(timm_tensors(), image))
+    with pytest.raises(ValueError, match=r"me/other is no file or folder here, .*: .*refused"):
+        convert_checkpoint("me/other")
+
+
 # --- The image processor ---------------------------------------------------------------------------------------------
 
 
