@@ -97,6 +97,7 @@ class Case:
         training: A training step instead of inference.
         fields: Of the config, where they differ from the preset's.
         bf16: bfloat16 autocast and `torch.compile` instead of float32.
+        quick: Whether it is measured in quick mode too.
     """
 
     title: str
@@ -105,10 +106,12 @@ class Case:
     training: bool = False
     fields: dict = field(default_factory=dict)
     bf16: bool = False
+    quick: bool = True
 
     @property
     def config(self) -> ViTScratchConfig:
-        return ViTScratchConfig.preset(self.preset, **self.fields)
+        # N(0, 1 / fan_in) is drawn faster than the default, and the outputs are larger.
+        return ViTScratchConfig.preset(self.preset, initializer_range="fan_in", **self.fields)
 
 
 CLASS_TOKEN = {"use_cls_token": True, "pooling": "cls", "use_final_norm": True}
@@ -116,7 +119,7 @@ SHOWCASE = Case("showcase, training, batch 64", "showcase", 64, training=True)
 CASES = {
     "cpu": [
         Case("ViT-B/16, inference, batch 1", "base", 1),
-        Case("ViT-B/16, inference, batch 8", "base", 8),
+        Case("ViT-B/16, inference, batch 8", "base", 8, quick=False),
         SHOWCASE,
         Case("showcase + class token, training, batch 64", "showcase", 64, True, CLASS_TOKEN),
     ],
@@ -138,6 +141,19 @@ def make_model(case: Case, name: str) -> torch.nn.Module:
     ours = ViTScratchForImageClassification(case.config).eval()
     torch.nn.init.normal_(ours.classifier.weight, std=0.1)  # from zero, as it starts, all outputs would agree
     return ours if name == OURS else peers.make_peer(name, ours).eval()
+
+
+def make_models(case: Case) -> tuple[dict[str, torch.nn.Module], dict[str, str]]:
+    """Our model and those of the peers that have its geometry, and why others do not import."""
+    models, reasons = {OURS: make_model(case, OURS)}, {}
+    for name in tqdm(peers.PEERS, desc=f"{case.title}: making models", unit="model", delay=2, leave=False):
+        try:
+            models[name] = peers.make_peer(name, models[OURS]).eval()
+        except ImportError as error:
+            reasons[name] = str(error)
+        except ValueError:  # another geometry
+            continue
+    return models, reasons
 
 
 def logits_of(output) -> torch.Tensor:
@@ -198,32 +214,25 @@ def measure_model(args: argparse.Namespace) -> dict:
     """Every case of the device: our model and the peers' that have its geometry, and the matrix product."""
     device, rows, absent, groups = args.device, [], {}, []
     for case in args.cases:
-        ours = make_model(case, OURS)
-        flops = flops_per_image(ours) * case.batch * (3 if case.training else 1)
+        models, reasons = make_models(case)
+        absent |= reasons
+        flops = flops_per_image(models[OURS]) * case.batch * (3 if case.training else 1)
         contestants, facts = {}, {}
-        for name in tqdm((OURS, *peers.PEERS), desc=case.title, unit="model", delay=2, leave=False):
-            try:
-                model = make_model(case, name)
-            except ImportError as error:
-                absent[name] = str(error)
-                continue
-            except ValueError:  # another geometry
-                continue
+        for name in models:
             shared = name == OURS or peers.PEERS[name][1]
-            facts[name] = {"difference": difference(case, ours, model) if shared else None}
+            facts[name] = {"difference": difference(case, models[OURS], models[name]) if shared else None}
             if shared and facts[name]["difference"] > 1e-3:
                 raise ValueError(
                     f"{case.title}: the logits of {name} differ from ours by {facts[name]['difference']:.1e} of the "
                     "largest, although the weights are the same; nothing was compared."
                 )
+        for name, model in tqdm(models.items(), desc=f"{case.title}: warming up", unit="model", delay=2, leave=False):
             if device.type == "cuda":
                 before = torch.cuda.memory_allocated(device)
                 torch.cuda.reset_peak_memory_stats(device)
             contestants[name] = stopwatch(make_step(case, model, device), device, args.least)
             if device.type == "cuda":
                 facts[name]["memory_bytes"] = torch.cuda.max_memory_allocated(device) - before
-            del model
-        del ours
         product, peak = matrix_product(device, torch.bfloat16 if case.bf16 else torch.float32)
         contestants[PEAK] = stopwatch(product, device, args.least)
         samples = interleave(contestants, args.rounds, case.title)
@@ -234,8 +243,8 @@ def measure_model(args: argparse.Namespace) -> dict:
             row |= {"images_per_second": case.batch / row["seconds"], **facts[name]}
             row |= {"of_peak": faster(samples, name, PEAK) * flops / peak}
             rows.append({"case": case.title, "name": name, **row})
-        del contestants
-        gc.collect()
+        del models, model, contestants
+        gc.collect()  # before the next are made
     if device.type == "cpu":
         cases = {case.title: case for case in args.cases}
         jobs = [(peak_memory, (cases[row["case"]], row["name"])) for row in rows]
@@ -591,7 +600,7 @@ def measure_scale(args: argparse.Namespace) -> dict:
             for size in args.image_sizes
         },
     }
-    rows = []
+    rows, jobs = [], []
     for axis, cases in series.items():
         product, peak = matrix_product(args.device, torch.float32)
         contestants = {PEAK: stopwatch(product, args.device, args.least)}
@@ -606,11 +615,10 @@ def measure_scale(args: argparse.Namespace) -> dict:
             tokens = case.config.num_prefix_tokens + math.prod(case.config.grid_hw)
             row = {"axis": axis, "x": x, "work": case.title, "tokens": tokens, "flops_per_image": flops}
             rows.append({**row, "images_per_second": speed, "of_peak": of_peak, "samples": samples[x]})
-        if args.device.type == "cpu":
-            jobs = [(peak_memory, (case, OURS)) for case in cases.values()]
-            for row, memory in zip(rows[-len(cases) :], in_fresh_processes(jobs, "Memory"), strict=True):
-                row["memory_bytes"] = memory
+            jobs.append((peak_memory, (case, OURS)))
     if args.device.type == "cpu":
+        for row, memory in zip(rows, in_fresh_processes(jobs, "Memory"), strict=True):
+            row["memory_bytes"] = memory
         contestants = {name: partial(train_in_processes, *work, args.steps) for name, work in ARRANGEMENTS.items()}
         samples = interleave(contestants, args.process_rounds, "Scale, processes")
         for name, values in samples.items():
@@ -771,7 +779,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device ({device}) is not there; use cpu.")
     args.device = torch.device(device)
-    args.cases = CASES[args.device.type]
+    args.cases = [case for case in CASES[args.device.type] if case.quick or not args.quick]
     args.rounds, args.least, args.steps, args.process_rounds = (3, 0.05, 30, 1) if args.quick else (15, 0.2, 100, 3)
     args.large = "base" if args.quick else "huge"
     args.batch_sizes = [1, 8, 64, 256] if args.quick else [1, 4, 16, 64, 256, 1024]

@@ -30,7 +30,7 @@ def stopwatch(step: Callable[[], object], device: torch.device, least: float = 0
         synchronise(device)
         return (time.perf_counter() - start) / calls
 
-    seconds(2)
+    seconds(1)
     calls = math.ceil(least / seconds(1))
     return lambda: seconds(calls)
 

@@ -464,3 +464,4 @@ def test_help_fits(capsys):
 def test_default_sections_are_all_but_the_long_one():
     assert benchmark.parse([]).sections == ["model", "data", "trainer", "memory", "scale"]
     assert benchmark.parse(["--sections", "all"]).sections == list(benchmark.SECTIONS)
+    assert len(benchmark.parse(["--quick", "--device", "cpu"]).cases) < len(benchmark.CASES["cpu"])
