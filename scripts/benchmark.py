@@ -16,6 +16,9 @@ Peers take turns, each round in another order, so that what else the machine
 does strikes all alike; ratios are medians over the rounds. A table goes to the
 standard output; numbers and charts (JSON, PNG, SVG) go into a folder. A race
 that was interrupted goes on, and one that was run before is not run again.
+
+Exit status: 0; 1 if a section could not be measured; 2 if an option is wrong;
+130 after Ctrl-C.
 """
 
 import argparse
@@ -65,7 +68,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, plots
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, cli, plots
 from modeling_vit_scratch.augmentation import Augmentation
 from modeling_vit_scratch.conversion import export_checkpoint
 from modeling_vit_scratch.data import DecodedImages, collate, default_dataset
@@ -80,6 +83,7 @@ from modeling_vit_scratch.training import (
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 RECIPES = Path(__file__).parent / "recipes"
+PROGRAM = "benchmark.py"
 RACE = {"teaching protocol": "teaching_adamw.yaml", OURS: "showcase.yaml"}
 
 
@@ -739,27 +743,6 @@ SECTIONS = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py",
-        usage="benchmark.py [--sections SECTION,...] [--quick] [--option value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    what = parser.add_argument_group("what")
-    what.add_argument("--sections", type=sections, help="comma-separated, or 'all'; default: all but race")
-    what.add_argument("--quick", action="store_true", help="small sizes, few rounds")
-    what.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    what.add_argument(
-        "--dataset_name", metavar="NAME", help="of race, as in finetune.py; default: CIFAR-10, offline digits"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="%(default)s")
-    output.add_argument("--json", action="store_true", help="JSON instead of tables")
-    return parser
-
-
 def sections(text: str) -> list[str]:
     names = list(SECTIONS) if text == "all" else text.split(",")
     for name in names:
@@ -770,7 +753,17 @@ def sections(text: str) -> list[str]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, and the sizes that follow from them."""
-    parser = make_parser()
+    parser = cli.Parser(__doc__, f"{PROGRAM} [--sections SECTION,...] [--quick] [--option value ...]")
+    what = parser.add_argument_group("what")
+    what.add_argument("--sections", type=sections, help="comma-separated, or 'all'; default: all but race")
+    what.add_argument("--quick", action="store_true", help="small sizes, few rounds")
+    what.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    what.add_argument(
+        "--dataset_name", metavar="NAME", help="of race, as in finetune.py; default: CIFAR-10, offline digits"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="%(default)s")
+    output.add_argument("--json", action="store_true", help="JSON instead of tables")
     args = parser.parse_args(argv)
     args.sections = args.sections or [name for name in SECTIONS if name != "race"]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -801,14 +794,8 @@ def headline(section: str, where: dict) -> str:
     return textwrap.fill(f"{section}: {where['hardware']}{load}; {versions}", 80)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure; 0 if all was measured, 1 if something was not, 2 for wrong usage."""
-    args = parse(argv)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        return 2
+def run(args: argparse.Namespace) -> int:
+    args.output.mkdir(parents=True, exist_ok=True)
     for library, reason in peers.REASONS.items():
         print(f"{library} does not import ({reason}); pip install -e '.[benchmark]' has it.", file=sys.stderr)
     failed, results, where = False, {}, environment(args.device)
@@ -817,11 +804,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             result = {"environment": where, "quick": args.quick, **measure(args)}
         except (ValueError, OSError) as error:
-            print(f"benchmark.py: {section}: {error}", file=sys.stderr)
+            cli.say(PROGRAM, f"{section}: {error}")
             failed = True
             continue
         except KeyboardInterrupt:
-            print("benchmark.py: stopped; a race goes on where it was when it is started again.", file=sys.stderr)
+            cli.say(PROGRAM, "stopped; a race goes on where it was when it is started again.")
             return 130
         results[section] = result
         (args.output / f"{section}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -832,6 +819,10 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(results, indent=1))
     print(f"Numbers and charts are in {args.output}.", file=sys.stderr)
     return int(failed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(PROGRAM, run, parse(argv))
 
 
 if __name__ == "__main__":

@@ -435,7 +435,7 @@ def test_command_writes_tables_numbers_and_charts(args, monkeypatch, capsys):
     ("argv", "message"),
     [
         (["--sections", "model,moddel"], "'moddel' is none of model, data"),
-        (["--device", "toaster"], "--device (toaster) must be cpu or cuda."),
+        (["--device", "toaster"], "--device (toaster) must be cpu or cuda"),
         (["--device", "cuda:99x"], "--device (cuda:99x)"),
     ],
 )

@@ -6,10 +6,11 @@ import shlex
 import pytest
 from runs import SCRIPTS, load_script
 
-NAMES = sorted(path.stem for path in SCRIPTS.glob("*.py"))
+NAMES = sorted(path.stem for path in SCRIPTS.glob("*.py") if "\ndef main(" in path.read_text())
 # A command line with nothing wrong but its input, and the exit status.
 MISSING = "no/such/folder"
 BAD_INPUT = {
+    "benchmark": (["--device", MISSING], 2),
     "convert": ([MISSING, "OUT"], 2),
     "demo": (["--model", MISSING], 2),
     "export": ([MISSING, "OUT", "--formats", "program"], 2),
