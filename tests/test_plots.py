@@ -507,6 +507,26 @@ def test_draws_the_patch_sequence():
     assert not overlaps(many.axes[1].texts)
 
 
+def test_draws_reconstructions():
+    images = torch.stack([picture(3, 8, 12), picture(3, 8, 12)])
+    painted = torch.rand(2, 3, 8, 12)
+    mask = torch.zeros(2, 2, 3, dtype=torch.bool)
+    mask[0, 0, 1] = mask[1, 1, 2] = True  # patches of 4 x 4
+    figure = draw(plots.plot_reconstructions(images, mask, painted))
+    shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
+    assert len(shown) == 6
+    for i, rows, columns in ((0, slice(0, 4), slice(4, 8)), (1, slice(4, 8), slice(8, 12))):
+        whole, seen, done = shown[i], shown[2 + i], shown[4 + i]
+        np.testing.assert_allclose(whole, images[i].permute(1, 2, 0) / 255, atol=1e-6)
+        assert (seen[rows, columns] == 0.5).all()
+        np.testing.assert_allclose(done[rows, columns], painted[i].permute(1, 2, 0)[rows, columns], atol=1e-6)
+        for changed in (seen, done):
+            changed[rows, columns] = whole[rows, columns]
+            np.testing.assert_array_equal(changed, whole)  # all else is as it was
+    with pytest.raises(ValueError, match="of the same pictures"):
+        plots.plot_reconstructions(images, mask[:1], painted)
+
+
 def test_draws_filters():
     figure = draw(plots.plot_patch_filters(torch.randn(20, 3 * 8 * 4), (8, 4), count=9))
     shown = [axes for axes in figure.axes if axes.images]
