@@ -1697,6 +1697,7 @@ def _transformers_reference(opened, family, named, model, headless, num_images) 
 def _import_timm():
     try:
         import timm.layers
+        import timm.models.deit
         import timm.models.vision_transformer as timm_vit
     except (ImportError, RuntimeError) as error:
         raise ImportError(f"timm cannot be imported here ({error}), so its own model was not run.") from error
@@ -1716,7 +1717,12 @@ def _make_timm(opened: _Checkpoint, model: ViTScratchForImageClassification, hea
         arguments |= {"norm_layer": norm} if "layer_norm_eps" in opened.config else {}
         arguments = {name: value for name, value in arguments.items() if value is not None}
         return timm.create_model(opened.config["architecture"], num_classes=classes, **arguments)
-    return timm_vit.VisionTransformer(**_timm_arguments(config, no_embed_class), num_classes=classes, norm_layer=norm)
+    arguments = {**_timm_arguments(config, no_embed_class), "num_classes": classes, "norm_layer": norm}
+    if any(name.endswith("dist_token") for name in opened.tensors):
+        if not headless:
+            raise NotImplementedError("timm has no model with a distillation token and one head to compare.")
+        return timm.models.deit.VisionTransformerDistilled(**{**arguments, "reg_tokens": 0})
+    return timm_vit.VisionTransformer(**arguments)
 
 
 def _timm_reference(opened, family, named, model, headless, num_images) -> _Reference:

@@ -202,6 +202,7 @@ def test_distilled_heads_are_refused_and_their_encoder_is_not():
     ours = convert_checkpoint(theirs.state_dict(), num_labels=3, **HEADS)
     assert ours.config.num_labels == 3
     assert_same(ours, theirs.deit)
+    assert verify_checkpoint(theirs.state_dict(), num_labels=3, **HEADS).passed
 
 
 def test_pooler_beside_a_classifier_is_left_out_as_transformers_does(caplog):
@@ -1468,6 +1469,19 @@ def test_verify_runs_timm(case):
     shapes, _, hints = TIMM_CASES[case]
     proof = verify_checkpoint(timm_tensors(**shapes), **{**HEADS, **hints})
     assert proof.passed and 0 < proof.differences["final norm"] < NEAR_WITH_REGISTER_POSITIONS
+
+
+@needs_timm
+def test_verify_runs_timm_for_distilled_deit(tmp_path):
+    distilled = timm_tensors(registers=1, register="dist_token", positions="all")
+    second = {"head_dist.weight": torch.ones(CLASSES, 32), "head_dist.bias": torch.ones(CLASSES)}
+    folder = timm_folder(tmp_path, architecture="deit_tiny_distilled_patch16_224")
+    save_file(distilled | second, folder / "model.safetensors")
+    for checkpoint in (distilled | second, folder):
+        proof = verify_checkpoint(checkpoint, num_labels=3, **HEADS)
+        assert proof.passed and list(proof.differences)[-1] == "final norm"
+    with pytest.raises(NotImplementedError, match="a distillation token and one head"):
+        verify_checkpoint(distilled, **HEADS)
 
 
 @needs_timm
