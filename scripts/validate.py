@@ -108,7 +108,7 @@ def print_confusion(result: dict, title: str):
     name_width = max(map(len, names))
     print()
     if 3 + name_width + width * len(names) <= 80:
-        print(f"{title}confusion matrix: rows true, columns predicted, in the same order")
+        print(f"{title}confusion matrix (rows true, columns predicted, in the same order)")
         for i, row in enumerate(matrix):
             print(f"{i:2} {names[i]:{name_width}}" + "".join(f"{count or '·':>{width}}" for count in row))
         return
@@ -145,7 +145,7 @@ def print_comparison(test: dict):
     else:
         verdict = "these pictures cannot tell which is better"
     print(
-        f"\nright is only A on {test['only_a']:,} pictures, only B on {test['only_b']:,}\n"
+        f"\nright: only A on {test['only_a']:,} pictures, only B on {test['only_b']:,}\n"
         f"A less B: {100 * test['difference']:+.2f} points, 95 % interval {between(test['difference_interval'], '+')}\n"
         f"McNemar's exact test: p = {p:.2g}: {verdict}"
     )
