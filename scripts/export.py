@@ -247,7 +247,7 @@ def export(arguments: argparse.Namespace) -> int:
     records = labels = None
     if arguments.dataset is not None:
         predictor.require_classifier()
-        records, class_names = cli.load_records(arguments, config.image_hw)
+        records, class_names = cli.read_split(arguments, config.image_hw)
         labels = torch.from_numpy(match_classes(class_names, predictor.class_names)[records.labels])
 
     module = Logits(predictor.model)

@@ -741,7 +741,7 @@ QKV = "vit.layers.0.attention.qkv.weight"
 
 BAD_MODELS = {
     # config.json
-    "misspelt field": (config_with(hiden_size=8), "'hiden_size' is not a field .* the nearest is 'hidden_size'"),
+    "misspelt field": (config_with(hiden_size=8, hidden_size=...), "'hiden_size' is not a field .* the nearest is 'hidden_size'"),
     "text for a number": (config_with(hidden_size="8"), "hidden_size must be a whole number, got '8' .str."),
     "fraction for a whole number": (config_with(num_hidden_layers=1.0), "num_hidden_layers must be a whole number"),
     "truth value for a number": (config_with(num_attention_heads=True), "num_attention_heads must be a whole number"),

@@ -697,14 +697,6 @@ def test_script_refuses_wrong_arguments(script, argv, capsys):
     assert end.value.code == 2 and capsys.readouterr().out == ""
 
 
-def test_script_help_begins_with_an_example(script, capsys):
-    with pytest.raises(SystemExit) as end:
-        script.main(["--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0
-    assert text.startswith("usage: python scripts/push_to_hub.py runs/showcase me/my-vit")
-
-
 # Pulled elsewhere: child processes
 
 
