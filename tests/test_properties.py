@@ -35,7 +35,7 @@ FIELDS = {
     "image_size": mostly(st.one_of(st.just(8), st.just(24), PAIRS), st.sampled_from([0, "8", (8,), (8, 8, 8), 8.0])),
     "patch_size": mostly(st.one_of(st.just(4), st.just(8), PAIRS), st.sampled_from([0, "4", (4,), (4, -4), 4.0])),
     "num_channels": mostly(st.sampled_from([1, 3, 4])),
-    "stem_channels": mostly(st.sampled_from([(), [], [4], (4, 6)]), st.sampled_from([0, [0], [2.5], "8", None])),
+    "stem_channels": mostly(st.sampled_from([(), (), (), (), (), [], [4], (4, 6)]), st.sampled_from([0, [0], [2.5], "8", None])),
     "qkv_bias": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "use_cls_token": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "use_final_norm": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
@@ -136,8 +136,10 @@ def test_two_thousand_configs_are_refused_or_work(tmp_path):
             "dtype": None,
             "_name_or_path": str(tmp_path),
         }
-        with torch.no_grad():
-            assert torch.equal(model.eval()(pixels).logits, again(pixels).logits)
+        state = again.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        with torch.no_grad():  # the last bit depends on where in memory a weight begins
+            torch.testing.assert_close(model.eval()(pixels).logits, again(pixels).logits, atol=1e-4, rtol=1e-5)
         seen["worked"] += 1
 
     check()
