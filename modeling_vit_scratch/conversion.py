@@ -1446,6 +1446,8 @@ def _transformers_names(config: ViTScratchConfig):
 def _transformers_config(config: ViTScratchConfig, config_class: type):
     """A config of transformers with the fields of ours that it has."""
     fields = {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config_class, name)}
+    if isinstance(config.initializer_range, str):  # "fan_in", which its configs do not know; of new weights only
+        del fields["initializer_range"]
     fields |= {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
     if hasattr(config_class, "mlp_ratio"):
         fields |= {"mlp_ratio": config.intermediate_size // config.hidden_size}

@@ -42,10 +42,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import peers  # before transformers
 import torch
 import transformers
-from measuring import (
+from benchmarking import peers  # before transformers
+from benchmarking.measuring import (
     OURS,
     PEAK,
     PeakMemory,
@@ -55,6 +55,7 @@ from measuring import (
     interleave,
     matrix_product,
     megabytes,
+    memory_now,
     number,
     one_thread,
     ratio,
@@ -419,7 +420,7 @@ def trainer_seconds(config: ViTScratchConfig, pictures: DecodedImages, steps: in
             save_strategy="no",
             disable_tqdm=True,
             use_cpu=device.type == "cpu",
-            dataloader_pin_memory=device.type != "cpu",
+            dataloader_pin_memory=False,
         )
         trainer = ImageTrainer(
             Augmentation(MEAN, STD, crop_padding=4, horizontal_flip=0.5),
@@ -447,9 +448,9 @@ def bare_seconds(config: ViTScratchConfig, pictures: DecodedImages, steps: int, 
             synchronise(device)
             start = time.perf_counter()
         batch = pictures.__getitems__(indices)
-        images = augmentation(batch["pixel_values"].to(device), step, 0)
+        images = augmentation(batch["pixel_values"], step, 0)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(images, labels=batch["labels"].to(device)).loss
+            loss = model(images, labels=batch["labels"]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -460,7 +461,7 @@ def bare_seconds(config: ViTScratchConfig, pictures: DecodedImages, steps: int, 
 
 def measure_trainer(args: argparse.Namespace) -> dict:
     """Trainer against a bare loop, on the same model and data."""
-    pictures, rows = random_pictures(16 * TRAINER_BATCH, torch.device("cpu")), []
+    pictures, rows = random_pictures(16 * TRAINER_BATCH, args.device), []
     for title, fields in TRAINER_CASES.items():
         work = ViTScratchConfig.preset("showcase", **fields), pictures, args.steps, args.device
         contestants = {"bare": partial(bare_seconds, *work), "trainer": partial(trainer_seconds, *work)}
@@ -509,15 +510,23 @@ def save_random(preset: str, folder: Path) -> int:
 
 
 def load(name: str, folder: Path) -> dict:
-    """Seconds and most anonymous memory of `from_pretrained`."""
+    """Seconds and most anonymous memory of `from_pretrained`; and what the process has in all once it used the model.
+
+    transformers maps the file into memory instead of copying it, so that its pages are the system's to drop.
+    """
     model_class = ViTScratchForImageClassification if name == OURS else transformers.ViTForImageClassification
     transformers.utils.logging.disable_progress_bar()
+    before = memory_now("VmRSS")
     with PeakMemory() as memory:
         start = time.perf_counter()
         model = model_class.from_pretrained(folder / name)
         seconds = time.perf_counter() - start
-        assert all(parameter.device.type == "cpu" for parameter in model.parameters())
-    return {"name": name, "seconds": seconds, "memory_bytes": memory.bytes}
+    config = model.config
+    size = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    with torch.inference_mode():
+        model(torch.zeros(1, config.num_channels, *size))
+    resident = None if before is None else memory_now("VmRSS") - before
+    return {"name": name, "seconds": seconds, "memory_bytes": memory.bytes, "resident_bytes": resident}
 
 
 def measure_memory(args: argparse.Namespace) -> dict:
@@ -539,13 +548,14 @@ def measure_memory(args: argparse.Namespace) -> dict:
 
 
 def show_memory(result: dict) -> str:
-    lines = [
-        [row["name"], f"{row['seconds']:.1f} s", megabytes(row["memory_bytes"]), ratio(row["of_size"])]
-        for row in result["rows"]
-    ]
+    lines = []
+    for row in result["rows"]:
+        anonymous, resident = megabytes(row["memory_bytes"]), megabytes(row["resident_bytes"])
+        lines.append([row["name"], f"{row['seconds']:.1f} s", anonymous, ratio(row["of_size"]), resident])
     size = f"{result['parameters']:,} parameters, {megabytes(result['float32_bytes'])} MB in float32"
-    header = ["from_pretrained", "time", "most MB", "of its size"]
-    return f"{result['preset']}, {size}\n{table(header, lines)}"
+    header = ["from_pretrained", "time", "most anonymous MB", "of its size", "MB in use"]
+    note = "in use: after an inference, with the pages of the file, which is mapped into memory"
+    return f"{result['preset']}, {size}\n{table(header, lines)}\n\n{textwrap.fill(note, 80)}"
 
 
 def draw_memory(result: dict) -> plots.Figure:
@@ -670,12 +680,12 @@ def run_recipe(name: str, args: argparse.Namespace) -> Path:
     digest = hashlib.sha256(json.dumps([recipe.read_text(), *options]).encode()).hexdigest()[:8]
     folder = args.output / "race" / f"{recipe.stem}-{digest}"
     if (folder / "metrics.json").is_file():
-        print(f"{name}: {folder} is there already.", file=sys.stderr)
+        cli.say(PROGRAM, f"{name}: {folder} is there already.")
         return folder
     started = checkpoints.last_good_checkpoint(folder)[0] is not None
     go_on = ["--resume_from_checkpoint", "last"] if started else ["--overwrite_output_dir", "True"]
+    cli.say(PROGRAM, f"{name}: {recipe.name}")
     with contextlib.redirect_stdout(sys.stderr):
-        print(f"{name}: {recipe.name}")
         status = finetune.main([str(recipe), *options, "--output_dir", str(folder), *go_on])
     if status == 130:
         raise KeyboardInterrupt
@@ -755,22 +765,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, and the sizes that follow from them."""
     parser = cli.Parser(__doc__, f"{PROGRAM} [--sections SECTION,...] [--quick] [--option value ...]")
     what = parser.add_argument_group("what")
-    what.add_argument("--sections", type=sections, help="comma-separated, or 'all'; default: all but race")
+    what.add_argument("--sections", type=sections, metavar="SECTION,...", help="or 'all'; default: all but race")
     what.add_argument("--quick", action="store_true", help="small sizes, few rounds")
-    what.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    what.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda if there is one")
     what.add_argument(
         "--dataset_name", metavar="NAME", help="of race, as in finetune.py; default: CIFAR-10, offline digits"
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="%(default)s")
+    output.add_argument(
+        "--output", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="default: %(default)s"
+    )
     output.add_argument("--json", action="store_true", help="JSON instead of tables")
     args = parser.parse_args(argv)
     args.sections = args.sections or [name for name in SECTIONS if name != "race"]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] not in CASES:
-        parser.error(f"--device ({device}) must be cpu or cuda.")
+        parser.error(f"--device ({device}) must be cpu or cuda")
     if device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device ({device}) is not there; use cpu.")
+        parser.error(f"--device ({device}) is not there; use cpu")
     args.device = torch.device(device)
     args.cases = [case for case in CASES[args.device.type] if case.quick or not args.quick]
     args.rounds, args.least, args.steps, args.process_rounds = (3, 0.05, 30, 1) if args.quick else (15, 0.2, 100, 3)
@@ -795,9 +807,10 @@ def headline(section: str, where: dict) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure and report each section; 1 if one could not be measured."""
     args.output.mkdir(parents=True, exist_ok=True)
     for library, reason in peers.REASONS.items():
-        print(f"{library} does not import ({reason}); pip install -e '.[benchmark]' has it.", file=sys.stderr)
+        cli.say(PROGRAM, f"no {library} ({reason}); pip install -e '.[benchmark]' has it.")
     failed, results, where = False, {}, environment(args.device)
     for section in args.sections:
         measure, show, draw = SECTIONS[section]
@@ -817,7 +830,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{headline(section, where)}\n\n{show(result)}\n", flush=True)
     if args.json:
         print(json.dumps(results, indent=1))
-    print(f"Numbers and charts are in {args.output}.", file=sys.stderr)
+    cli.say(PROGRAM, f"numbers and charts are in {args.output}.")
     return int(failed)
 
 

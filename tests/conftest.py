@@ -8,4 +8,4 @@ from hub_server import hub  # noqa: F401
 # Behind all else, so that a script named like a package would be found out (tests/test_house.py).
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
-import peers  # noqa: F401  beside a torchvision that does not import, transformers does only after this
+from benchmarking import peers  # noqa: F401  beside a torchvision that does not import, transformers does only after this

@@ -7,12 +7,11 @@ import sys
 import time
 
 import benchmark
-import measuring
 import numpy as np
-import peers
 import pytest
 import torch
-from measuring import OURS, PEAK
+from benchmarking import measuring, peers
+from benchmarking.measuring import OURS, PEAK
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 
@@ -131,6 +130,7 @@ def test_loading_from_disk_in_a_fresh_process(args, monkeypatch):
     for row in result["rows"]:
         assert row["seconds"] > 0
         assert row["of_size"] == row["memory_bytes"] / result["float32_bytes"] < 3
+        assert result["float32_bytes"] < row["resident_bytes"] < 20 * result["float32_bytes"]  # the library grows, too
     assert "5,717,416 parameters, 23 MB" in benchmark.show_memory(result)
 
 
@@ -435,8 +435,8 @@ def test_command_writes_tables_numbers_and_charts(args, monkeypatch, capsys):
     ("argv", "message"),
     [
         (["--sections", "model,moddel"], "'moddel' is none of model, data"),
-        (["--device", "toaster"], "--device (toaster) must be cpu or cuda"),
-        (["--device", "cuda:99x"], "--device (cuda:99x)"),
+        (["--device", "toaster"], "--device (toaster) must be cpu or cuda;"),
+        (["--device", "cuda:0"], "--device (cuda:0) is not there; use cpu;"),
     ],
 )
 def test_usage_errors(argv, message, capsys, monkeypatch):
@@ -453,12 +453,8 @@ def test_unwritable_output(tmp_path, capsys):
     assert re.fullmatch(r"benchmark.py: .*File exists.*\n", capsys.readouterr().err)
 
 
-def test_help_fits(capsys):
-    with pytest.raises(SystemExit):
-        benchmark.main(["--help"])
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80
-    assert [name for name in benchmark.SECTIONS if f"\n  {name} " not in text] == []
+def test_help_describes_every_section():
+    assert [name for name in benchmark.SECTIONS if f"\n  {name} " not in benchmark.__doc__] == []
 
 
 def test_default_sections_are_all_but_the_long_one():

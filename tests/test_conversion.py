@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from benchmarking.peers import MODULES
 from hub_server import Repo
-from peers import MODULES
 from safetensors.torch import load_file, save_file
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
@@ -1271,7 +1271,7 @@ EXPORTS = {
     "transformers": PLAIN,
     "transformers, no qkv bias": PLAIN | {"qkv_bias": False, "hidden_act": "gelu_pytorch_tanh"},
     "transformers, no squares": PLAIN | {"image_size": (16, 40), "patch_size": (4, 8)},
-    "transformers, fixed positions": PLAIN | {"position_embedding_type": "sincos"},
+    "transformers, fixed positions": PLAIN | {"position_embedding_type": "sincos", "initializer_range": "fan_in"},
     "transformers, dinov2": SCALED,
     "transformers, dinov2 with registers": SCALED | {"num_register_tokens": 3},
     "transformers, dinov2 and mean pooling": SCALED | {"pooling": "mean"},

@@ -1,4 +1,4 @@
-"""Time and memory, measured fairly, and tables of them: what scripts/benchmark.py measures with."""
+"""Time and memory, measured fairly, and tables of them."""
 
 import contextlib
 import ctypes
@@ -96,13 +96,23 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-def anonymous_memory() -> int | None:
-    """Bytes that this process itself filled: no code of libraries, no files mapped into memory (Linux; else None)."""
+def memory_now(kind: str = "RssAnon") -> int | None:
+    """Bytes that this process itself filled ("RssAnon"), or with files mapped into memory too ("VmRSS").
+
+    None where there is no /proc to ask: only Linux has one.
+    """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), None)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")), None)
+
+
+def return_freed_memory():
+    """Give back to the system what was freed (where the C library can)."""
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class PeakMemory:
@@ -112,12 +122,11 @@ class PeakMemory:
     """
 
     def __init__(self):
-        self._before = anonymous_memory()
+        return_freed_memory()
+        self._before = memory_now()
 
     def __enter__(self):
-        gc.collect()
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):  # what was freed before goes back to the system
-            ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
         self._samples, self._stop = [], threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -125,10 +134,10 @@ class PeakMemory:
 
     def _watch(self):
         while not self._stop.wait(0.001):
-            self._samples.append(anonymous_memory())
+            self._samples.append(memory_now())
 
     def __exit__(self, *exception):
-        self._samples.append(anonymous_memory())
+        self._samples.append(memory_now())
         self._stop.set()
         self._thread.join()
         self.bytes = None if self._before is None else max(self._samples) - self._before
@@ -170,10 +179,7 @@ def table(header: list[str], lines: list[str | list[str]]) -> str:
     def text(line: str | list[str]) -> str:
         if isinstance(line, str):
             return f"\n{line}"
-        aligned = [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-        ]
-        return "  ".join(aligned).rstrip()
+        rest = (f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        return "".join([f"{line[0]:<{widths[0]}}", *rest]).rstrip()
 
     return "\n".join(map(text, [header, *lines]))

@@ -1,0 +1,1 @@
+"""What scripts/benchmark.py is made of: `peers`, the other libraries and their models, and `measuring`."""
