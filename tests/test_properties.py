@@ -15,7 +15,7 @@ SIZES = st.sampled_from([1, 2, 4, 6, 8, 12, 16])
 
 def mostly(good, bad=WRONG):
     """Values of `good`, and seldom one of `bad`."""
-    return st.integers(0, 39).flatmap(lambda draw: bad if draw == 17 else good)
+    return st.integers(0, 79).flatmap(lambda draw: bad if draw == 17 else good)
 
 
 PAIRS = st.one_of(SIZES, st.tuples(SIZES, SIZES), st.lists(SIZES, min_size=2, max_size=2))
