@@ -642,7 +642,7 @@ def test_crops_in_worker_processes(persistent):
     [
         (1, {}, (8, 10)),  # of 5 steps an epoch: its middle, and its end
         (1, {"gradient_accumulation_steps": 2, "dataloader_persistent_workers": True}, (4,)),  # of 3
-        (2, {}, (4,)),  # of 3
+        pytest.param(2, {}, (4,), marks=pytest.mark.slow),  # of 3
     ],
     ids=["one process", "accumulation and lasting workers", "two processes"],
 )
