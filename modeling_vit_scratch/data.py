@@ -403,7 +403,7 @@ def load_split(
     """
     raw = load_raw(name, config_name, image_size=image_size)
     given = {"validation" if key in VALIDATION_SPLITS else key: key for key in raw}
-    if split in ("train", "validation") and "train" in given and "validation" not in given:
+    if split in ("train", "validation") and "train" in given:
         limits = dict.fromkeys(("max_train_samples", "max_eval_samples"), max_samples)
         records, class_names = load_records(raw, image_column, label_column, **limits, seed=seed)
         return records[split], class_names

@@ -1,7 +1,9 @@
 """A trained model at work: what it is given, what it says, whose classes those are, and how its answers are counted."""
 
+import io
 import math
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,12 @@ def paint_folder(folder, **classes):
     return str(folder)
 
 
+def encode(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
 def noise(seed: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
@@ -45,12 +53,13 @@ def noise(seed: int, size: tuple[int, int]) -> Image.Image:
 PROCESSORS = {
     "resize": processor(image_mean=[0.1, 0.5, 0.9], image_std=[0.2, 0.3, 0.4]),
     "crop": BitImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}),
+    "crop of a square": BitImageProcessorPil(size={"height": 20, "width": 20}, crop_size={"height": 16, "width": 16}),
     "bytes": processor(do_normalize=False, do_rescale=False),
 }
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
-@pytest.mark.parametrize("size", [(16, 16), (40, 23)])
+@pytest.mark.parametrize("size", [(16, 16), (20, 20), (40, 23)])
 def test_pictures_become_what_the_processor_makes_of_them(kind, size, tmp_path):
     own = save(colour_model(), tmp_path, PROCESSORS[kind])
     images = [noise(0, size), noise(1, size)]
@@ -127,6 +136,16 @@ def test_classes_of_a_split_are_those_of_train(tmp_path):
     records, names = load_split(str(tmp_path), "validation")
     assert names == ["blue", "green", "red"] and records.labels.tolist() == [0, 1, 2, 2]
     assert rows(load_split(str(tmp_path))[0]) == rows(records)  # there is no test
+
+
+def test_names_as_labels_are_those_of_train(tmp_path):
+    """A test split that lacks a class does not shift the others."""
+    for split, names in (("train", ["red", "green", "blue"]), ("test", ["red", "green"])):
+        images = [{"bytes": encode(paint(RED)), "path": None} for _ in names]
+        table = datasets.Dataset.from_dict({"image": images, "label": names})
+        table.cast_column("image", datasets.Image()).to_parquet(tmp_path / f"{split}.parquet")
+    records, names = load_split(str(tmp_path))
+    assert names == ["blue", "green", "red"] and records.labels.tolist() == [2, 1]
 
 
 # -- classes -----------------------------------------------------------------------------------------------------------
