@@ -35,7 +35,7 @@ FIELDS = {
     "image_size": mostly(st.one_of(st.just(8), st.just(24), PAIRS), st.sampled_from([0, "8", (8,), (8, 8, 8), 8.0])),
     "patch_size": mostly(st.one_of(st.just(4), st.just(8), PAIRS), st.sampled_from([0, "4", (4,), (4, -4), 4.0])),
     "num_channels": mostly(st.sampled_from([1, 3, 4])),
-    "stem_channels": mostly(st.sampled_from([(), (), (), (), (), [], [4], (4, 6)]), st.sampled_from([0, [0], [2.5], "8", None])),
+    "stem_channels": mostly(st.sampled_from([*[()] * 5, [], [4], (4, 6)]), st.sampled_from([0, [0], [2.5], "8", None])),
     "qkv_bias": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "use_cls_token": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "use_final_norm": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
