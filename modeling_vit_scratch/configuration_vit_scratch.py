@@ -120,6 +120,13 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     representation_size: int | None = None
     layerscale_value: float | int | None = None
 
+    def __new__(cls, **kwargs):
+        # Here, since older transformers assign these two by an error of their own before __post_init__ runs.
+        for name in ("id2label", "label2id"):
+            if not isinstance(kwargs.get(name), (dict, type(None))):
+                raise ValueError(f"{name} must be a mapping, got {type(kwargs[name]).__name__}.")
+        return super().__new__(cls)
+
     def __post_init__(self, **kwargs):
         added = kwargs.pop("_added", {})
         for name in kwargs:
@@ -127,9 +134,6 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"{name!r} is not a field of {type(self).__name__}; the nearest is {self._nearest(name)!r}."
                 )
-        for name in ("id2label", "label2id"):
-            if not isinstance(getattr(self, name), (dict, type(None))):
-                raise ValueError(f"{name} must be a mapping, got {type(getattr(self, name)).__name__}.")
         if kwargs.get("num_labels") is not None:
             _require_int("num_labels", kwargs["num_labels"], minimum=0)
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
