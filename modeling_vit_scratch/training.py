@@ -6,6 +6,7 @@ folder that is a Hub repository. `ImageTrainer` adds to Trainer what image batch
 
 import copy
 import csv
+import ctypes
 import itertools
 import json
 import logging
@@ -919,11 +920,24 @@ def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, pr
     )
 
 
+def keep_freed_memory():
+    """Let the C library keep the memory that a step frees, for the next step, where it can (glibc).
+
+    On a CPU, pages that went back to the system and are touched anew took 4 to 9 % of a step.
+    """
+    trim_threshold, mmap_threshold, one_gib = -1, -3, 1 << 30
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(trim_threshold, one_gib)
+        mallopt(mmap_threshold, one_gib)
+
+
 def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
     """Set what the options leave open as the device and the data want it."""
     if not isinstance(splits.train, DecodedImages) and args.dataloader_num_workers == 0:
         args.dataloader_num_workers = max((os.cpu_count() or 1) - 1, 1)
     if args.device.type == "cpu":
+        keep_freed_memory()
         args.dataloader_pin_memory = False
         if args.bf16:  # torch's fused attention has a slow backward pass in bfloat16 on CPUs
             model.set_attn_implementation("eager")
