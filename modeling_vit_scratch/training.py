@@ -40,7 +40,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from . import checkpoints, conversion, hub, lora, plots
 from .augmentation import Augmentation, normalize, parse_until
 from .configuration_vit_scratch import PRESETS, ViTScratchConfig
-from .data import DecodedImages, ImageSplits, LazyImages, collate, load_splits
+from .data import DIGITS, DecodedImages, ImageSplits, LazyImages, collate, load_splits
 from .inspection import fingerprint, inspect_splits, sample_sheet
 from .metrics import ImageClassificationMetrics
 from .modeling_vit_scratch import ViTScratchForImageClassification, image_classification_loss
@@ -134,7 +134,9 @@ class DataArguments:
         default=0.35,
         metadata={"help": "Smallest share of the area that a random crop keeps; for pictures of different sizes."},
     )
-    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of mirroring a picture."})
+    horizontal_flip: float | None = field(
+        default=None, metadata={"help": "Probability of mirroring a picture. Default: 0.5; 0 for digits."}
+    )
     mask_ratio: float = field(
         default=0.6, metadata={"help": f"Share of a picture that is hidden, with --task {MASKED}."}
     )
@@ -902,12 +904,15 @@ def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, pr
         padding = 0
     elif padding is None:
         padding = min(processor.size["height"], processor.size["width"]) // 8
+    flip = data_args.horizontal_flip
+    if flip is None:
+        flip = 0.0 if data_args.dataset_name == DIGITS else 0.5  # mirrored digits are other signs
     return Augmentation(
         mean=processor.image_mean,
         std=processor.image_std,
         crop_padding=padding,
         crop_mode=data_args.crop_mode,
-        horizontal_flip=data_args.horizontal_flip,
+        horizontal_flip=flip,
         seed=args.seed,
         rand_augment_ops=data_args.rand_augment,
         rand_augment_magnitude=data_args.rand_augment_magnitude,

@@ -1,7 +1,10 @@
 """A whole run as a user starts it, its options and recipes, and what it refuses."""
 
 import json
+import platform
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -195,6 +198,40 @@ def test_dry_run_checks_the_data_and_draws_samples(tmp_path, capsys):
     ):
         assert words in text
     assert [path.name for path in folder.iterdir()] == ["samples.png"]
+
+
+@pytest.mark.parametrize(("name", "told", "flip"), [("digits", None, 0.0), ("photos", None, 0.5), ("digits", 0.2, 0.2)])
+def test_digits_are_not_mirrored_unless_told(name, told, flip):
+    processor = SimpleNamespace(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
+    splits = SimpleNamespace(train=None, class_names=["0", "1"])
+    data = training.DataArguments(dataset_name=name, horizontal_flip=told)
+    augmentation = training.make_augmentation(data, SimpleNamespace(seed=0), processor, splits)
+    assert augmentation.horizontal_flip == flip
+
+
+KEPT_MEMORY = """
+import resource, torch
+from modeling_vit_scratch.training import keep_freed_memory
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.zeros(10_000_000).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+returned = new_pages()
+keep_freed_memory()
+new_pages()
+print(returned, new_pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    """40 MB, more than glibc keeps by itself: each is new pages until they are kept."""
+    output = subprocess.run([sys.executable, "-c", KEPT_MEMORY], capture_output=True, text=True, check=True).stdout
+    returned, kept = map(int, output.split())
+    assert returned > 20 * max(kept, 1)
 
 
 def test_printed_steps_and_last_learning_rate_are_those_of_the_run(tmp_path, capsys):
