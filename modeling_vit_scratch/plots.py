@@ -22,7 +22,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 from PIL import Image
 
 from .metrics import expected_calibration_error, reliability_bins
@@ -326,7 +326,8 @@ def plot_bars(
         values = [value for value, _ in bars.values()]
         axes.barh(range(len(bars)), values, color=[colours[name] for name in bars], height=0.75)
         for row, (value, text) in enumerate(bars.values()):
-            _plain(axes.text(value + 0.01 * longest, row, text, va="center", fontsize=8))
+            patch = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # where the dashed line would cross it
+            _plain(axes.text(value + 0.01 * longest, row, text, va="center", fontsize=8, bbox=patch))
         if reference is not None:
             axes.axvline(reference, color=GREY, linewidth=1.0, linestyle="--")
         axes.set_yticks(range(len(bars)), list(bars), fontsize=9)
@@ -373,6 +374,9 @@ def plot_scaling(panels: Mapping[str, Mapping[str, Sequence]]) -> Figure:
                 axes.set(xscale="log", yscale="log", xlabel=varied, ylabel=quantity)
                 axes.set_xticks(x, [f"{value:g}" for value in x], fontsize=8)
                 axes.set_xticks([], minor=True)
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+                axes.yaxis.set_major_formatter("{x:,.5g}")
+                axes.set_yticks([], minor=True)
             _tidy(axes)
     return figure
 
