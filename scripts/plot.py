@@ -51,7 +51,7 @@ FILES = {
 NEED_PICTURES = {"patches", "rollout", "heads", "distance"}
 NEED_LABELS = {"mistakes", "reliability", "features"}
 SAVED = {"curves", "confusion", "per-class"}
-README = ("curves", "patches", "filters", "positions", "heads", "rollout")
+README = ("patches", "filters", "positions", "heads", "rollout")
 PICTURES = Path(__file__).parent / "pictures"  # of the README: PNG only, one picture of each kind, 3 of rollout
 EXAMPLES = [str(PICTURES / "examples" / f"{name}.jpg") for name in ("horse", "ship", "bird")]
 

@@ -3,7 +3,6 @@
 import importlib.util
 import itertools
 import math
-import shutil
 from pathlib import Path
 
 import matplotlib
@@ -773,11 +772,8 @@ def test_script_takes_the_numbers_that_a_run_saved(script, history, capsys):
     assert len(capsys.readouterr().out.split()) == 6
 
 
-def test_script_remakes_the_pictures_of_the_readme(script, folder, history, tmp_path, capsys):
-    run = tmp_path / "model"
-    shutil.copytree(folder, run)
-    shutil.copy(history, run / "history.csv")
-    words = ["readme", str(run)]
+def test_script_remakes_the_pictures_of_the_readme(script, folder, tmp_path, capsys):
+    words = ["readme", str(folder)]
     assert script.parse(words).output == script.PICTURES
     assert script.main([*words, "--output", str(tmp_path / "out")]) == 0
     drawn = {file.name for file in (tmp_path / "out").iterdir()}
