@@ -792,8 +792,11 @@ def _load_own(folder: Path, hints: dict) -> tuple[ViTScratchForImageClassificati
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be loaded: {_line(error)}") from error
     missing, left_over = set(report["missing_keys"]), set(report["unexpected_keys"])
-    trained_head = "ViTScratchForImageClassification" in (config.architectures or ())
-    head = {name for name in missing if name.startswith(("classifier.", "pre_logits.")) and not trained_head}
+    architecture = (config.architectures or [""])[0]
+    untrained = () if architecture == "ViTScratchForImageClassification" else ("classifier.", "pre_logits.")
+    if architecture in ("ViTScratchForMaskedImageModeling", "ViTScratchBackbone"):  # these read the tokens alone
+        untrained += ("vit.pooled_norm.",)
+    head = {name for name in missing if name.startswith(untrained)}
     decoder = {name for name in left_over if re.match(r"(vit\.)?(embeddings\.)?(decoder|mask_token)", name)}
     problems = {
         "missing": sorted(missing - head),

@@ -324,17 +324,21 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
 
 
 class ViTScratchModel(ViTScratchPreTrainedModel):
-    """The encoder: pixels (B, C, H, W) -> `last_hidden_state` (B, T, D) and `pooler_output` (B, D). ViT, eq. 1 to 4."""
+    """The encoder: pixels (B, C, H, W) -> `last_hidden_state` (B, T, D) and `pooler_output` (B, D). ViT, eq. 1 to 4.
+
+    Heads that read the tokens alone leave the pooling out: parameters without a gradient would stop a parallel run.
+    """
 
     _auto_class = "AutoModel"
 
-    def __init__(self, config: ViTScratchConfig, use_mask_token: bool = False):
+    def __init__(self, config: ViTScratchConfig, use_mask_token: bool = False, add_pooling_layer: bool = True):
         super().__init__(config)
+        self.add_pooling_layer = add_pooling_layer
         self.embeddings = ViTScratchEmbeddings(config, use_mask_token)
         self.layers = nn.ModuleList([ViTScratchLayer(config, i) for i in range(config.num_hidden_layers)])
         norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm = norm if config.use_final_norm and not config.norm_after_pooling else nn.Identity()
-        self.pooled_norm = norm if config.norm_after_pooling else nn.Identity()
+        self.pooled_norm = norm if config.norm_after_pooling and add_pooling_layer else nn.Identity()
         self.post_init()
 
     def pool(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -393,7 +397,7 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
-            pooler_output=self.pooled_norm(self.pool(hidden_states)),
+            pooler_output=self.pooled_norm(self.pool(hidden_states)) if self.add_pooling_layer else None,
             hidden_states=tuple(all_states) if want_states else None,
             attentions=tuple(all_maps) if want_maps else None,
         )
@@ -492,7 +496,7 @@ class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
 
     def __init__(self, config: ViTScratchConfig):
         super().__init__(config)
-        self.vit = ViTScratchModel(config, use_mask_token=True)
+        self.vit = ViTScratchModel(config, use_mask_token=True, add_pooling_layer=False)
         self.decoder = nn.Linear(config.hidden_size, config.num_channels * config.stride_hw[0] * config.stride_hw[1])
         self.post_init()
 
@@ -540,7 +544,7 @@ class ViTScratchBackbone(BackboneMixin, ViTScratchPreTrainedModel):
     def __init__(self, config: ViTScratchConfig):
         super().__init__(config)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
-        self.vit = ViTScratchModel(config)
+        self.vit = ViTScratchModel(config, add_pooling_layer=False)
         self.post_init()
 
     @can_return_tuple

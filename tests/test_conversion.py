@@ -19,7 +19,13 @@ from benchmarking.peers import MODULES
 from hub_server import Repo
 from safetensors.torch import load_file, save_file
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch import (
+    ViTScratchBackbone,
+    ViTScratchConfig,
+    ViTScratchForImageClassification,
+    ViTScratchForMaskedImageModeling,
+    ViTScratchModel,
+)
 from modeling_vit_scratch.conversion import (
     FAMILIES,
     convert_checkpoint,
@@ -1006,17 +1012,18 @@ def test_own_fixed_positions(tmp_path):
     torch.testing.assert_close(larger.vit.embeddings.position_embeddings, fresh)
 
 
-def test_own_encoder_and_masked_image_model(tmp_path, caplog):
-    from modeling_vit_scratch import modeling_vit_scratch as modeling
-
-    config = ViTScratchConfig(**SIZES, intermediate_size=48, encoder_stride=8)
-    for name in ("ViTScratchModel", "ViTScratchForMaskedImageModeling"):
-        model = randomised(getattr(modeling, name)(config))
-        model.save_pretrained(tmp_path / name)
-        ours = convert_checkpoint(tmp_path / name, num_labels=3)
-        encoder = getattr(model, "vit", model)
+@pytest.mark.parametrize("norm_after_pooling", [False, True])
+def test_own_folder_without_a_classifier(tmp_path, caplog, norm_after_pooling):
+    """A new classifier; and a new norm before it, where the class has none."""
+    fields = {**SIZES, "intermediate_size": 48, "encoder_stride": 8, "norm_after_pooling": norm_after_pooling}
+    for cls in (ViTScratchModel, ViTScratchForMaskedImageModeling, ViTScratchBackbone):
+        model = randomised(cls(ViTScratchConfig(**fields)))
+        model.save_pretrained(tmp_path / cls.__name__)
+        ours = convert_checkpoint(tmp_path / cls.__name__, num_labels=3)
+        encoder = getattr(model, "vit", model).state_dict()
+        new = {"pooled_norm.weight": torch.ones(32), "pooled_norm.bias": torch.zeros(32)}
         for key, tensor in ours.vit.state_dict().items():
-            assert torch.equal(tensor, encoder.state_dict()[key])
+            assert torch.equal(tensor, encoder[key] if key in encoder else new[key])
         assert not ours.classifier.weight.any()
     assert "Left out the pre-training decoder" in caplog.text and "Made a new head for 3 classes" in caplog.text
 
@@ -1030,6 +1037,16 @@ def test_a_file_of_its_own_beside_our_config(own, tmp_path):
     (tmp_path / "ours.json").rename(tmp_path / "config.json")
     ours = convert_checkpoint(tmp_path / "other.pth")  # the file that was named, not ours
     assert_logits(ours, lambda image: timm_logits(timm_tensors(), image))
+
+
+def test_own_encoder_that_lost_its_norm_after_pooling(tmp_path):
+    config = ViTScratchConfig(**SIZES, intermediate_size=48, norm_after_pooling=True)
+    ViTScratchModel(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["pooled_norm.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing are 1 \(vit\.pooled_norm\.bias\)"):
+        convert_checkpoint(tmp_path)
 
 
 def test_own_folder_with_missing_tensors(own, tmp_path):

@@ -26,6 +26,20 @@ from modeling_vit_scratch import (
     ViTScratchModel,
 )
 
+POOLED_NORM = {**RICH, "norm_after_pooling": True}
+
+
+@pytest.mark.parametrize("fields", [TINY, FIXED, POOLED_NORM])
+@pytest.mark.parametrize("cls", [ViTScratchForMaskedImageModeling, ViTScratchBackbone])
+def test_every_parameter_gets_a_gradient(cls, fields):
+    """Distributed training stops at one that does not; these heads read tokens, so a norm of the pooled one would."""
+    model = make(cls, fields)
+    outputs = model(**inputs(model, targets=True))
+    (outputs.feature_maps[0].square().mean() if cls is ViTScratchBackbone else outputs.loss).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert model.vit(images(model)).pooler_output is None
+
+
 # Masked image modelling
 
 
@@ -179,12 +193,22 @@ def test_auto_class_and_fine_tuning_from_pre_training(tmp_path):
     assert classifier(images(model)).logits.shape == (3, 7)
 
 
+def test_fine_tuning_with_a_norm_after_pooling_starts_it_anew(tmp_path):
+    model = make(ViTScratchForMaskedImageModeling, POOLED_NORM)
+    model.save_pretrained(tmp_path)
+    classifier, report = ViTScratchForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name for name in report["missing_keys"] if name.startswith("vit.")} == {
+        "vit.pooled_norm.weight",
+        "vit.pooled_norm.bias",
+    }
+    assert (classifier.vit.pooled_norm.weight == 1).all()
+    assert (classifier.vit.pooled_norm.bias == 0).all()
+
+
 # Backbone
 
 
-@pytest.mark.parametrize(
-    "fields", [TINY, OBLONG, RICH, FIXED, {**TINY, "use_final_norm": False}, {**RICH, "norm_after_pooling": True}]
-)
+@pytest.mark.parametrize("fields", [TINY, OBLONG, RICH, FIXED, {**TINY, "use_final_norm": False}, POOLED_NORM])
 def test_maps_are_the_normalised_patch_tokens_in_their_places(fields):
     model = make(ViTScratchBackbone, fields, out_indices=[0, 1, 2])
     x = images(model)
