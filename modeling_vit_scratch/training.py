@@ -34,6 +34,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -232,6 +233,11 @@ class ImageTrainingArguments(TrainingArguments):
         ):
             self.load_best_model_at_end = False
         super().__post_init__()
+        for make_callback in get_reporting_integration_callbacks(self.report_to):  # a ValueError for an unknown name
+            try:
+                make_callback()
+            except (ImportError, RuntimeError) as error:  # said now, not when the data are loaded
+                raise ValueError(f"report_to ({', '.join(self.report_to)}): {error}") from error
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay ({self.layer_decay}) must be in (0, 1]; 1 switches it off.")
         if self.muon_learning_rate is not None and not self.optim.value.startswith("adamw_torch"):

@@ -481,5 +481,16 @@ def test_reports_to_tensorboard(tmp_path):
                 assert sent[tag, int(row["step"])] == pytest.approx(float(row[column]), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("wandb", "pip install wandb"), ("tensorbord", "tensorbord is not supported, only")]
+)
+def test_a_report_that_cannot_be_sent_is_refused_at_once(name, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main(options(tmp_path / "run", report_to=name))
+    err = capsys.readouterr().err
+    assert text in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 def test_tiny_settings_are_tiny():
     assert "hidden_size=16" in TINY and (ROOT / "setup.cfg").exists()
