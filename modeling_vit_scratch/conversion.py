@@ -694,6 +694,9 @@ def _family(opened: _Checkpoint, named: _Named) -> str:
             return "mae"
         if "blocks.0.gamma_1" in named.names or "dist_token" in named.names:
             return "deit"
+        if opened.wrapper == "model":  # as DeiT and MAE publish theirs, and timm does not
+            plain_head = named.has("classifier.weight") and not named.has("vit.pooled_norm.weight")
+            return "deit" if plain_head else "mae"
         return "dino" if opened.wrapper in ("teacher", "student") else "timm"
     return {id(family.layouts[0]): name for name, family in FAMILIES.items()}[id(named.layout)]
 

@@ -79,6 +79,13 @@ class ModelArguments:
             "timm, torchvision, Google, DINO, DINOv2, DeiT, MAE."
         },
     )
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whose that model is, where its names do not tell, e.g. 'dino' for files of DINO, which look like "
+            f"timm's: {', '.join(conversion.FAMILIES)}."
+        },
+    )
     task: Literal["image-classification", "masked-image-modeling"] = field(
         default="image-classification",
         metadata={"help": f"'image-classification', or '{MASKED}': pre-training without labels."},
@@ -569,12 +576,10 @@ def make_processor(
 
 def load_trained(arguments: ModelArguments) -> tuple[ViTScratchForImageClassification, ViTImageProcessorPil]:
     """A trained classifier, ours or converted from another library, and an image processor with its mean and std."""
-    source = arguments.model_name_or_path
-    fields = config_overrides(arguments)
-    hub_access = {"cache_dir": arguments.cache_dir, "token": arguments.token}
-    size = arguments.image_size
-    model = conversion.convert_checkpoint(source, image_size=size, replace_head=True, **hub_access, **fields)
-    processor = conversion.image_processor_for(source, model, **hub_access)
+    name, fields = arguments.model_name_or_path, config_overrides(arguments)
+    where = {"source": arguments.source, "cache_dir": arguments.cache_dir, "token": arguments.token}
+    model = conversion.convert_checkpoint(name, image_size=arguments.image_size, replace_head=True, **where, **fields)
+    processor = conversion.image_processor_for(name, model, **where)
     return model, make_processor(model.config, processor.image_mean, processor.image_std)
 
 

@@ -569,21 +569,26 @@ def test_mae_and_deit_wrapped_in_model(tmp_path, caplog):
         "decoder_pos_embed": torch.ones(1, 10, 8),
     }
     torch.save({"model": tensors | decoder}, tmp_path / "mae.pth")
-    ours = convert_checkpoint(tmp_path / "mae.pth", **HEADS)
-    assert "(mae)" in caplog.text and "Left out the pre-training decoder" in caplog.text
-    assert_logits(ours, lambda image: timm_logits(tensors, image), pooled=True)
+    torch.save({"model": tensors}, tmp_path / "encoder.pth")
+    for name in ("mae.pth", "encoder.pth"):
+        ours = convert_checkpoint(tmp_path / name, **HEADS)
+        assert "(mae)" in caplog.text and ("Left out the pre-training decoder" in caplog.text) == (name == "mae.pth")
+        assert_logits(ours, lambda image: timm_logits(tensors, image), pooled=True)
+        caplog.clear()
     tensors = timm_tensors()
     torch.save({"model": {f"module.{name}": tensor for name, tensor in tensors.items()}}, tmp_path / "deit.pth")
-    ours = convert_checkpoint(tmp_path / "deit.pth", "deit", **HEADS)
+    ours = convert_checkpoint(tmp_path / "deit.pth", **HEADS)
+    assert "(deit)" in caplog.text
+    assert image_processor_for(tmp_path / "deit.pth", ours).image_mean[0] == 0.485  # not timm's 0.5
     assert_logits(ours, lambda image: timm_logits(tensors, image))
 
 
-def test_mae_fine_tuned(tmp_path):
+def test_mae_fine_tuned(tmp_path, caplog):
     """MAE's own fine-tuning puts the norm after the mean of the patches."""
     tensors = timm_tensors(final_norm="fc_norm")
     torch.save({"model": tensors}, tmp_path / "mae_finetuned.pth")
-    ours = convert_checkpoint(tmp_path / "mae_finetuned.pth", "mae", **HEADS)
-    assert ours.config.norm_after_pooling
+    ours = convert_checkpoint(tmp_path / "mae_finetuned.pth", **HEADS)
+    assert "(mae)" in caplog.text and ours.config.norm_after_pooling
     assert_logits(ours, lambda image: timm_logits(tensors, image, mean=True))
 
 

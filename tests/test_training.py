@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers
 from runs import RANDOM, ROOT, SCRIPTS, TINY, history, load_script, options, weights
+from safetensors.torch import save_file
+from test_conversion import timm_tensors
 from transformers import AutoModelForImageClassification, TrainerCallback
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 exports it only with torchvision
 
@@ -272,6 +274,16 @@ def test_trained_folder_starts_another_run_with_other_classes(run, tmp_path, cap
     assert "The head is new: 2 classes instead of 10" in caplog.text
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "even", 1: "odd"} and model.classifier.weight.abs().max() > 0
+
+
+def test_the_source_of_a_trained_model_can_be_named(tmp_path):
+    save_file(timm_tensors(classes=None), tmp_path / "dino.safetensors")
+    arguments = {"model_name_or_path": str(tmp_path / "dino.safetensors"), "config_overrides": "num_attention_heads=4"}
+    for source, mean in ((None, 0.5), ("dino", 0.485)):
+        _, processor = training.load_trained(training.ModelArguments(**arguments, source=source))
+        assert processor.image_mean[0] == mean
+    with pytest.raises(ValueError, match="source 'keras' is unknown"):
+        training.load_trained(training.ModelArguments(**arguments, source="keras"))
 
 
 @pytest.mark.parametrize("name", ["DeiTForImageClassificationWithTeacher", "Dinov2ForImageClassification"])
