@@ -17,6 +17,7 @@ from transformers import AutoModelForImageClassification, TrainerCallback
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 exports it only with torchvision
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, training
+from modeling_vit_scratch.conversion import convert_checkpoint
 
 finetune = load_script("finetune")
 IN_FOLDER = {
@@ -389,7 +390,8 @@ def test_frozen_backbone_does_not_move_and_higher_resolution_interpolates(run, t
     before, after = weights(folder), weights(tmp_path)
     moved = {name for name in before if before[name].shape != after[name].shape or not before[name].equal(after[name])}
     assert moved == {"vit.embeddings.position_embeddings", "classifier.weight", "classifier.bias"}
-    assert after["vit.embeddings.position_embeddings"].shape == (1, 64, 16)
+    larger = convert_checkpoint(folder, image_size=64).vit.embeddings.position_embeddings
+    assert larger.shape == (1, 64, 16) and torch.equal(after["vit.embeddings.position_embeddings"], larger)
     assert "of which 170 are trained" in capsys.readouterr().out
 
 
