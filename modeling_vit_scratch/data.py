@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .augmentation import crop_box
-from .sources import CIFAR10, DIGITS, VALIDATION_SPLITS, default_dataset, load_image, load_raw
+from .sources import CIFAR10, DIGITS, VALIDATION_SPLITS, default_dataset, load_image, load_raw, pictures_below
 
 __all__ = [
     "CIFAR10",
@@ -38,6 +38,7 @@ __all__ = [
     "load_records",
     "load_split",
     "load_splits",
+    "pictures_below",
     "pixel_statistics",
 ]
 

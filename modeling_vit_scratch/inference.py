@@ -21,7 +21,7 @@ from PIL import Image
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .conversion import convert_checkpoint, image_processor_for
-from .data import Records, bounded_map, progress_bar, to_tensor
+from .data import Records, bounded_map, pictures_below, progress_bar, to_tensor
 from .metrics import (
     ImageClassificationMetrics,
     expected_calibration_error,
@@ -54,13 +54,10 @@ def find_pictures(patterns: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     Args:
         patterns: Files, folders (their pictures, and those in folders below them), and patterns such as "*.jpg".
     """
-    suffixes = Image.registered_extensions()
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            found = [
-                str(file) for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()
-            ]
+            found = list(map(str, pictures_below(path)))
             wrong = "the folder holds no pictures"
         elif path.exists():
             found, wrong = [pattern], None

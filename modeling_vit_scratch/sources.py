@@ -207,12 +207,18 @@ def _image_folder(folder: Path, split: str) -> datasets.Dataset:
 
 def _loose_pictures(folder: Path, split: str) -> datasets.Dataset:
     """Every picture in a folder and below it."""
-    suffixes = Image.registered_extensions()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and _is_visible(path, folder))
+    paths = pictures_below(folder)
     if not paths:
         raise ValueError(f"split {split!r}: {folder} holds no pictures.")
-    columns = {"image": [{"bytes": None, "path": str(path)} for path in paths if path.is_file()]}
+    columns = {"image": [{"bytes": None, "path": str(path)} for path in paths]}
     return datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(decode=False)}))
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """The files in a folder and below it whose names are of pictures that can be read, sorted; no hidden ones."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and _is_visible(path, folder))
+    return sorted(path for path in files if path.is_file())
 
 
 def _is_visible(path: Path, root: Path) -> bool:

@@ -111,6 +111,16 @@ def test_pictures_that_cannot_be_read(script, model, photos, capsys):
     assert script.main([missing[0], "--model", model]) == 1 and capsys.readouterr().out == ""
 
 
+def test_what_lies_beside_the_pictures_of_a_folder_is_none(script, model, photos, capsys):
+    """What systems leave behind, hidden folders, and kinds of files that Pillow writes but cannot read."""
+    (photos / "._a red.png").write_bytes(b"a resource fork")
+    (photos / ".thumbnails").mkdir()
+    paint((30, 30, 200)).save(photos / ".thumbnails" / "c.png")
+    paint((30, 30, 200)).save(photos / "album.pdf")
+    found = results(script, capsys, photos, "--model", model)
+    assert [Path(result["picture"]).name for result in found] == ["a red.png", "b green.jpg", "c blue.bmp"]
+
+
 def test_every_mode(script, model, tmp_path, capsys):
     red = paint((210, 20, 20))
     cmyk = red.convert("CMYK")
