@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import ViTImageProcessorPil
 
-from . import checkpoints, conversion, hub, plots
+from . import checkpoints, hub, plots
 from .augmentation import draw_mask, normalize
 from .configuration_vit_scratch import ViTScratchConfig
 from .data import collate, load_splits
@@ -30,10 +30,10 @@ from .training import (
     StopOnSignal,
     begin_run,
     check_space,
-    config_overrides,
     data_settings,
     describe_machine,
     describe_training,
+    load_trained,
     make_augmentation,
     make_config,
     make_processor,
@@ -96,15 +96,11 @@ def make_model(
         config = make_config(model_args, ["0", "1"])
         config.problem_type = None
         return ViTScratchForMaskedImageModeling(config), None
-    source = model_args.model_name_or_path
-    hub_access = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-    fields = config_overrides(model_args)
-    trained = conversion.convert_checkpoint(source, image_size=model_args.image_size, **hub_access, **fields)
-    processor = conversion.image_processor_for(source, trained, **hub_access)
+    trained, processor = load_trained(model_args)
     trained.config.encoder_stride = trained.config.patch_size
     model = ViTScratchForMaskedImageModeling(trained.config)
     model.vit.load_state_dict(trained.vit.state_dict(), strict=False)  # all but the mask token
-    return model, make_processor(trained.config, processor.image_mean, processor.image_std)
+    return model, processor
 
 
 def _check(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments):

@@ -30,7 +30,7 @@ ARROWS = {
     "conversion": MODEL,
     "lora": MODEL,
     "pretraining": {
-        "augmentation", "checkpoints", "conversion", "data", "hub", "plots", "training", *MODEL,
+        "augmentation", "checkpoints", "data", "hub", "plots", "training", *MODEL,
     },
     "training": {
         "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "lora", "metrics", "optimization",

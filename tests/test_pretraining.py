@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from runs import RANDOM, history, load_script, options, weights
 from test_training import interrupt  # noqa: F401 - a fixture
@@ -155,6 +156,17 @@ def test_a_trained_encoder_is_gone_on_with(run):
         if "mask_token" not in name:
             assert torch.equal(tensor, before[f"vit.{name}"]), name
     assert list(processor.image_mean) == json.loads((run[0] / "preprocessor_config.json").read_text())["image_mean"]
+
+
+def test_an_encoder_is_gone_on_with_whose_heads_the_model_has_not(tmp_path):
+    config = transformers.DeiTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    theirs = transformers.DeiTForImageClassificationWithTeacher(config)
+    torch.nn.init.normal_(theirs.deit.layernorm.weight)
+    theirs.save_pretrained(tmp_path)
+    model, _ = pretraining.make_model(ModelArguments(model_name_or_path=str(tmp_path)))
+    assert torch.equal(model.vit.norm.weight, theirs.deit.layernorm.weight)
 
 
 # Pictures without labels
