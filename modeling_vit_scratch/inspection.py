@@ -48,13 +48,13 @@ def fingerprint(splits: ImageSplits) -> str:
             continue
         digest.update(f"{split} {len(records)}".encode())
         digest.update(records.labels.astype("<i8").tobytes())
-        for encoded in records.select(_evenly(len(records), MAX_FINGERPRINTED)).encoded():
+        for encoded in records.select(evenly(len(records), MAX_FINGERPRINTED)).encoded():
             digest.update(len(encoded).to_bytes(8, "little"))
             digest.update(encoded)
     return digest.hexdigest()
 
 
-def _evenly(count: int, limit: int) -> np.ndarray:
+def evenly(count: int, limit: int) -> np.ndarray:
     """At most `limit` indices below `count`, evenly spaced, in order."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)
 
@@ -217,7 +217,7 @@ class _Look:
 
 
 def _look(dataset: torch.utils.data.Dataset, records: Records, split: str) -> _Look:
-    index = _evenly(len(dataset), MAX_INSPECTED[split])
+    index = evenly(len(dataset), MAX_INSPECTED[split])
     labels = dataset.labels.numpy()
     digests, thumbnails = [], []
     with progress_bar(len(index), f"Inspecting {split}") as bar:
@@ -344,7 +344,7 @@ def sample_pictures(splits: ImageSplits, augmentation: Augmentation, count: int 
         uint8 (count, C, H, W); and the label of each, or the shares of its labels where pictures are mixed.
     """
     train = _by_index(splits)
-    batch = collate([train[int(i)] for i in _evenly(len(train), count)])
+    batch = collate([train[int(i)] for i in evenly(len(train), count)])
     images, labels = augmentation.with_labels(batch["pixel_values"], batch["labels"], step=0, rank=0)
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (augmentation.mean, augmentation.std))
     pixels = ((images * std + mean) * 255).round().clamp(0, 255).byte()

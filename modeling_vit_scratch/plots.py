@@ -33,6 +33,11 @@ BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK = (
 # "Color universal design" (Okabe and Ito, 2008), without its yellow, which is too pale for lines on white.
 OKABE_ITO = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 GREY = "#666666"
+# What a run's loss is, by the task that its metrics.json names.
+LOSSES = {
+    "image-classification": "cross-entropy (nats)",
+    "masked-image-modeling": "mean error (standard deviations)",
+}
 # Of maps over pictures.
 HEAT, HEAT_ALPHA = "cividis", 0.7
 # Points of many classes differ in shape too; the last three colours are from Tol's "muted" scheme (2021), and grey.
@@ -83,7 +88,7 @@ def _png(figure: Figure, max_bytes: int) -> bytes:
 
 
 def plot_training_curves(
-    histories: str | Path | Mapping[str, str | Path], loss: str = "cross-entropy (nats)"
+    histories: str | Path | Mapping[str, str | Path], loss: str = LOSSES["image-classification"]
 ) -> Figure:
     """Loss (training and validation) and validation accuracy over the epochs, of one or several runs.
 
@@ -173,7 +178,10 @@ def read_history(path: str | Path) -> dict[str, np.ndarray]:
     path = path / "history.csv" if path.is_dir() else path
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        columns, rows = reader.fieldnames or [], list(reader)
+        try:
+            columns, rows = reader.fieldnames or [], list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no CSV file: {error}.") from error
     if not rows:
         raise ValueError(f"{path} has 0 rows; a run writes one for each log.")
     if not {"epoch", "step"} & set(columns) or not {"loss", "eval_loss", "eval_accuracy"} & set(columns):

@@ -260,7 +260,7 @@ def _finish(trainer: MaskedImageTrainer, metrics: dict):
     figure = plots.plot_reconstructions(images.cpu(), mask, (painted * std + mean).clamp(0, 1))
     figure.savefig(folder / "plots" / "reconstructions.png", dpi=110)
     if logged:
-        curves = plots.plot_training_curves(folder / "history.csv", "mean error (standard deviations)")
+        curves = plots.plot_training_curves(folder / "history.csv", plots.LOSSES[MASKED])
         curves.savefig(folder / "plots" / "training_curves.png", dpi=110)
     _write_card(folder, metrics)
     loss, seconds = metrics["validation"]["loss"], metrics["time"]

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from modeling_vit_scratch import cli, plots
 from modeling_vit_scratch.data import load_image
 from modeling_vit_scratch.inference import Answers, find_pictures
+from modeling_vit_scratch.inspection import evenly
 from modeling_vit_scratch.metrics import ImageClassificationMetrics
 
 PROGRAM = "plot.py"
@@ -126,9 +127,9 @@ class Sight:
         self.records, self.pictures, self.titles, self._answers = None, [], [], None
         if args.dataset:
             self.records, self.data_names = cli.read_split(args, self.config.image_hw)
-            shown = range(min(args.max_pictures, len(self.records)))
-            self.pictures = list(self.batch(shown))
-            self.titles = [self.data_names[self.records.labels[i]] for i in shown]
+            some = self.records.select(evenly(len(self.records), args.max_pictures))  # folders are sorted by class
+            self.pictures = list(self.predictor.pixels(some.images(range(len(some)), self.config.num_channels)))
+            self.titles = [self.data_names[label] for label in some.labels]
         elif args.images:
             self._read(list(find_pictures(args.images)))
 
@@ -182,13 +183,17 @@ class Sight:
 
     def distance(self, most: int = 128) -> torch.Tensor:
         """`attention_distance` over up to 128 pictures, as many as in the paper."""
-        n = min(most, len(self.pictures if self.records is None else self.records))
+        some = None if self.records is None else self.records.select(evenly(len(self.records), most))
+        n = min(most, len(self.pictures)) if some is None else len(some)
         geometry = self.config.grid_hw, self.config.patch_hw, self.config.num_prefix_tokens
         total = 0
         with tqdm(total=n, desc="Measuring", unit="image", delay=2, leave=False) as bar:
             for start in range(0, n, 8):  # maps are large: 22 MB for each picture of ViT-B/16
                 end = min(start + 8, n)
-                chunk = torch.stack(self.pictures[start:end]) if self.records is None else self.batch(range(start, end))
+                if some is None:
+                    chunk = torch.stack(self.pictures[start:end])
+                else:
+                    chunk = self.predictor.pixels(some.images(range(start, end), self.config.num_channels))
                 total = total + len(chunk) * plots.attention_distance(self.look(chunk).attentions, *geometry)
                 bar.update(len(chunk))
         return total / n
@@ -203,9 +208,11 @@ def draw(kind: str, args: argparse.Namespace, sight: Sight | None) -> dict[str, 
     name = FILES[kind]
     if kind == "curves":
         runs = args.models
-        return {
-            name: plots.plot_training_curves(runs[0] if len(runs) == 1 else dict(zip(_labels(runs), runs, strict=True)))
-        }
+        losses = {plots.LOSSES.get(_saved(run).get("task"), plots.LOSSES["image-classification"]) for run in runs}
+        if len(losses) > 1:
+            raise ValueError(f"the losses of these runs are not of one kind: {' and '.join(sorted(losses))}.")
+        histories = runs[0] if len(runs) == 1 else dict(zip(_labels(runs), runs, strict=True))
+        return {name: plots.plot_training_curves(histories, losses.pop())}
     if kind in ("confusion", "per-class"):
         matrix, per_class, names = _results(args, sight)
         if kind == "confusion":
@@ -264,12 +271,17 @@ def _results(args: argparse.Namespace, sight: Sight | None):
         probabilities, labels = sight.judgements()
         result = ImageClassificationMetrics().compute(predictions=probabilities, references=labels)
         return result["confusion_matrix"], result["per_class_accuracy"], sight.class_names
-    file = Path(args.models[0]) / "metrics.json"
-    if not file.is_file():
-        raise ValueError(f"there is no {file}; name the pictures with --dataset NAME.")
-    metrics = json.loads(file.read_text())
-    result = metrics.get("test") or metrics["validation"]
+    metrics = _saved(args.models[0])
+    result = metrics.get("test") or metrics.get("validation", {})
+    if "confusion_matrix" not in result:
+        raise ValueError(f"{args.models[0]} has no metrics.json with a confusion matrix; add --dataset NAME.")
     return result["confusion_matrix"], list(result["per_class_accuracy"].values()), metrics["dataset"]["class_names"]
+
+
+def _saved(run: str) -> dict:
+    """What a run's metrics.json holds; nothing where there is none."""
+    file = Path(run) / "metrics.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _labels(paths: list[str]) -> list[str]:

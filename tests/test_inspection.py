@@ -296,7 +296,7 @@ def test_the_fingerprint_samples_large_datasets(monkeypatch):
     monkeypatch.setattr(inspection, "MAX_FINGERPRINTED", 6)
     pictures = [photo(i) for i in range(12)]
     before = fingerprint(split(table(pictures)))
-    sampled = inspection._evenly(12, 6)
+    sampled = inspection.evenly(12, 6)
     unseen = next(i for i in range(12) if i not in sampled)
     for position, same in ((unseen, True), (int(sampled[2]), False)):
         changed = [photo(99) if i == position else picture for i, picture in enumerate(pictures)]

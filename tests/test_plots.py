@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import matplotlib
@@ -191,13 +192,14 @@ def test_training_curves_survive_gaps(tmp_path):
     ("text", "words"),
     [
         (HEADER, "0 rows"),
+        (b"\xff\xfe\x00 weights", "no CSV file"),
         ("a,b\n1,2\n", "its columns are a, b"),
         ("step,lr\n1,2\n", "its columns are step, lr"),
         ("step,loss\n1,2\n2,abc\n", "line 3: loss is 'abc'"),
     ],
 )
 def test_training_curves_refuse(tmp_path, text, words):
-    (tmp_path / "history.csv").write_text(text)
+    (tmp_path / "history.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=words) as error:
         plots.plot_training_curves(tmp_path)
     assert "history.csv" in str(error.value)
@@ -770,6 +772,44 @@ def test_script_takes_the_numbers_that_a_run_saved(script, history, capsys):
     )
     assert script.main(["confusion", "per-class", "curves", str(run), "--output", str(run / "plots")]) == 0
     assert len(capsys.readouterr().out.split()) == 6
+
+
+def test_script_takes_runs_of_other_tasks(script, folder, history, tmp_path, capsys, monkeypatch):
+    """One without labels: its loss is another, and it has no confusion matrix; foreign numbers are no run's."""
+    drawn = {}
+    monkeypatch.setattr(script.plots, "save_figure", lambda figure, path, svg: [drawn.setdefault(path.name, figure)])
+    run, foreign = tmp_path / "pretrained", tmp_path / "foreign"
+    for path, metrics in ((run, '{"task": "masked-image-modeling", "validation": {"loss": 1}}'), (foreign, "{}")):
+        shutil.copytree(folder, path)
+        shutil.copy(history, path / "history.csv")
+        (path / "metrics.json").write_text(metrics)
+    output = ["--output", str(tmp_path / "plots")]
+    assert script.main(["all", str(run), *output]) == 0
+    assert "confusion: " in capsys.readouterr().err  # said, and the others drawn
+    assert set(drawn) == {"patch_filters", "position_similarity", "training_curves"}
+    assert drawn["training_curves"].axes[0].get_ylabel() == "mean error (standard deviations)"
+    for path in (run, foreign):
+        assert script.main(["confusion", str(path), *output]) == 1
+        assert "no metrics.json with a confusion matrix; add --dataset NAME" in capsys.readouterr().err
+    assert script.main(["curves", str(run), str(foreign), *output]) == 1
+    assert "not of one kind: cross-entropy (nats) and mean error" in capsys.readouterr().err
+
+
+def test_script_draws_pictures_from_all_parts_of_a_split(script, folder, tmp_path):
+    """Folders are sorted by class."""
+    for label in range(3):
+        (tmp_path / str(label)).mkdir()
+        for i in range(3):
+            image = Image.fromarray(picture(3, 16, 8, seed=3 * label + i).permute(1, 2, 0).numpy())
+            image.save(tmp_path / str(label) / f"{i}.png")
+    sight = script.Sight(script.parse(["rollout", str(folder), "--dataset", str(tmp_path), "--max_pictures", "3"]))
+    assert sight.titles == ["0", "1", "2"]
+    shown = torch.stack([sight[i] for i in (0, 4, 8)])
+    assert torch.equal(torch.stack(sight.pictures), shown)
+    config = sight.config
+    geometry = config.grid_hw, config.patch_hw, config.num_prefix_tokens
+    expected = plots.attention_distance(sight.look(shown).attentions, *geometry)
+    torch.testing.assert_close(sight.distance(most=3), expected)
 
 
 def test_script_remakes_the_pictures_of_the_readme(script, folder, tmp_path, capsys):
