@@ -302,7 +302,7 @@ TIMM_ARCHITECTURES = {
 }
 # Architectures whose tensors have the names of a ViT, and which compute something else.
 TIMM_REFUSED = {r".*_rope_.*|eva.*|beit.*": "relative or rotary positions", r".*_rpn_.*": "norms after the branches"}
-TIMM_RESAMPLE = {"bilinear": BILINEAR, "bicubic": BICUBIC, "nearest": int(PILImageResampling.NEAREST)}
+TIMM_RESAMPLE = {kind.name.lower(): int(kind) for kind in PILImageResampling}
 
 # Fields of a config.json beside the tensors that are taken over, or, where the tensors tell, compared with them.
 CONFIG_FIELDS = (
