@@ -35,6 +35,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, BitImageProcessorPil, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
@@ -460,6 +461,13 @@ def _weights_in(folder: Path) -> Path:
     return files[0]
 
 
+class _DownloadBar(tqdm):
+    """Of a download that takes more than two seconds; shown where transformers' own bars are switched off, too."""
+
+    def __init__(self, *args, name: str | None = None, **kwargs):
+        super().__init__(*args, **{**kwargs, "delay": 2})
+
+
 def _download(repo_id: str, **hub) -> Path:
     """Fetch config, processor and weights of a Hub model, or find them in the cache; the folder they lie in."""
     unreachable: list[Exception] = []
@@ -472,7 +480,8 @@ def _download(repo_id: str, **hub) -> Path:
 
     def get(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(repo_id, name, local_files_only=bool(unreachable), **hub))
+            settings = {"local_files_only": bool(unreachable), "tqdm_class": _DownloadBar}
+            return Path(hf_hub_download(repo_id, name, **settings, **hub))
         except LocalEntryNotFoundError as error:  # no answer, and not in the cache; ask no more, only look
             unreachable.append(error)
         except EntryNotFoundError:
@@ -1082,7 +1091,8 @@ def _fill(model: ViTScratchForImageClassification, title: str, named: _Named, pl
     """
     named.missing = []
     state, misshapen, infinite = {}, [], []
-    for ours, empty in model.state_dict().items():
+    needed = model.state_dict().items()
+    for ours, empty in tqdm(needed, "Converting", unit="tensor", delay=2, leave=False):
         if plan.classes is None and ours.startswith("classifier."):
             continue
         tensor = plan.tensors[ours] if ours in plan.tensors else named.read(ours)
@@ -1651,15 +1661,21 @@ class _Reference:
 def _outputs(reference: _Reference, images: torch.Tensor, headless: bool) -> dict[str, torch.Tensor]:
     """Embeddings, every block's output, the final norm's, and the logits."""
     outputs = {}
+    bar = tqdm(total=len(reference.blocks), desc=f"Running {reference.title}", unit="block", delay=2, leave=False)
 
-    def keep(name: str):
-        return lambda module, inputs, output: outputs.update({name: output[0] if isinstance(output, tuple) else output})
+    def keep(name: str, blocks: int = 0):
+        def hook(module, inputs, output):
+            outputs[name] = output[0] if isinstance(output, tuple) else output
+            bar.update(blocks)
+
+        return hook
 
     reference.blocks[0].register_forward_pre_hook(lambda module, inputs: outputs.update({"embeddings": inputs[0]}))
     for number, block in enumerate(reference.blocks, start=1):
-        block.register_forward_hook(keep(f"block {number}"))
+        block.register_forward_hook(keep(f"block {number}", blocks=1))
     reference.norm.register_forward_hook(keep("final norm"))
-    result = reference.module.double().eval()(images, **reference.arguments)
+    with bar:
+        result = reference.module.double().eval()(images, **reference.arguments)
     if getattr(reference.module, "pooler", None) is not None:
         outputs["tanh layer"] = result.pooler_output
     if not headless:

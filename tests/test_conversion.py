@@ -25,6 +25,7 @@ from modeling_vit_scratch import (
     ViTScratchForImageClassification,
     ViTScratchForMaskedImageModeling,
     ViTScratchModel,
+    conversion,
 )
 from modeling_vit_scratch.conversion import (
     FAMILIES,
@@ -1080,6 +1081,26 @@ def test_hub_id_of_transformers(hub, tmp_path):
     assert not any("pytorch_model.bin" in path for _, path in hub.requests)
 
 
+def test_a_download_shows_its_progress(hub, tmp_path, monkeypatch):
+    """Where transformers' own bars are switched off, as the scripts do, too."""
+    folder = timm_folder(tmp_path / "timm")
+    put_on_hub(hub, "timm/vit", folder)
+    loaded = {}
+
+    def update(bar, n=1):
+        assert not bar.disable and bar.delay == 2 and bar.total
+        loaded[bar.total] = loaded.get(bar.total, 0) + n
+
+    monkeypatch.setattr(conversion._DownloadBar, "update", update)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        convert_checkpoint("timm/vit")
+    finally:
+        transformers.utils.logging.enable_progress_bar()
+    size = (folder / "model.safetensors").stat().st_size
+    assert loaded[size] == size
+
+
 def test_hub_id_of_timm_on_a_branch(hub, tmp_path):
     put_on_hub(hub, "timm/vit", timm_folder(tmp_path / "timm"), ref="v2")
     ours = convert_checkpoint("timm/vit", revision="v2")
@@ -1236,8 +1257,6 @@ def test_timm_architectures_with_the_names_of_a_vit_that_compute_something_else(
 @pytest.mark.slow
 def test_every_vit_of_timm_is_understood_or_refused():
     """Heads, epsilon, activation, pooling and resolution of timm's whole registry, without memory for the weights."""
-    from modeling_vit_scratch import conversion
-
     activations = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu"}
     understood, refused = [], []
     for name in timm.list_models(["vit_*", "deit*", "flexivit*"]):
