@@ -720,7 +720,9 @@ def plot_reconstructions(images: torch.Tensor, mask: torch.Tensor, painted: torc
     return figure
 
 
-def plot_patch_filters(weight: torch.Tensor, patch_hw: tuple[int, int], count: int = 28) -> Figure:
+def plot_patch_filters(
+    weight: torch.Tensor, patch_hw: tuple[int, int], count: int = 28, title: str = "Patch filters"
+) -> Figure:
     """The first principal components of the patch embedding's filters (ViT, fig. 7 left); see `filter_components`.
 
     Each is drawn on its own scale, 0.5 + 0.5 v / max |v|: grey is 0. Of other than 3 channels the mean is drawn.
@@ -729,6 +731,7 @@ def plot_patch_filters(weight: torch.Tensor, patch_hw: tuple[int, int], count: i
         weight: Of the patch embedding's projection.
         patch_hw: Pixels (height, width) of a patch.
         count: How many components.
+        title: What the filters are.
     """
     components, share = filter_components(weight, patch_hw, count)
     components = components if components.shape[1] in (1, 3) else components.mean(dim=1, keepdim=True)
@@ -743,7 +746,7 @@ def plot_patch_filters(weight: torch.Tensor, patch_hw: tuple[int, int], count: i
             _show(axes, 0.5 + 0.5 * v / v.abs().max().clamp_min(1e-12))
             axes.set_title(f"{k + 1}: {share[k]:.1%}", fontsize=8, pad=2)
     figure.suptitle(
-        f"Patch filters: first {len(components)} principal components\n"
+        f"{title}: first {len(components)} principal components\n"
         f"and their share of the variance ({share.sum():.1%} together)",
         fontsize=10,
     )

@@ -222,9 +222,11 @@ def draw(kind: str, args: argparse.Namespace, sight: Sight | None) -> dict[str, 
     embeddings = model.vit.embeddings
     if kind == "filters":
         weight, size = embeddings.patch_embeddings.projection.weight, config.patch_hw
+        title = "Patch filters"
         if config.stem_channels:
-            weight, size = embeddings.patch_embeddings.stem[0].convolution.weight.flatten(1), (3, 3)
-        return {name: plots.plot_patch_filters(weight, size)}
+            weight, size = embeddings.patch_embeddings.stem[0].convolution.weight, (3, 3)
+            title = "Kernels of the first convolution"
+        return {name: plots.plot_patch_filters(weight, size, title=title)}
     if kind == "positions":
         return {name: plots.plot_position_similarity(embeddings.position_embeddings, config.grid_hw)}
     if kind == "distance":

@@ -538,6 +538,7 @@ def test_draws_filters():
         assert np.abs(values - 0.5).max() == pytest.approx(0.5)
     assert shown[0].get_title().startswith("1: ")
     assert not overlaps([axes.title for axes in shown])
+    assert figure.get_suptitle().startswith("Patch filters: first 9 principal components")
     assert len(plots.plot_patch_filters(torch.randn(20, 8 * 4), (8, 4)).axes) == 21  # 19 components, 3 rows of 7
 
 
@@ -793,6 +794,15 @@ def test_script_takes_runs_of_other_tasks(script, folder, history, tmp_path, cap
         assert "no metrics.json with a confusion matrix; add --dataset NAME" in capsys.readouterr().err
     assert script.main(["curves", str(run), str(foreign), *output]) == 1
     assert "not of one kind: cross-entropy (nats) and mean error" in capsys.readouterr().err
+
+
+def test_script_names_the_filters_of_early_convolutions(script, tmp_path, capsys):
+    config = small_config(image_size=32, patch_size=8, stem_channels=[4, 6])
+    ViTScratchForImageClassification(config).save_pretrained(tmp_path)
+    args = script.parse(["filters", str(tmp_path)])
+    figure = script.draw("filters", args, script.Sight(args))["patch_filters"]
+    assert figure.get_suptitle().startswith("Kernels of the first convolution: first 3 principal components")
+    assert figure.axes[0].images[0].get_array().shape == (3, 3, 3)
 
 
 def test_script_draws_pictures_from_all_parts_of_a_split(script, folder, tmp_path):
