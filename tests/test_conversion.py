@@ -4,7 +4,6 @@ Every tensor of every checkpoint is random, and the residual stream is so small 
 changes it; comparisons are in double precision, where a correct conversion agrees to 1e-9 or so.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import torch
 import transformers
 from benchmarking.peers import MODULES
 from hub_server import Repo
+from runs import load_script
 from safetensors.torch import load_file, save_file
 
 from modeling_vit_scratch import (
@@ -1577,15 +1577,10 @@ def test_verify_refuses_our_own(own, tmp_path):
 
 # --- scripts/convert.py ----------------------------------------------------------------------------------------------
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "convert.py"
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("convert_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("convert")
 
 
 @pytest.fixture

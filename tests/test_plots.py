@@ -1,6 +1,5 @@
 """Pictures: the computations against cases worked by hand, the drawings by what stands on them, and plot.py."""
 
-import importlib.util
 import itertools
 import math
 import shutil
@@ -12,6 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from runs import load_script
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, plots
@@ -685,11 +685,7 @@ def test_refuses_pixels_that_were_normalised():
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[1] / "scripts" / "plot.py"
-    spec = importlib.util.spec_from_file_location("plot_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("plot")
 
 
 @pytest.fixture(scope="module")

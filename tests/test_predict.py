@@ -1,6 +1,5 @@
 """scripts/predict.py: every kind of picture and model, what is said of unreadable ones, and the exit status."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,18 +9,14 @@ import torch
 import transformers
 from colours import NAMES, colour_model, paint, processor
 from PIL import Image
+from runs import load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "predict.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("predict_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("predict")
 
 
 @pytest.fixture(scope="module")
