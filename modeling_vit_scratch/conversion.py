@@ -22,6 +22,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -787,20 +788,36 @@ def _own_folder(located) -> Path | None:
     return None
 
 
+@contextmanager
+def _without_report():
+    """Within it transformers does not print its table of missing and left-over tensors: we say it our way."""
+    report = logging.getLogger("transformers.modeling_utils")
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    report.addFilter(drop)  # its level, if raised, makes transformers warn of something else
+    try:
+        yield
+    finally:
+        report.removeFilter(drop)
+
+
 def _load_own(folder: Path, hints: dict) -> tuple[ViTScratchForImageClassification, bool]:
     """A model of this package, and whether its head is new."""
     config, unknown = ViTScratchConfig.from_pretrained(folder, return_unused_kwargs=True, **hints)
     if unknown:
         ViTScratchConfig(**unknown)  # says which is no field
     try:
-        model, report = ViTScratchForImageClassification.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
+        with _without_report():
+            model, report = ViTScratchForImageClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be loaded: {_line(error)}") from error
     missing, left_over = set(report["missing_keys"]), set(report["unexpected_keys"])
@@ -1708,9 +1725,10 @@ def _transformers_reference(opened, family, named, model, headless, num_images) 
     elif model_class.__name__ in ("ViTModel", "DeiTModel"):
         keywords["add_pooling_layer"] = model.config.representation_size is not None
     state = {name: named.raw(short).clone() for short, name in named.names.items()}
-    loaded, report = model_class.from_pretrained(
-        None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32, **keywords
-    )
+    with _without_report():
+        loaded, report = model_class.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32, **keywords
+        )
     if report["missing_keys"]:
         raise ValueError(f"{model_class.__name__} misses {_some(sorted(report['missing_keys']))}.")
     base = getattr(loaded, prefix, loaded)

@@ -5,6 +5,7 @@ changes it; comparisons are in double precision, where a correct conversion agre
 """
 
 import json
+import logging
 import math
 import os
 import pickle
@@ -1019,8 +1020,9 @@ def test_own_fixed_positions(tmp_path):
 
 
 @pytest.mark.parametrize("norm_after_pooling", [False, True])
-def test_own_folder_without_a_classifier(tmp_path, caplog, norm_after_pooling):
+def test_own_folder_without_a_classifier(tmp_path, caplog, monkeypatch, norm_after_pooling):
     """A new classifier; and a new norm before it, where the class has none."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # its reports would be in caplog, too
     fields = {**SIZES, "intermediate_size": 48, "encoder_stride": 8, "norm_after_pooling": norm_after_pooling}
     for cls in (ViTScratchModel, ViTScratchForMaskedImageModeling, ViTScratchBackbone):
         model = randomised(cls(ViTScratchConfig(**fields)))
@@ -1032,6 +1034,7 @@ def test_own_folder_without_a_classifier(tmp_path, caplog, norm_after_pooling):
             assert torch.equal(tensor, encoder[key] if key in encoder else new[key])
         assert not ours.classifier.weight.any()
     assert "Left out the pre-training decoder" in caplog.text and "Made a new head for 3 classes" in caplog.text
+    assert {record.name for record in caplog.records} == {conversion.logger.name}
 
 
 def test_a_file_of_its_own_beside_our_config(own, tmp_path):
