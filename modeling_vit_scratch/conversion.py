@@ -20,6 +20,7 @@ import math
 import pickle
 import re
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -1243,7 +1244,7 @@ def image_processor_for(checkpoint, model: ViTScratchForImageClassification, sou
     if not isinstance(located, Mapping):
         folder = located if located.is_dir() else located.parent
     if folder is not None and (folder / "preprocessor_config.json").is_file():
-        return _fit(_load_processor(folder), model.config.image_hw)
+        return _fit(_load_processor(folder, C), model.config.image_hw)
     opened = _open(located, str(checkpoint), mmap=True)
     if source is None and opened.config.get("model_type") == ViTScratchConfig.model_type:
         raise ValueError(f"{checkpoint} has no preprocessor_config.json.")
@@ -1258,14 +1259,27 @@ def image_processor_for(checkpoint, model: ViTScratchForImageClassification, sou
     return _processor(model.config.image_hw, C, family)
 
 
-def _load_processor(folder: Path):
+def _load_processor(folder: Path, num_channels: int):
+    file = folder / "preprocessor_config.json"
+    config = _read_json(file)
     try:
-        return AutoImageProcessor.from_pretrained(folder)
-    except ImportError:  # older versions of transformers have it with torchvision only
-        config = _read_json(folder / "preprocessor_config.json")
-        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "ViTImageProcessor"
-        kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
-        return getattr(transformers, f"{kind}Pil").from_pretrained(folder)
+        try:
+            processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except ImportError:  # older versions of transformers have it with torchvision only
+            kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "ViTImageProcessor"
+            kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+            processor = getattr(transformers, f"{kind}Pil").from_pretrained(folder)
+    except Exception as error:  # each processor fails in its own way, some with a list of all others
+        reason = textwrap.shorten(_line(error), 160, placeholder=" ...")
+        raise ValueError(f"no image processor can be made of {file}: {reason}") from error
+    for name in ("image_mean", "image_std"):
+        value = getattr(processor, name, None)
+        value = [value] * num_channels if isinstance(value, int | float) else value
+        numbers = isinstance(value, list | tuple) and all(isinstance(number, int | float) for number in value)
+        if processor.do_normalize and not (numbers and len(value) == num_channels):
+            raise ValueError(f"{file}: {name} ({value!r}) must be a number for each of {num_channels} channels.")
+        setattr(processor, name, value)
+    return processor
 
 
 def _processor(image_hw: tuple[int, int], num_channels: int, family: Family):

@@ -1196,6 +1196,36 @@ def test_processor_of_the_checkpoint(tmp_path, caplog):
     assert (larger.size["height"], larger.size["width"]) == (48, 48) and "resizes to 48x48 now" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "is no JSON file"),
+        ({"image_processor_type": "NoSuchProcessor"}, "no image processor can be made of"),
+        (
+            {"image_processor_type": "ViTImageProcessor", "image_mean": "x"},
+            "image_mean .*a number for each of 3 channels",
+        ),
+        ({"image_processor_type": "ViTImageProcessor", "image_std": [1, 2]}, "image_std .*1, 2.* must be a number"),
+    ],
+)
+def test_a_processor_that_cannot_be_read_is_refused_in_a_line(own, content, message, tmp_path):
+    own.save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        image_processor_for(tmp_path, own)
+    text = str(caught.value).replace(str(tmp_path), "")
+    assert file.name in text and len(text) < 300 and "\n" not in text
+
+
+def test_a_processor_with_one_mean_for_all_channels(own, tmp_path):
+    own.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}, "image_mean": 0.25}'
+    )
+    assert list(image_processor_for(tmp_path, own).image_mean) == [0.25] * 3
+
+
 def test_cropping_processor_grows_with_the_model(tmp_path, caplog):
     _, theirs = of_transformers("Dinov2Model", image_size=48)
     theirs.save_pretrained(tmp_path)
