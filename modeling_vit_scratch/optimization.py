@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 
 # Of the polynomial a x + b x^3 + c x^5, whose repeated use drives singular values towards 1 (Jordan et al., 2024).
@@ -43,6 +44,7 @@ class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the groups that ask for it, AdamW for the others.
 
     Muon's update is the orthogonalised momentum (Nesterov) of each matrix, times `lr * sqrt(max(1, rows / columns))`.
+    Where weights are sharded (FSDP2), each process computes it whole and takes its part.
 
     Args:
         params: Groups as for AdamW. One with `parts` is Muon's: each of its weights, flattened to two dimensions, is
@@ -53,6 +55,8 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, params, momentum: float = 0.95, **kwargs):
         super().__init__(params, **kwargs)
+        # A fused AdamW takes float16's gradients as they are, scaled and infinite at times: have them mended before.
+        self._step_supports_amp_scaling = False
         for group in self.param_groups:
             group.setdefault("parts", None)
             group["momentum"] = momentum
@@ -75,7 +79,8 @@ class Muon(torch.optim.AdamW):
                 state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
             state["step"] += 1
             state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+            update = p.grad.lerp(state["momentum"], group["momentum"])
+            update = (update.full_tensor() if isinstance(update, DTensor) else update).flatten(1)
             by_shape.setdefault(update.shape, []).append((p, update))
             p.grad = None  # AdamW passes over it
         for (rows, columns), members in by_shape.items():
@@ -83,15 +88,18 @@ class Muon(torch.optim.AdamW):
             updates = orthogonalize(parts.flatten(0, 1)).view(len(members), rows, columns)
             scale = max(1, rows / group["parts"] / columns) ** 0.5
             for (p, _), update in zip(members, updates, strict=True):
+                update = update.view(p.shape)
+                if isinstance(p, DTensor):
+                    update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+                p.add_(update, alpha=-group["lr"] * scale)
 
 
 def parameter_groups(model: torch.nn.Module, args: TrainingArguments) -> list[dict]:
     """Parameters by algorithm, learning rate and weight decay, the trained ones only; the base rate comes first.
 
     With `muon_learning_rate`, weight matrices of blocks, and kernels of a convolutional stem, are Muon's and learn at
-    that rate; `parts` says of how many matrices a weight consists (q, k and v are three).
+    that rate; `parts` says of how many matrices a weight consists (q, k and v are three, and so is what LoRA adds).
 
     Layer-wise decay (BEiT, Bao et al., 2022, app. H): block l of L learns at its rate times `layer_decay ** (L - l)`, l
     from 1, the embeddings as block 0, and what follows the blocks without a factor, the classifier at
@@ -108,7 +116,8 @@ def parameter_groups(model: torch.nn.Module, args: TrainingArguments) -> list[di
         rate, parts = args.learning_rate, None
         hidden = (".layers." in name and parameter.ndim == 2) or parameter.ndim == 4
         if args.muon_learning_rate is not None and hidden:
-            rate, parts = args.muon_learning_rate, 3 if name.endswith("qkv.weight") else 1
+            fused = name.endswith(("qkv.weight", "qkv.lora_B.default.weight"))
+            rate, parts = args.muon_learning_rate, 3 if fused else 1
         if name.startswith("classifier.") and args.head_learning_rate is not None:
             rate = args.head_learning_rate
         rate *= args.layer_decay ** (L - block)

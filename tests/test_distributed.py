@@ -88,15 +88,18 @@ def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess:
 SHARDED = """
 import os, sys, torch
 from transformers.distributed import DistributedConfig
-from modeling_vit_scratch import ViTScratchForImageClassification
+from modeling_vit_scratch import ViTScratchForImageClassification, optimization, training
 
-source, target = sys.argv[1:]
+source, target, method = sys.argv[1:]
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 sharded = {"distributed_config": DistributedConfig(fsdp_size=2)} if world == 2 else {}
 torch.set_num_threads(1)
 model = ViTScratchForImageClassification.from_pretrained(source, **sharded).train()
 assert (world == 2) == type(model).__name__.startswith("FSDP")
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optimization.has_fast_bfloat16 = lambda device: False
+args = training.ImageTrainingArguments("unused", use_cpu=True, muon_learning_rate=0.02, weight_decay=0.1)
+groups = optimization.parameter_groups(model, args)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if method == "sgd" else optimization.Muon(groups, eps=1e-4)
 for step in range(5):
     generator = torch.Generator().manual_seed(step)
     pixels = torch.randn(8, 3, 32, 32, generator=generator)[rank::world]
@@ -109,7 +112,8 @@ model.save_pretrained(target)
 
 
 @pytest.mark.slow
-def test_fsdp2_trains_to_the_same_weights_and_saves_the_same_folder(tmp_path):
+@pytest.mark.parametrize("method", ["sgd", "muon"])
+def test_fsdp2_trains_to_the_same_weights_and_saves_the_same_folder(tmp_path, method):
     config = ViTScratchConfig.preset("showcase", hidden_size=16, intermediate_size=16, num_register_tokens=1)
     torch.manual_seed(0)
     model = ViTScratchForImageClassification(config)
@@ -118,8 +122,8 @@ def test_fsdp2_trains_to_the_same_weights_and_saves_the_same_folder(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     start, one, two = (str(tmp_path / name) for name in ("start", "one", "two"))
-    subprocess.run([sys.executable, str(script), start, one], check=True, capture_output=True, timeout=180)
-    done = torchrun(script, start, two)
+    subprocess.run([sys.executable, str(script), start, one, method], check=True, capture_output=True, timeout=180)
+    done = torchrun(script, start, two, method)
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)

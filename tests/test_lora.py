@@ -10,6 +10,8 @@ from test_training import interrupt  # noqa: F401 - a fixture
 from transformers import AutoModelForImageClassification
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, lora
+from modeling_vit_scratch.optimization import parameter_groups
+from modeling_vit_scratch.training import ImageTrainingArguments
 
 peft = pytest.importorskip("peft")
 finetune = load_script("finetune")
@@ -127,6 +129,18 @@ def test_adapter_begins_where_the_model_was_and_takes_the_pre_training_head():
         "lora_" in name or name.startswith(("classifier.modules_to_save", "pre_logits.modules")) for name in trained
     )
     assert any(name.startswith("pre_logits") for name in trained)
+
+
+def test_muon_takes_what_is_added_and_q_k_and_v_of_it_on_their_own():
+    model = ViTScratchForImageClassification(ViTScratchConfig.preset("showcase"))
+    lora.add_adapter(model, RANK, "somewhere")
+    groups = parameter_groups(model, ImageTrainingArguments("unused", use_cpu=True, muon_learning_rate=0.02))
+    parts = {id(p): group.get("parts") for group in groups for p in group["params"]}
+    found = {name: parts[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert len(parts) == len(found)
+    for name, value in found.items():
+        expected = 3 if "qkv.lora_B" in name else 1 if "lora_" in name else None
+        assert value == expected, name
 
 
 @pytest.mark.parametrize(

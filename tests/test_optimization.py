@@ -105,6 +105,23 @@ def test_muon_goes_on_from_its_saved_state():
     assert all(torch.equal(p, q) for p, q in zip(second, whole, strict=True))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_with_infinite_gradients_is_skipped_in_float16(fused):
+    """The fused AdamW would leave that to itself; Muon's weights would be lost."""
+    matrix, bias = torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(4))
+    optimizer = Muon([{"params": [matrix], "parts": 1}, {"params": [bias]}], lr=0.1, fused=fused)
+    before, scaler = [p.detach().clone() for p in (matrix, bias)], torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(matrix.sum() * float("inf") + bias.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(matrix, before[0]) and torch.equal(bias, before[1])
+    optimizer.zero_grad()
+    scaler.scale(matrix.sum() + bias.sum()).backward()
+    scaler.step(optimizer)
+    torch.testing.assert_close(bias.detach(), before[1] * (1 - 0.1 * 0.01) - 0.1)  # AdamW's first step is its rate
+    assert not torch.equal(matrix, before[0]) and matrix.isfinite().all()
+
+
 def test_muon_takes_the_matrices_of_blocks_and_nothing_else():
     model = ViTScratchForImageClassification(ViTScratchConfig.preset("showcase", use_final_norm=True))
     args = training.ImageTrainingArguments("unused", use_cpu=True, muon_learning_rate=0.02, layer_decay=0.5)
