@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import time
 from contextlib import contextmanager
@@ -433,6 +434,15 @@ class ImageTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """As Trainer does, but `dataloader_drop_last` is for training: every picture is measured."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             self.optimizer = self.make_optimizer(model or self.model)
@@ -639,7 +649,8 @@ def _settle_schedule(arguments: ImageTrainingArguments, batches: int | None) -> 
 def steps_in_budget(trainer: ImageTrainer, seconds: float, last_pictures: int) -> int:
     """Optimizer steps after which training, validation, saving and the last measurements end in so many seconds.
 
-    A copy of the model rehearses some steps and a validation batch. The main process decides for all.
+    A copy of the model rehearses some steps and two validation batches, in the same time. The main process decides for
+    all.
 
     Args:
         trainer: Of the run, before training.
@@ -649,12 +660,14 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, last_pictures: int) -
     Raises:
         ValueError: There is no time for a single step.
     """
-    args = trainer.args
+    args, entered = trainer.args, time.monotonic()
+    if args.process_index == 0:
+        print("Timing some steps, to see how many fit into the time budget.", file=sys.stderr)
     model = copy.deepcopy(trainer.model).train()
     optimizer = trainer.make_optimizer(model)
     forward = torch.compile(model) if args.torch_compile else model
     loader = trainer.get_train_dataloader()
-    ends, times = time.monotonic() + min(0.02 * seconds, 30), []
+    ends, times, evaluations = time.monotonic() + min(0.02 * seconds, 30), [], []
     with torch.random.fork_rng():
         begun = time.monotonic()
         for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
@@ -669,27 +682,40 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, last_pictures: int) -
             times.append(duration)
             if len(times) >= 6 and begun > ends:
                 break
-        step = sum(times[2:]) / len(times[2:]) * args.gradient_accumulation_steps  # the first ones warm up
+        # The first ones warm up; and compiling anew for a last, smaller batch is no ordinary step.
+        average = statistics.median if args.torch_compile else statistics.mean
+        step = average(times[2:]) * args.gradient_accumulation_steps
         batch = next(iter(trainer.get_eval_dataloader()))
+        forward.eval()
         for _ in range(2):
             begun = time.monotonic()
-            trainer.prediction_step(model.eval(), dict(batch), prediction_loss_only=False)[0].item()
-        picture = (time.monotonic() - begun) / len(batch["labels"])
-    epoch = max(len(loader) // args.gradient_accumulation_steps, 1)
-    per_epoch = 0.0
-    if args.eval_strategy.value == "epoch":
-        per_epoch += picture * len(trainer.eval_dataset)
-    if args.save_strategy.value == "epoch":
-        per_epoch += SAVE_SECONDS
+            trainer.prediction_step(forward, dict(batch), prediction_loss_only=False)[0].item()
+            evaluations.append(time.monotonic() - begun)
+        picture = evaluations[1] / len(batch["labels"])
+    # What the rehearsal took is gone, and the model itself has to be compiled and warmed up as its copy was.
+    seconds -= time.monotonic() - entered + times[0] + evaluations[0]
     last = picture * last_pictures * (2 if args.flip_tta else 1) + FINISH_SECONDS
+    evaluates = args.eval_strategy.value, args.eval_steps, picture * len(trainer.eval_dataset)
+    saves = args.save_strategy.value, args.save_steps, SAVE_SECONDS
+    if args.save_strategy.value == "best":  # at most
+        saves = *evaluates[:2], SAVE_SECONDS
+    for strategy, every, cost in (evaluates, saves):
+        if strategy == "epoch":
+            step += cost / max(len(loader) // args.gradient_accumulation_steps, 1)
+        elif strategy == "steps" and every < 1:  # a share of all steps
+            last += cost / every
+        elif strategy == "steps":
+            step += cost / every
     # A twentieth for what else a machine does meanwhile.
-    steps = int((0.95 * seconds - last) / (step + per_epoch / epoch))
+    steps = int((0.95 * seconds - last) / step)
+    if args.world_size > 1:
+        steps = broadcast_object_list([steps])[0]
     if steps < 1:
         raise ValueError(
-            f"time_budget ({args.time_budget}) leaves {seconds:.0f} s after loading, but the last measurements take "
+            f"time_budget ({args.time_budget}) leaves {seconds:.0f} s for training, but the last measurements take "
             f"{last:.0f} s and a step {step:.2g} s; give it more."
         )
-    return broadcast_object_list([steps])[0] if args.world_size > 1 else steps
+    return steps
 
 
 def hardware(device: torch.device) -> str:
@@ -967,7 +993,13 @@ def settle_steps(trainer: ImageTrainer, splits: ImageSplits, started: float) -> 
         splits: Its pictures.
         started: `time.monotonic()` when the run began.
     """
-    args = trainer.args
+    args, streamed = trainer.args, isinstance(splits.train, StreamedImages)
+    batches = None if streamed else len(trainer.get_train_dataloader())
+    if batches == 0:
+        raise ValueError(
+            f"no batch is full: {len(splits.train)} pictures for training, per_device_train_batch_size "
+            f"{args.per_device_train_batch_size}; lower it, or leave out dataloader_drop_last."
+        )
     if args.time_budget_seconds is not None:
         if args.resume_from_checkpoint:
             args.max_steps = _trainer_state(args.resume_from_checkpoint)["max_steps"]
@@ -975,8 +1007,7 @@ def settle_steps(trainer: ImageTrainer, splits: ImageSplits, started: float) -> 
             left = args.time_budget_seconds - (time.monotonic() - started)
             measured = (len(part) for name, part in _parts(splits).items() if name != "train")
             args.max_steps = steps_in_budget(trainer, left, sum(measured))
-    streamed = isinstance(splits.train, StreamedImages)
-    steps, last_rate = _settle_schedule(args, None if streamed else len(trainer.get_train_dataloader()))
+    steps, last_rate = _settle_schedule(args, batches)
     if args.process_index == 0:
         print(_summary(trainer, splits, steps, last_rate), flush=True)
     return steps, last_rate

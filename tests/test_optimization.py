@@ -1,6 +1,8 @@
 """Muon against plain references, parameter groups, the weight average, and all of it in a run."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,6 +287,65 @@ def test_a_time_budget_settles_the_steps_and_a_resumed_run_keeps_them(tmp_path, 
     assert json.loads((tmp_path / "metrics.json").read_text())["training"]["steps"] == steps
     assert finetune.main(options(tmp_path / "b", time_budget="1s")) == 2
     assert "time_budget" in capsys.readouterr().err
+
+
+class TimedRun:
+    """What `steps_in_budget` asks of a trainer, on a clock of its own: the first step and batch are compiled."""
+
+    COMPILE, STEP, MEASURE_COMPILE, MEASURE = 20.0, 1.0, 5.0, 0.5
+
+    def __init__(self, **settings):
+        self.args = training.ImageTrainingArguments(
+            "unused", use_cpu=True, load_best_model_at_end=False, time_budget="10m", flip_tta=True, **settings
+        )
+        self.model, self.eval_dataset, self.now = torch.nn.Linear(1, 1), range(100), 0.0
+        self.losses = self.predictions = 0
+        self.accelerator = SimpleNamespace(autocast=nullcontext)
+
+    def make_optimizer(self, model):
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def get_train_dataloader(self):
+        return [{"labels": torch.zeros(10)}] * 7
+
+    get_eval_dataloader = get_train_dataloader
+
+    def _prepare_inputs(self, batch):
+        return batch
+
+    def training_inputs(self, batch, step, progress):
+        return batch
+
+    def compute_loss(self, model, inputs):
+        self.now += self.STEP if self.losses else self.COMPILE
+        self.losses += 1
+        return model(torch.ones(1))
+
+    def prediction_step(self, model, inputs, prediction_loss_only):
+        self.now += self.MEASURE if self.predictions else self.MEASURE_COMPILE
+        self.predictions += 1
+        return torch.zeros(()), None, None
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluations", "saves"),
+    [
+        ({"eval_strategy": "no", "save_strategy": "no"}, lambda n: 0, lambda n: 0),
+        ({}, lambda n: n // 7, lambda n: n // 7),
+        ({"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no"}, lambda n: n // 3, lambda n: 0),
+        ({"eval_strategy": "steps", "eval_steps": 0.1, "save_strategy": "steps", "save_steps": 0.2},
+         lambda n: 10, lambda n: 5),
+        ({"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "best"}, lambda n: n // 4, lambda n: n // 4),
+    ],
+)  # fmt: skip
+def test_a_time_budget_holds_all_that_a_run_does(monkeypatch, settings, evaluations, saves):
+    run = TimedRun(**settings)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: run.now))
+    steps = training.steps_in_budget(run, 600.0, last_pictures=200)
+    last = 2 * 200 * run.MEASURE / 10 + training.FINISH_SECONDS
+    measured = evaluations(steps) * len(run.eval_dataset) * run.MEASURE / 10 + saves(steps) * training.SAVE_SECONDS
+    total = run.now + run.COMPILE + run.MEASURE_COMPILE + steps * run.STEP + measured + last
+    assert 0.92 * 600 < total <= 600
 
 
 def test_a_rehearsal_leaves_no_trace(tmp_path, monkeypatch):

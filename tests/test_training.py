@@ -188,6 +188,42 @@ def test_infinite_loss_stops_the_run_within_the_step(tmp_path, capsys):
     assert "at step 3" in message  # the first step moves the zero classifier only
 
 
+def test_a_gpu_is_asked_for_its_loss_only_where_it_is_waited_for(monkeypatch):
+    """A meta tensor is on another device, too, and to ask it is an error."""
+    reached = []
+    monkeypatch.setattr(training.Trainer, "_maybe_log_save_evaluate", lambda self, *args, **kw: reached.append(kw))
+    trainer = training.ImageTrainer.__new__(training.ImageTrainer)
+    trainer.control = TrainerControl()
+    loss = torch.zeros((), device="meta")
+    trainer._maybe_log_save_evaluate(loss, learning_rate=0.1)
+    assert reached == [{"learning_rate": 0.1}]
+    for name in ("should_log", "should_evaluate", "should_save", "should_training_stop"):
+        trainer.control = TrainerControl(**{name: True})
+        with pytest.raises(RuntimeError, match="meta"):
+            trainer._maybe_log_save_evaluate(loss, learning_rate=0.1)
+
+
+def test_one_process_uses_one_gpu_and_a_cpu_its_own_precision(monkeypatch):
+    """Of eight GPUs; and asked to use the CPU beside one, one without units for bfloat16."""
+    monkeypatch.setattr(training.TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 8))
+    assert training.ImageTrainingArguments("unused").n_gpu == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training, "has_fast_bfloat16", lambda device: False)
+    assert training.ImageTrainingArguments("unused", bf16=True).bf16
+    assert not training.ImageTrainingArguments("unused", bf16=True, use_cpu=True).bf16
+
+
+def test_pictures_that_fill_no_batch_are_left_out_of_training_alone(tmp_path, capsys):
+    """330 pictures in batches of 64; the validation and test pictures are fewer than one batch."""
+    changes = {"dataloader_drop_last": True, "max_train_samples": 330, "num_train_epochs": 1}
+    assert finetune.main(options(tmp_path / "run", **changes)) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["training"]["steps"] == 5
+    assert metrics["validation"]["examples"] == metrics["test"]["examples"] == 64
+    assert finetune.main(options(tmp_path / "none", **changes, per_device_train_batch_size=331)) == 2
+    assert "no batch is full: 330 pictures for training" in capsys.readouterr().err
+
+
 def test_dry_run_checks_the_data_and_draws_samples(tmp_path, capsys):
     folder = tmp_path / "new"
     assert finetune.main([*options(folder, preset="showcase", config_overrides=None), "--dry_run", "True"]) == 0
