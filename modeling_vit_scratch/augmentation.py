@@ -32,6 +32,11 @@ def stateless_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
+def _beside(values: torch.Tensor | np.ndarray, images: torch.Tensor) -> torch.Tensor:
+    """Values of the CPU on the images' device. A GPU is not waited for: it goes on with the step before."""
+    return torch.as_tensor(values).to(images.device, non_blocking=images.is_cuda)
+
+
 # One picture in a worker process
 
 
@@ -74,7 +79,7 @@ def random_crop(images: torch.Tensor, padding: int, mode: str, generator: torch.
     # F.pad reflects floating point only; bytes fit into half precision exactly.
     padded = F.pad(images.half(), (padding,) * 4, mode="reflect").byte() if mode == "reflect" else None
     padded = F.pad(images, (padding,) * 4) if padded is None else padded
-    top, left = torch.randint(2 * padding + 1, (2, B), generator=generator).to(images.device)
+    top, left = _beside(torch.randint(2 * padding + 1, (2, B), generator=generator), images)
     rows = (top[:, None] + torch.arange(H, device=images.device)).view(B, 1, H, 1)
     columns = (left[:, None] + torch.arange(W, device=images.device)).view(B, 1, 1, W)
     batch = torch.arange(B, device=images.device).view(B, 1, 1, 1)
@@ -84,7 +89,7 @@ def random_crop(images: torch.Tensor, padding: int, mode: str, generator: torch.
 
 def random_flip(images: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tensor:
     """Mirror each picture left to right with probability p: (B, C, H, W) -> (B, C, H, W)."""
-    flip = (torch.rand(len(images), generator=generator) < p).to(images.device)
+    flip = _beside(torch.rand(len(images), generator=generator) < p, images)
     return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
@@ -128,8 +133,8 @@ def rand_augment(
             counts = [int((op == member).sum()) for member in members]
             if len(index) == 0:
                 continue
-            strength = (sign[index].double() * (magnitude / 10)).to(images.device)
-            index = index.to(images.device)
+            strength = _beside(sign[index].double() * (magnitude / 10), images)
+            index = _beside(index, images)
             slices = dict(zip(names, _slices(counts), strict=True))
             result[index] = function(images[index], slices, strength, magnitude / 10, fill)
         images = result
@@ -165,7 +170,7 @@ def _by_table(images, slices, strength, magnitude, fill) -> torch.Tensor:
     rows = slices["auto_contrast"]
     if rows.start < rows.stop:
         low, high = (bound.double()[..., None] for bound in pixels[rows].aminmax(dim=2))
-        scale = high.new_tensor(255) / (high - low)  # 255 / ... would round twice
+        scale = high.new_full((), 255) / (high - low)  # 255 / ... would round twice
         stretched = (values * scale + -low * scale).clamp(0, 255).byte()  # float64, in PIL's order
         table[rows] = torch.where(high > low, stretched, table[rows])
 
@@ -212,7 +217,7 @@ def _by_blend(images, slices, strength, magnitude, fill) -> torch.Tensor:
 def _by_affine(images, slices, strength, magnitude, fill) -> torch.Tensor:
     """Operations that move pixels: an affine map from each pixel to the nearest one it comes from."""
     n, C, H, W = images.shape
-    matrix = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64, device=images.device).repeat(n, 1)
+    matrix = _beside(torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64), images).repeat(n, 1)
     rows = slices["rotate"]
     angle = strength[rows] * -math.radians(30)
     cos, sin = angle.cos(), angle.sin()
@@ -230,7 +235,7 @@ def _by_affine(images, slices, strength, magnitude, fill) -> torch.Tensor:
     x, y = (a * across + b * down + c) >> 16, (d * across + e * down + f) >> 16  # (n, H, W)
     inside = ((x >= 0) & (x < W) & (y >= 0) & (y < H))[:, None]
     source = (y.clamp(0, H - 1) * W + x.clamp(0, W - 1)).view(n, 1, H * W).expand(-1, C, -1)
-    outside = torch.tensor(fill, dtype=torch.uint8, device=images.device).view(1, C, 1, 1)
+    outside = _beside(torch.tensor(fill, dtype=torch.uint8), images).view(1, C, 1, 1)
     return torch.where(inside, images.flatten(2).gather(2, source).view(n, C, H, W), outside)
 
 
@@ -275,15 +280,15 @@ def random_erasing(images: torch.Tensor, boxes: np.ndarray, key: tuple[int, ...]
     erased = np.flatnonzero(boxes[:, 2] * boxes[:, 3])
     noise = np.random.default_rng(key).integers(256, size=(len(erased), *images.shape[1:]), dtype=np.uint8)
     inside = _inside(boxes[erased], images)
-    index = torch.from_numpy(erased).to(images.device)
+    index = _beside(erased, images)
     images = images.clone()
-    images[index] = torch.where(inside, torch.from_numpy(noise).to(images.device), images[index])
+    images[index] = torch.where(inside, _beside(noise, images), images[index])
     return images
 
 
 def _inside(boxes: np.ndarray, images: torch.Tensor) -> torch.Tensor:
     """Whether a pixel lies in its picture's box (top, left, height, width): bool (n, 1, H, W)."""
-    top, left, height, width = torch.from_numpy(boxes).to(images.device).view(-1, 4, 1, 1, 1).unbind(1)
+    top, left, height, width = _beside(boxes, images).view(-1, 4, 1, 1, 1).unbind(1)
     down = torch.arange(images.shape[2], device=images.device)[:, None]
     across = torch.arange(images.shape[3], device=images.device)
     return (down >= top) & (down < top + height) & (across >= left) & (across < left + width)
@@ -346,7 +351,7 @@ def mix(
     Returns:
         Pictures (B, C, H, W) and class probabilities, float32 (B, K).
     """
-    partners, shares = (torch.from_numpy(value).to(images.device) for value in (partners, shares))
+    partners, shares = _beside(partners, images), _beside(shares, images)
     own = torch.where(_inside(boxes, images), 0, shares.view(-1, 1, 1, 1))  # (B, 1, H, W)
     share = own.mean((1, 2, 3))[:, None]
     targets = F.one_hot(labels, num_labels).float()
@@ -381,7 +386,7 @@ def draw_mask(
 
 def normalize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     """Bytes to normalised floats, as the image processor does: uint8 (B, C, H, W) -> float32 (B, C, H, W)."""
-    mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
+    mean, std = (_beside(torch.tensor(value), images).view(-1, 1, 1) for value in (mean, std))
     return (images.float() / 255 - mean) / std
 
 

@@ -135,7 +135,7 @@ class DecodedImages(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict:
         """A whole batch by one gather: torch's DataLoader calls this instead of `__getitem__`."""
-        index = torch.as_tensor(indices)
+        index = torch.as_tensor(indices).to(self.images.device, non_blocking=self.images.is_cuda)
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 

@@ -230,10 +230,10 @@ class ImageTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.output_dir_is_default = self.output_dir is None
+        gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
-            gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
-        elif self.bf16 and not torch.cuda.is_available() and not has_fast_bfloat16(torch.device("cpu")):
+        elif self.bf16 and not gpu and not has_fast_bfloat16(torch.device("cpu")):
             logger.warning("This CPU has no units for bfloat16, which would be slower here: training in float32.")
             self.bf16 = False
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" or (
@@ -246,6 +246,13 @@ class ImageTrainingArguments(TrainingArguments):
                 make_callback()
             except (ImportError, RuntimeError) as error:  # said now, not when the data are loaded
                 raise ValueError(f"report_to ({', '.join(self.report_to)}): {error}") from error
+        # One GPU for each process: Trainer would take all n that it sees, with batches and a loss n times as large.
+        self._n_gpu = min(self.n_gpu, 1)
+        self.logging_nan_inf_filter = False  # a loss that is not finite ends the run
+        for name in ("learning_rate", "head_learning_rate", "muon_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < math.inf:
+                raise ValueError(f"{name} ({rate}) must be a number, 0 or above.")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay ({self.layer_decay}) must be in (0, 1]; 1 switches it off.")
         if self.muon_learning_rate is not None and not self.optim.value.startswith("adamw_torch"):
@@ -321,15 +328,21 @@ class ImageTrainer(Trainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         inputs = self.training_inputs(self._prepare_inputs(inputs), step, progress)
         self._micro_step = 0 if self.accelerator.sync_gradients else self._micro_step + 1
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _maybe_log_save_evaluate(self, tr_loss, *args, learning_rate=None, **kwargs):
+        """As Trainer does, if the loss since the last log entry is finite."""
+        control = self.control
+        # A GPU is asked only where it is waited for anyway; at each step, it would stand still between two of them.
+        asked = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        if (asked or tr_loss.device.type == "cpu") and not torch.isfinite(tr_loss):
             good, _ = checkpoints.last_good_checkpoint(Path(self.args.output_dir))
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, learning rate "
-                f"{self._get_learning_rate():.3g}; last good checkpoint: {good or 'none'}. Lower the learning rate, "
-                "lengthen the warm-up, or clip gradients with --max_grad_norm."
+                f"the loss is {tr_loss.item()} at step {self.state.global_step}, learning rate {learning_rate:.3g}; "
+                f"last good checkpoint: {good or 'none'}. Lower the learning rate, lengthen the warm-up, or clip "
+                "gradients with --max_grad_norm."
             )
-        return loss
+        super()._maybe_log_save_evaluate(tr_loss, *args, learning_rate=learning_rate, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -721,7 +734,7 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, last_pictures: int) -
 def hardware(device: torch.device) -> str:
     """What this run computes on, in words."""
     if device.type == "cuda":
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -1050,6 +1063,7 @@ def describe_training(trainer: ImageTrainer, steps: int, data_args: DataArgument
             "random_erasing": augmentation.erasing,
             "mixup_alpha": augmentation.mixup_alpha,
             "cutmix_alpha": augmentation.cutmix_alpha,
+            "mix_probability": augmentation.mix_probability,
             "until": dict(augmentation.until),
         },
     }

@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from modeling_vit_scratch.augmentation import (
     random_flip,
     stateless_generator,
 )
+from modeling_vit_scratch.data import DecodedImages
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 EVERYTHING = {
@@ -425,6 +425,17 @@ def test_global_randomness_is_neither_read_nor_moved():
     assert (str(np.random.get_state()), random.getstate()) == before[1:]
 
 
+def test_on_another_device_all_stays_there_and_nothing_is_asked_back():
+    """A meta tensor has a device, refuses others beside it, and cannot be read: a GPU need not be waited for."""
+    pictures = DecodedImages(noise(16), torch.arange(16) % 10).to(torch.device("meta"))
+    batch = pictures.__getitems__([3, 1, 2, 5, 8, 13])
+    for step in range(8):
+        augmentation = Augmentation(MEAN, STD, crop_mode="reflect", **EVERYTHING)
+        images, labels = augmentation.with_labels(batch["pixel_values"], batch["labels"], step, 0)
+        assert (images.device.type, images.shape, images.dtype) == ("meta", (6, 3, 32, 32), torch.float32)
+        assert (labels.device.type, labels.shape) == ("meta", (6, 10))
+
+
 def test_inputs_stay_as_they_are():
     images, labels = photos(20), torch.arange(20) % 10
     before = images.clone()
@@ -523,25 +534,3 @@ def test_any_floating_type_is_mixed():
     mixed, targets = mix(images, torch.arange(8), 8, *draw_mixing(8, (8, 8), 1.0, 1.0, 1.0, (0,)))
     assert mixed.dtype == torch.bfloat16
     assert targets.dtype == torch.float32
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fields", "target"), [({}, 20_000), ({"rand_augment_ops": 2, "rand_augment_magnitude": 9.0}, 3_000)]
-)
-def test_speed_on_one_core(fields, target):
-    """Images of 32 px per CPU-second, the best of some batches, for a machine that does other things beside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        augmentation = Augmentation(MEAN, STD, crop_padding=4, crop_mode="reflect", horizontal_flip=0.5, **fields)
-        images, seconds = noise(256), []
-        for step in range(30):
-            start = time.process_time()
-            augmentation(images, step, 0)
-            seconds.append(time.process_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    rate = 256 / sorted(seconds)[len(seconds) // 4]
-    print(f"{rate:,.0f} images/s with {fields or 'crop, flip and normalisation'}")
-    assert rate > target

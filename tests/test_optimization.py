@@ -365,6 +365,8 @@ def test_bad_settings_are_refused():
         ({"muon_learning_rate": 0.02, "optim": "sgd"}, "sgd"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"time_budget": "never"}, "time_budget"),
+        ({"muon_learning_rate": -0.02}, r"muon_learning_rate \(-0.02\)"),
+        ({"head_learning_rate": float("nan")}, "head_learning_rate"),
     ):
         with pytest.raises(ValueError, match=words):
             training.ImageTrainingArguments("unused", use_cpu=True, **settings)

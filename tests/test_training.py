@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from runs import RANDOM, ROOT, SCRIPTS, TINY, history, load_script, options, weights
+from runs import RANDOM, SCRIPTS, history, load_script, options, weights
 from safetensors.torch import save_file
 from test_conversion import timm_tensors
-from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification, TrainerCallback, TrainerControl
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 exports it only with torchvision
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, training
@@ -540,7 +540,3 @@ def test_a_report_that_cannot_be_sent_is_refused_at_once(name, text, tmp_path, m
         finetune.main(options(tmp_path / "run", report_to=name))
     err = capsys.readouterr().err
     assert text in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
-
-
-def test_tiny_settings_are_tiny():
-    assert "hidden_size=16" in TINY and (ROOT / "setup.cfg").exists()
