@@ -106,6 +106,8 @@ def make_model(
 def _check(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments):
     """Refuse options that pre-training does not read."""
     unread = {
+        "label_column_name": data_args.label_column_name,
+        "head_learning_rate": args.head_learning_rate,
         "freeze_backbone": model_args.freeze_backbone,
         "lora_rank": model_args.lora_rank,
         "streaming": data_args.streaming,
