@@ -127,6 +127,9 @@ def write_files(module: Logits, example: torch.Tensor, folder: Path, formats: li
             program, (example,), dynamo=True, opset_version=opset, input_names=["pixel_values"], output_names=[output],
             dynamic_shapes=batch, verbose=False,
         )  # fmt: skip
+        found = exported.model.opset_imports[""]
+        if found != opset:
+            raise ValueError(f"the exporter cannot write --opset {opset}, but {found}; use that, or the default.")
         size = sum(p.numel() * p.element_size() for p in module.parameters())
         exported.save(folder / FILES["ONNX"], external_data=size > MAX_ONNX_BYTES)
     if "ONNX int8" in formats:
@@ -150,7 +153,10 @@ def open_file(path: Path) -> Runtime:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # they have no class in common
+        raise ValueError(f"onnxruntime cannot run {path.name}, maybe for its --opset: {error}") from error
     return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 
 

@@ -83,6 +83,25 @@ def test_onnx_takes_any_batch_at_the_opset_that_is_named(trained, opset, tmp_pat
 
 
 @needs_onnx
+def test_an_opset_that_cannot_be_written_or_run_is_refused(trained, tmp_path, capsys, monkeypatch):
+    import onnxruntime
+
+    argv = [trained[1], tmp_path, "--formats", "onnx", "--repeats", 1]
+    status, output, said = run(capsys, *argv, "--opset", 17)
+    assert (status, output) == (2, "")
+    assert "cannot write --opset 17, but 18" in said
+
+    def newer(*args, **kwargs):
+        raise RuntimeError("opset 20 is under development\nand more")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", newer)
+    status, output, said = run(capsys, *argv)
+    assert (status, output) == (2, "")
+    assert "onnxruntime cannot run model.onnx, maybe for its --opset: opset 20 is under" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_onnx
 def test_table_of_every_format_with_accuracy(trained, tmp_path, capsys):
     model, folder = trained
     argv = [folder, tmp_path, "--int8", "--dataset", "digits", "--max_samples", 90, "--repeats", 2]
