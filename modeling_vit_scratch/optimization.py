@@ -85,7 +85,7 @@ class Muon(torch.optim.AdamW):
             p.grad = None  # AdamW passes over it
         for (rows, columns), members in by_shape.items():
             parts = torch.stack([update for _, update in members]).unflatten(1, (group["parts"], -1))
-            updates = orthogonalize(parts.flatten(0, 1)).view(len(members), rows, columns)
+            updates = orthogonalize(parts.flatten(0, 1)).reshape(len(members), rows, columns)
             scale = max(1, rows / group["parts"] / columns) ** 0.5
             for (p, _), update in zip(members, updates, strict=True):
                 update = update.view(p.shape)

@@ -10,7 +10,7 @@ from test_training import interrupt  # noqa: F401 - a fixture
 from transformers import AutoModelForImageClassification
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, lora
-from modeling_vit_scratch.optimization import parameter_groups
+from modeling_vit_scratch.optimization import Muon, parameter_groups
 from modeling_vit_scratch.training import ImageTrainingArguments
 
 peft = pytest.importorskip("peft")
@@ -141,6 +141,17 @@ def test_muon_takes_what_is_added_and_q_k_and_v_of_it_on_their_own():
     for name, value in found.items():
         expected = 3 if "qkv.lora_B" in name else 1 if "lora_" in name else None
         assert value == expected, name
+
+    optimizer = Muon(groups)
+    for group in groups:
+        for p in group["params"]:
+            p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if "qkv.lora_B" in name:  # it was zero
+            for part in p.detach().chunk(3):
+                values = torch.linalg.svdvals(part) / 0.02 / (part.shape[0] / part.shape[1]) ** 0.5
+                assert values.min() > 0.3 and values.max() < 1.3, name
 
 
 @pytest.mark.parametrize(
