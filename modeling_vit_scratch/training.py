@@ -236,6 +236,8 @@ class ImageTrainingArguments(TrainingArguments):
         elif self.bf16 and not gpu and not has_fast_bfloat16(torch.device("cpu")):
             logger.warning("This CPU has no units for bfloat16, which would be slower here: training in float32.")
             self.bf16 = False
+        elif self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # TrainingArguments refuses bfloat16 to a CPU that is not asked for by name
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" or (
             str(getattr(self.save_strategy, "value", self.save_strategy)) == "no"
         ):

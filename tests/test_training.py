@@ -477,13 +477,17 @@ def test_abbreviated_options_are_refused(capsys):
     assert "--learning" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_loads_and_names_its_command(recipe, tmp_path):
+def test_every_recipe_loads_and_names_its_command(recipe, fast, tmp_path, monkeypatch):
+    """As the command has it, on a CPU with units for bfloat16 and on one without."""
+    monkeypatch.setattr(training, "has_fast_bfloat16", lambda device: fast)
     text = recipe.read_text()
     assert text.startswith("#") and f"scripts/finetune.py scripts/recipes/{recipe.name}" in text
-    options_of_recipe = ["--output_dir", str(tmp_path), "--dataset_name", "digits", "--use_cpu", "True"]
-    model, _, _ = finetune.parse([str(recipe), *options_of_recipe])
+    model, _, args = finetune.parse([str(recipe), "--output_dir", str(tmp_path), "--dataset_name", "digits"])
     training.make_config(model, ["a", "b"])
+    if not torch.accelerator.is_available():
+        assert args.bf16 == (fast and "\nbf16: true" in text)
 
 
 def test_help_shows_the_usual_options_and_help_all_the_rest(capsys):
