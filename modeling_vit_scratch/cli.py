@@ -62,8 +62,8 @@ def at_least_one(text: str) -> int:
     return number
 
 
-def add_model_options(group):
-    """The options that `load_predictor` reads."""
+def add_source_options(group):
+    """Whose a checkpoint is, and which of its revisions."""
     group.add_argument(
         "--source",
         choices=tuple(FAMILIES),
@@ -71,6 +71,11 @@ def add_model_options(group):
         help=f"default: told by its names; {', '.join(FAMILIES)}",
     )
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id")
+
+
+def add_model_options(group):
+    """The options that `load_predictor` reads."""
+    add_source_options(group)
     group.add_argument("--labels", metavar="FILE", help="names of its classes: text, one a line, or a JSON list")
     group.add_argument("--device", metavar="NAME", help="'cpu', 'cuda', 'cuda:1', 'mps'; default: an accelerator")
 

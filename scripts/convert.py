@@ -20,7 +20,6 @@ from pathlib import Path
 
 from modeling_vit_scratch import cli
 from modeling_vit_scratch.conversion import (
-    FAMILIES,
     TARGETS,
     TOLERANCE,
     Verification,
@@ -38,13 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_argument_group("what and where")
     what.add_argument("checkpoint", metavar="CHECKPOINT", help="file (.safetensors, .npz, .pt, .bin), folder or Hub id")
     what.add_argument("out", metavar="OUT", type=Path, help="folder to write")
-    what.add_argument(
-        "--source",
-        choices=tuple(FAMILIES),
-        metavar="NAME",
-        help=f"default: told by its names; {', '.join(FAMILIES)}",
-    )
-    what.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id")
+    cli.add_source_options(what)
     what.add_argument(
         "--to", choices=tuple(TARGETS), metavar="NAME", help=f"write another library's layout: {', '.join(TARGETS)}"
     )
