@@ -482,7 +482,10 @@ class UpdateAverage(TrainerCallback):
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Wall and CPU seconds of training without evaluation, over all parts of a run that was resumed."""
+    """Wall and CPU seconds of the training steps, over all parts of a run that was resumed.
+
+    What lies between two steps is left out: evaluation, saving, and gathering a batch (a hundredth of a step).
+    """
 
     def __init__(self):
         self.wall = self.cpu = 0.0
