@@ -330,18 +330,28 @@ def public_command(command: str, dataset_name: str | None = None) -> str:
         words = shlex.split(command)
     except ValueError:
         words = command.split()
-    public, masked = [], False
-    for word in words:
+    public = []
+    for word in mask_tokens(words):
         flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        if masked or (equals and _TOKEN_FLAG.fullmatch(flag)):
-            value = "***"
-        elif dataset_name and shown_name and value == dataset_name:
+        if dataset_name and shown_name and value == dataset_name:
             value = shown_name
-        else:
+        elif value != "***":
             value = _public(value)
-        masked = not equals and bool(_TOKEN_FLAG.fullmatch(word))
         public.append(flag + equals + (value if value == "***" or not value else shlex.quote(value)))
     return " ".join(public).replace("```", "")
+
+
+def mask_tokens(words: list[str]) -> list[str]:
+    """A command line's words with `***` in place of what is given to an option of a token, or looks like one."""
+    masked, follows = [], False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if follows:
+            masked.append("***")
+        else:
+            masked.append(f"{flag}=***" if equals and _TOKEN_FLAG.fullmatch(flag) else redact(word))
+        follows = bool(_TOKEN_FLAG.fullmatch(word)) and not follows
+    return masked
 
 
 def _public(text: str) -> str:

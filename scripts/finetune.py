@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 
 from modeling_vit_scratch import cli
 from modeling_vit_scratch.data import DIGITS, default_dataset
-from modeling_vit_scratch.hub import HubError
+from modeling_vit_scratch.hub import HubError, mask_tokens
 from modeling_vit_scratch.pretraining import pretrain
 from modeling_vit_scratch.training import MASKED, DataArguments, ImageTrainingArguments, ModelArguments, finetune
 
@@ -141,6 +141,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTraining
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(list(sys.argv[1:] if argv is None else argv))
+    sys.argv[1:] = mask_tokens(sys.argv[1:])  # W&B sends it
     try:
         result = (pretrain if arguments[0].task == MASKED else finetune)(*arguments)
     except ValueError as error:

@@ -544,3 +544,10 @@ def test_a_report_that_cannot_be_sent_is_refused_at_once(name, text, tmp_path, m
         finetune.main(options(tmp_path / "run", report_to=name))
     err = capsys.readouterr().err
     assert text in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_the_command_line_that_reports_send_has_no_token(tmp_path, monkeypatch):
+    words = options(tmp_path / "out", model_name_or_path="no/such/folder", hub_token="secret")
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words, "--token=secret"])
+    assert finetune.main() == 2
+    assert sys.argv == ["finetune.py", *("***" if word == "secret" else word for word in words), "--token=***"]
