@@ -17,11 +17,11 @@ from modeling_vit_scratch import checkpoints, training
 KILLS = ("step", "saving", "evaluating", "step", "saving")  # for each number of workers and processes
 
 
-def settings(output: Path, workers: int) -> list[str]:
-    """All augmentations, dropout, stochastic depth, a scheduler, Muon, averaged weights; logging out of step."""
+def settings(output: Path, workers: int, schedule: str) -> list[str]:
+    """All augmentations, dropout, stochastic depth, a schedule, Muon, averaged weights; logging out of step."""
     return options(
         output, config_overrides=RANDOM, per_device_train_batch_size=8, num_train_epochs=3, save_strategy="steps",
-        eval_strategy="steps", save_steps=8, eval_steps=8, logging_steps=3, lr_scheduler_type="cosine",
+        eval_strategy="steps", save_steps=8, eval_steps=8, logging_steps=3, lr_scheduler_type=schedule,
         warmup_steps=0.1, label_smoothing_factor=0.1, crop_padding=2, dataloader_num_workers=workers,
         muon_learning_rate=0.02, ema_decay=0.9, rand_augment=1, random_erasing=0.3, mixup_alpha=0.2, cutmix_alpha=1.0,
         augment_until="mixup=0.7,cutmix=0.7",
@@ -75,25 +75,26 @@ def test_twenty_kills_twenty_identical(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training.ImageTrainer, "evaluate", marked)
     totals = [0, 0]
-    for workers, processes in ((0, 1), (2, 1), (0, 2), (2, 2)):
+    decaying = "warmup_stable_decay"
+    for workers, processes, schedule in ((0, 1, decaying), (2, 1, "linear"), (0, 2, "cosine"), (2, 2, decaying)):
         folder = tmp_path / f"workers{workers}-processes{processes}"
         folder.mkdir()
-        for position, count in enumerate(kills_and_identical(folder, marker, workers, processes)):
+        for position, count in enumerate(kills_and_identical(folder, marker, workers, processes, schedule)):
             totals[position] += count
     print("{} kills, {} identical".format(*totals))
     assert totals == [20, 20]
 
 
-def kills_and_identical(tmp_path: Path, marker: Path, workers: int, processes: int) -> tuple[int, int]:
+def kills_and_identical(tmp_path: Path, marker: Path, workers: int, processes: int, schedule: str) -> tuple[int, int]:
     """Kill, resume and compare once for each of `KILLS`; how often that killed, and gave the same."""
     reference = tmp_path / "reference"
-    finish(settings(reference, workers), processes, tmp_path / "log")
+    finish(settings(reference, workers, schedule), processes, tmp_path / "log")
     expected, expected_weights = outcome(reference), weights(reference)
     rng = random.Random(workers * 10 + processes)
     identical = killed = 0
     for number, moment in enumerate(KILLS):
         output = tmp_path / f"run{number}"
-        argv = settings(output, workers)
+        argv = settings(output, workers, schedule)
         marker.unlink(missing_ok=True)
         codes = kill(argv, processes, tmp_path / "log", moment, marker, rng)
         killed += -signal.SIGKILL in codes
