@@ -253,24 +253,25 @@ import resource, torch
 from modeling_vit_scratch.training import keep_freed_memory
 
 def new_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
+    counts = []  # the fewest of eight: now and then something small takes the place that a tensor left
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.zeros(10_000_000).add_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(counts)
 
 returned = new_pages()
 keep_freed_memory()
-new_pages()
 print(returned, new_pages())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept_for_the_next_step():
-    """40 MB, more than glibc keeps by itself: each is new pages until they are kept."""
+    """40 MB, more than glibc keeps by itself: each is new pages (of 4 kB or of 2 MB) until they are kept."""
     output = subprocess.run([sys.executable, "-c", KEPT_MEMORY], capture_output=True, text=True, check=True).stdout
     returned, kept = map(int, output.split())
-    assert returned > 20 * max(kept, 1)
+    assert returned > 5 * max(kept, 1)
 
 
 def test_printed_steps_and_last_learning_rate_are_those_of_the_run(tmp_path, capsys):
