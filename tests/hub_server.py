@@ -49,7 +49,7 @@ class Fault:
 
     `action` is "die" (the whole server stops at once, in mid-request), "reset" (the connection breaks in mid-request),
     "hang" (no answer, until the server stops), "lose" (done, but the answer is lost), "delay" (an answer after
-    `seconds`), or an HTTP status.
+    `seconds`, which a test may shorten meanwhile), or an HTTP status.
     """
 
     method: str
@@ -309,7 +309,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.action == "lose":
             return False
         if fault.action == "delay":
-            time.sleep(fault.seconds)
+            start = time.monotonic()
+            while time.monotonic() - start < fault.seconds:
+                time.sleep(0.01)
             return False
         if fault.action == "hang":
             self.hub.stopping.wait(60)
