@@ -113,9 +113,7 @@ class ViTScratchEmbeddings(nn.Module):
         patches = nn.functional.interpolate(patches, size=grid_hw, mode="bicubic", align_corners=False)
         return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
 
-    def forward(
-        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool
-    ) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, bool_masked_pos, interpolate_pos_encoding: bool) -> torch.Tensor:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(f"pixel_values must be (B, {self.num_channels}, H, W), got {tuple(pixel_values.shape)}.")
         if not pixel_values.is_floating_point():
@@ -170,9 +168,7 @@ class ViTScratchAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool, num_queries: int | None = None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden_states: torch.Tensor, output_attentions: bool, num_queries: int | None = None, **kwargs):
         B, T, D = hidden_states.shape
         qkv = self.qkv(hidden_states).reshape(B, T, 3, -1, self.head_dim)  # (B, T, 3, A, d)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, A, T, d) each
@@ -196,8 +192,9 @@ class ViTScratchMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, pool=None) -> torch.Tensor:
         hidden_states = self.dropout(self.activation(self.fc1(hidden_states)))  # (B, T, intermediate size)
+        hidden_states = hidden_states if pool is None else pool(hidden_states)  # fc2 of a mean is the mean of fc2
         return self.dropout(self.fc2(hidden_states))
 
 
@@ -229,7 +226,7 @@ class ViTScratchLayerScale(nn.Module):
 class ViTScratchLayer(GradientCheckpointingLayer):
     """One block: (B, T, D) -> (B, T, D) and, on request, its attention maps (B, A, T, T). ViT, eq. 2 and 3.
 
-    With `num_queries`, only the first so many tokens come out; all are attended to.
+    All tokens are attended to; with `num_queries` only the first so many come out, with `pool` only their mean.
     """
 
     def __init__(self, config: ViTScratchConfig, layer_idx: int):
@@ -243,13 +240,12 @@ class ViTScratchLayer(GradientCheckpointingLayer):
         self.layer_scale2 = ViTScratchLayerScale(config) if scaled else nn.Identity()
         self.drop_path = ViTScratchDropPath(config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1))
 
-    def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool, num_queries: int | None = None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden_states: torch.Tensor, output_attentions: bool, num_queries=None, pool=None, **kwargs):
         attended, maps = self.attention(self.norm1(hidden_states), output_attentions, num_queries, **kwargs)
         hidden_states = hidden_states[:, :num_queries] + self.drop_path(self.layer_scale1(attended))
-        hidden_states = hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states))))
-        return hidden_states, maps
+        update = self.mlp(self.norm2(hidden_states), pool)
+        hidden_states = hidden_states if pool is None else pool(hidden_states)
+        return hidden_states + self.drop_path(self.layer_scale2(update)), maps
 
 
 class ViTScratchPreTrainedModel(PreTrainedModel):
@@ -342,10 +338,10 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         self.post_init()
 
     def pool(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The token the classifier sees: (B, T, D) -> (B, D)."""
+        """The token the classifier sees: (B, T, D) -> (B, 1, D)."""
         if self.config.pooling == "cls":
-            return hidden_states[:, 0]
-        return hidden_states[:, self.config.num_prefix_tokens :].mean(dim=1)
+            return hidden_states[:, :1]
+        return hidden_states[:, self.config.num_prefix_tokens :].mean(dim=1, keepdim=True)
 
     def patch_map(self, hidden_states: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """The patch tokens at their places in the picture: (B, T, D) -> (B, h, w, D)."""
@@ -374,8 +370,8 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
                 or the layers to return, e.g. [0, -1], with None for the others. None follows the config.
             output_hidden_states: Likewise for the L + 1 states (B, T, D): the embeddings, then each layer's output,
                 all before the final norm.
-            pooled_only: Whether tokens that do not reach `pooler_output` may be left out of `last_hidden_state`: the
-                last block then computes the class token alone, unless its map or output is asked for.
+            pooled_only: Whether the last block may pool as early as it can, unless its map or output is asked for:
+                `last_hidden_state` is then the class token alone or, where no norm comes before it, the mean.
             **kwargs: Passed to the attention implementation, e.g. an `attention_mask` (B, 1, T, T) added to the scores.
 
         Raises:
@@ -387,17 +383,21 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         want_states = self.config.selected("output_hidden_states", output_hidden_states, L + 1)
         hidden_states = self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)  # (B, T, D)
         all_states = [hidden_states if 0 in want_states else None]
-        all_maps = []
-        pooled_only &= self.config.pooling == "cls" and kwargs.get("attention_mask") is None
+        all_maps, early = [], {}
+        if pooled_only and L - 1 not in want_maps and L not in want_states:
+            if self.config.pooling == "cls" and kwargs.get("attention_mask") is None:
+                early = {"num_queries": 1}
+            elif self.config.pooling == "mean" and isinstance(self.norm, nn.Identity):
+                early = {} if self.training and self.config.hidden_dropout_prob else {"pool": self.pool}
         for i, layer in enumerate(self.layers):
-            last = i == L - 1 and i not in want_maps and L not in want_states
-            hidden_states, maps = layer(hidden_states, i in want_maps, 1 if last and pooled_only else None, **kwargs)
+            hidden_states, maps = layer(hidden_states, i in want_maps, **(early if i == L - 1 else {}), **kwargs)
             all_states.append(hidden_states if i + 1 in want_states else None)
             all_maps.append(maps)
         hidden_states = self.norm(hidden_states)
+        pooled = hidden_states if early else self.pool(hidden_states)  # (B, 1, D)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
-            pooler_output=self.pooled_norm(self.pool(hidden_states)) if self.add_pooling_layer else None,
+            pooler_output=self.pooled_norm(pooled[:, 0]) if self.add_pooling_layer else None,
             hidden_states=tuple(all_states) if want_states else None,
             attentions=tuple(all_maps) if want_maps else None,
         )

@@ -377,7 +377,7 @@ def test_norm_after_pooling(fields):
     outputs, expected = model(x, output_hidden_states=True), before(x, output_hidden_states=True)
     equal(outputs.last_hidden_state, outputs.hidden_states[-1])
     equal(outputs.last_hidden_state, expected.hidden_states[-1])
-    equal(outputs.pooler_output, before.norm(before.pool(expected.hidden_states[-1])))
+    equal(outputs.pooler_output, before.norm(before.pool(expected.hidden_states[-1])[:, 0]))
     assert torch.equal(outputs.pooler_output, expected.pooler_output) == (fields is TINY)  # one token: the same
 
 
@@ -395,9 +395,18 @@ def test_no_classes_gives_features():
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("more", [{}, {"num_register_tokens": 2, "layerscale_value": 0.5, "representation_size": 8}])
-def test_only_the_class_token_leaves_the_last_block_where_only_logits_are_asked_for(implementation, more):
-    """Logits and gradients are those of all tokens; the last MLP works on one."""
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"num_register_tokens": 2, "layerscale_value": 0.5, "representation_size": 8},
+        {"pooling": "mean", "use_cls_token": False, "use_final_norm": False},
+        {"pooling": "mean", "norm_after_pooling": True, "num_register_tokens": 2, "layerscale_value": 0.5},
+    ],
+    ids=["cls", "cls, more", "mean", "mean, more"],
+)
+def test_only_one_token_leaves_the_last_block_where_only_logits_are_asked_for(implementation, more):
+    """Logits and gradients are those of all tokens; the end of the last MLP works on the class token or the mean."""
     model = make(ViTScratchForImageClassification, **more)
     model.set_attn_implementation(implementation)
     x, tokens = images(model), []
@@ -415,8 +424,16 @@ def test_only_the_class_token_leaves_the_last_block_where_only_logits_are_asked_
     masked = model(x, attention_mask=torch.zeros(len(x), 1, T, T)).logits
     for logits in (*asked, masked):
         equal(logits, short, atol=1e-5)
-    assert tokens == [1, T, T, T, T]
+    assert tokens == [1, T, T, T, 1 if model.config.pooling == "mean" else T]
     assert model(x, output_attentions=[0]).logits.shape == short.shape and tokens[-1] == 1
+
+
+def test_a_mean_is_not_taken_before_a_norm_or_a_dropout():
+    mean = {"pooling": "mean", "use_cls_token": False}
+    for more in (mean, {**mean, "use_final_norm": False, "hidden_dropout_prob": 0.5}):
+        model = make(ViTScratchForImageClassification, **more).train()
+        assert model.vit(images(model), pooled_only=True).last_hidden_state.shape[1] > 1
+    assert model.eval().vit(images(model), pooled_only=True).last_hidden_state.shape[1] == 1
 
 
 def test_early_convolutions_are_the_written_out_ones():
