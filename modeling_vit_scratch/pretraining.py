@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import ViTImageProcessorPil
 
-from . import checkpoints, hub, plots
+from . import checkpoints, model_card, plots
 from .augmentation import draw_mask, normalize
 from .configuration_vit_scratch import ViTScratchConfig
 from .data import collate, load_splits
@@ -216,7 +216,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             "loss": trainer.evaluate(splits.validation, metric_key_prefix="validation")["validation_loss"],
         },
         **describe_machine(trainer, clock),
-        "command": hub.public_command(shlex.join(["python", *sys.argv]), data_name),
+        "command": model_card.public_command(shlex.join(["python", *sys.argv]), data_name),
     }
     if args.process_index == 0:
         _finish(trainer, metrics)

@@ -39,7 +39,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from . import checkpoints, conversion, hub, lora, plots
+from . import checkpoints, conversion, hub, lora, model_card, plots
 from .augmentation import Augmentation, normalize, parse_until
 from .configuration_vit_scratch import PRESETS, ViTScratchConfig
 from .data import DIGITS, DecodedImages, ImageSplits, LazyImages, collate, load_splits
@@ -1224,7 +1224,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             rows = splits.records[split].rows
             _write_predictions(folder, split, prediction.predictions, prediction.label_ids, rows, splits.class_names)
     metrics |= describe_machine(trainer, clock)
-    metrics["command"] = hub.public_command(shlex.join(["python", *sys.argv]), data_name)
+    metrics["command"] = model_card.public_command(shlex.join(["python", *sys.argv]), data_name)
     if is_main:
         _finish(folder, metrics, trainer.state.log_history)
         pushed = pushes and pushes.push_final(folder)
@@ -1248,7 +1248,7 @@ def _finish(folder: Path, metrics: dict, log_history: list[dict]):
     (folder / "plots").mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / "plots" / f"{name}.png", dpi=110)
-    hub.write_model_card(folder)
+    model_card.write_model_card(folder)
     flipped = "flip_tta_accuracy" in result
     shown = {
         f"{split} accuracy": f"{metrics[split]['accuracy']:.2%}  (top-5 {metrics[split]['top5_accuracy']:.2%}, "

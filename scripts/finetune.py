@@ -24,7 +24,8 @@ from transformers import HfArgumentParser
 
 from modeling_vit_scratch import cli
 from modeling_vit_scratch.data import DIGITS, default_dataset
-from modeling_vit_scratch.hub import HubError, mask_tokens
+from modeling_vit_scratch.hub import HubError
+from modeling_vit_scratch.model_card import mask_tokens
 from modeling_vit_scratch.pretraining import pretrain
 from modeling_vit_scratch.training import MASKED, DataArguments, ImageTrainingArguments, ModelArguments, finetune
 

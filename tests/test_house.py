@@ -26,15 +26,16 @@ ARROWS = {
     "data": {"augmentation", "sources"},
     "streaming": {"augmentation", "data", "sources"},
     "inspection": {"augmentation", "data", "streaming"},
-    "hub": MODEL,
+    "model_card": set(),
+    "hub": {"model_card", *MODEL},
     "conversion": MODEL,
     "lora": MODEL,
     "pretraining": {
-        "augmentation", "checkpoints", "data", "hub", "plots", "training", *MODEL,
+        "augmentation", "checkpoints", "data", "model_card", "plots", "training", *MODEL,
     },
     "training": {
-        "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "lora", "metrics", "optimization",
-        "plots", "streaming", *MODEL,
+        "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "lora", "metrics", "model_card",
+        "optimization", "plots", "streaming", *MODEL,
     },
 }
 # fmt: on
