@@ -263,6 +263,12 @@ class ImageTrainingArguments(TrainingArguments):
             raise ValueError(f"ema_decay ({self.ema_decay}) must be in (0, 1), e.g. 0.999.")
         self.time_budget_seconds = None if self.time_budget is None else parse_duration(self.time_budget)
 
+    @property
+    def device(self) -> torch.device:
+        """Of this process; a CPU has no index, with which transformers 5.17 could not resume several processes."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
 
 def parse_duration(text: str) -> float:
     """Seconds of a time such as "90", "90s", "10m" or "1h30m".
