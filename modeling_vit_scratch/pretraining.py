@@ -116,6 +116,7 @@ def _check(model_args: ModelArguments, data_args: DataArguments, args: ImageTrai
         "label_smoothing_factor": args.label_smoothing_factor,
         "flip_tta": args.flip_tta,
         "push_to_hub": args.push_to_hub,
+        "metric_for_best_model": args.metric_for_best_model == "top5_accuracy",
     }
     given = [name for name, value in unread.items() if value]
     if given:

@@ -57,6 +57,14 @@ TRAINED_WEIGHTS = "trained_weights.safetensors"
 SAVE_SECONDS, FINISH_SECONDS = 0.5, 6.0
 
 
+# What a validation measures, and can choose the best model by.
+BEST_METRICS = ("loss", "accuracy", "top5_accuracy")
+# Options of Trainer's that batches of bytes, metrics of whole splits, and the run's own `Clock` leave no choice of.
+FIXED = {
+    "remove_unused_columns": False, "label_names": None, "prediction_loss_only": False, "batch_eval_metrics": False,
+    "eval_do_concat_batches": True, "restore_callback_states_from_checkpoint": False,
+}  # fmt: skip
+
 # The --task of pretraining.py.
 MASKED = "masked-image-modeling"
 
@@ -242,7 +250,14 @@ class ImageTrainingArguments(TrainingArguments):
             str(getattr(self.save_strategy, "value", self.save_strategy)) == "no"
         ):
             self.load_best_model_at_end = False
+        best = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if best not in BEST_METRICS:
+            raise ValueError(f"metric_for_best_model ({best!r}) is unknown; use one of {', '.join(BEST_METRICS)}.")
+        self.metric_for_best_model = best
         super().__post_init__()
+        for name, value in FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} ({getattr(self, name)}) does not go with this training; leave it out.")
         for make_callback in get_reporting_integration_callbacks(self.report_to):  # a ValueError for an unknown name
             try:
                 make_callback()
@@ -497,6 +512,10 @@ class Clock(TrainerCallback, ExportableState):
         self.wall = self.cpu = 0.0
         self._started = None
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Trainer restores callbacks on request only. Other processes took about the CPU time of the main one.
+        vars(self).update(state.stateful_callbacks[type(self).__name__]["attributes"])
+
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = time.perf_counter(), time.process_time()
 
@@ -647,8 +666,11 @@ def _settle_schedule(arguments: ImageTrainingArguments, batches: int | None) -> 
 
     Args:
         arguments: Of the run; `num_decay_steps` of a warmup-stable-decay schedule becomes a number of steps where it
-            is a share of them (0.2 if not given).
+            is a share of them (0.2 if not given), and schedules that follow a metric are told its direction.
         batches: In an epoch; None for a stream, which has `max_steps`.
+
+    Raises:
+        ValueError: The schedule does not take the given settings.
     """
     steps = arguments.max_steps
     if steps <= 0:
@@ -659,13 +681,19 @@ def _settle_schedule(arguments: ImageTrainingArguments, batches: int | None) -> 
         decay = settings["num_decay_steps"]
         settings["num_decay_steps"] = round(decay * steps) if decay < 1 else decay
         arguments.lr_scheduler_kwargs = settings
-    scheduler = transformers.get_scheduler(
-        arguments.lr_scheduler_type,
-        torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate),
-        num_warmup_steps=arguments.get_warmup_steps(steps),
-        num_training_steps=steps,
-        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
-    )
+    if arguments.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):  # they take every metric for a loss
+        mode = "max" if arguments.greater_is_better else "min"
+        arguments.lr_scheduler_kwargs = {"mode": mode, **(arguments.lr_scheduler_kwargs or {})}
+    try:
+        scheduler = transformers.get_scheduler(
+            arguments.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate),
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+    except TypeError as error:
+        raise ValueError(f"lr_scheduler_kwargs ({arguments.lr_scheduler_kwargs}): {error}") from error
     factors = getattr(scheduler, "lr_lambdas", None)
     return steps, None if factors is None else arguments.learning_rate * factors[0](steps - 1)
 

@@ -135,7 +135,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTraining
             data.dataset_name = name
             if name == DIGITS and training.process_index == 0:
                 print("CIFAR-10 is neither on the Hub within 10 s nor in the cache: training on scikit-learn's digits.")
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         parser.error(str(error))
     return model, data, training
 
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.argv[1:] = mask_tokens(sys.argv[1:])  # W&B sends it
     try:
         result = (pretrain if arguments[0].task == MASKED else finetune)(*arguments)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # ImportError: an option, e.g. --optim, needs a package
         print(f"finetune.py: {error}", file=sys.stderr)
         return 2
     except (FloatingPointError, HubError) as error:

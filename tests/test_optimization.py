@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import RANDOM, fork_run, history, load_script, options, wait_all, weights
 from safetensors.torch import load_file, save_file
+from transformers import get_scheduler
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, optimization, training
 from modeling_vit_scratch.augmentation import normalize
@@ -267,6 +268,21 @@ def test_warmup_stable_decay_takes_shares_of_the_training(tmp_path):
     assert rates == pytest.approx([0, 0.005, 0.01, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025])
 
 
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_schedules_that_follow_a_metric_know_which_way_is_better(name, metric):
+    args = training.ImageTrainingArguments(
+        "unused", use_cpu=True, lr_scheduler_type=name, metric_for_best_model=metric,
+        lr_scheduler_kwargs={"patience": 1, "factor": 0.5},
+    )  # fmt: skip
+    training._settle_schedule(args, 5)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    schedule = get_scheduler(name, optimizer, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    for step in range(4):  # better each time
+        schedule.step(0.1 * step if metric == "accuracy" else -0.1 * step)
+    assert optimizer.param_groups[0]["lr"] >= 0.1
+
+
 def test_durations():
     for text, seconds in (("90", 90), ("90s", 90), ("10m", 600), ("1h30m", 5400), ("0.5h", 1800), ("1m5s", 65)):
         assert training.parse_duration(text) == seconds
@@ -367,6 +383,15 @@ def test_bad_settings_are_refused():
         ({"time_budget": "never"}, "time_budget"),
         ({"muon_learning_rate": -0.02}, r"muon_learning_rate \(-0.02\)"),
         ({"head_learning_rate": float("nan")}, "head_learning_rate"),
+        ({"metric_for_best_model": "f1"}, r"metric_for_best_model \('f1'\) is unknown; use one of loss, accuracy"),
+        ({"eval_do_concat_batches": False}, r"eval_do_concat_batches \(False\) does not go with"),
+        ({"restore_callback_states_from_checkpoint": True}, "restore_callback_states_from_checkpoint"),
     ):
         with pytest.raises(ValueError, match=words):
             training.ImageTrainingArguments("unused", use_cpu=True, **settings)
+    args = training.ImageTrainingArguments("unused", use_cpu=True, lr_scheduler_kwargs={"power_of": 2})
+    with pytest.raises(ValueError, match=r"lr_scheduler_kwargs .*power_of"):
+        training._settle_schedule(args, 5)
+    # The library's own prefix is taken, and means the same.
+    args = training.ImageTrainingArguments("unused", use_cpu=True, metric_for_best_model="eval_accuracy")
+    assert (args.metric_for_best_model, args.greater_is_better) == ("accuracy", True)

@@ -193,6 +193,7 @@ def test_labels_do_not_matter_and_a_test_split_is_left_alone(tmp_path):
         ({"mask_patch_size": 64}, "at most the picture's (32)"),
         ({"mixup_alpha": 0.2, "freeze_backbone": True}, "freeze_backbone, mixup_alpha: not with --task"),
         ({"streaming": True, "max_steps": 3}, "streaming: not with --task"),
+        ({"metric_for_best_model": "top5_accuracy"}, "metric_for_best_model: not with --task"),
         ({"head_learning_rate": 0.1, "label_column_name": "x"}, "label_column_name, head_learning_rate: not with"),
         ({"train_val_split": 0.001}, "0.001 of 150 pictures cannot be held out"),
         ({"dataset_name": "EMPTY"}, "holds no pictures"),

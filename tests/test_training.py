@@ -18,6 +18,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, training
 from modeling_vit_scratch.conversion import convert_checkpoint
+from modeling_vit_scratch.plots import read_history
 
 finetune = load_script("finetune")
 IN_FOLDER = {
@@ -117,6 +118,10 @@ def test_stopped_and_resumed_is_bit_identical_to_never_stopping(run, tmp_path, i
     for split in ("validation", "test"):
         a, b = (json.loads((folder / "metrics.json").read_text())[split] for folder in (tmp_path, reference))
         assert a == b
+    # The clock goes on where it was stopped.
+    seconds = read_history(tmp_path)["train_seconds"]
+    assert (seconds[1:] >= seconds[:-1]).all()
+    assert json.loads((tmp_path / "metrics.json").read_text())["time"]["train_seconds"] >= seconds[-1] - 0.001
 
 
 def test_damaged_checkpoint_is_named_and_passed_over(run, tmp_path, capsys):
@@ -545,6 +550,12 @@ def test_a_report_that_cannot_be_sent_is_refused_at_once(name, text, tmp_path, m
         finetune.main(options(tmp_path / "run", report_to=name))
     err = capsys.readouterr().err
     assert text in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_that_is_not_installed_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    assert finetune.main(options(tmp_path, optim="adamw_bnb_8bit")) == 2
+    assert "finetune.py: You need to install `bitsandbytes`" in capsys.readouterr().err
 
 
 def test_the_command_line_that_reports_send_has_no_token(tmp_path, monkeypatch):
