@@ -75,7 +75,7 @@ class Answers:
         labels: Indices of the model's classes, int64 (n,).
         features: What the classifier sees, `pooler_output`: float32 (n, D).
         probabilities: float32 (n, classes); None if the model has no trained classifier.
-        flipped: The mean of a picture's probabilities and its mirror image's, if that was asked for.
+        flipped: Of the mean of a picture's logits and its mirror image's (finetune.py's flip_tta), if asked for.
         seconds: It took, reading included.
     """
 
@@ -165,7 +165,7 @@ class Predictor:
     def _classify(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pooled = self.model.vit(self.normalise(pixels)).pooler_output  # (B, D)
         logits = self.model.classifier(self.model.pre_logits(pooled))  # (B, classes)
-        return pooled.float().cpu(), self.probabilities(logits).cpu()
+        return pooled.float().cpu(), logits.float().cpu()
 
     @torch.inference_mode()
     def answers(self, records: Records, class_names: list[str], batch_size: int = 64, flip: bool = False) -> Answers:
@@ -189,11 +189,11 @@ class Predictor:
         with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(records), "Classifying") as bar:
             read = bounded_map(pool, lambda chunk: self.pixels(records.images(chunk, self.config.num_channels)), chunks)
             for pixels in read:
-                pooled, probabilities = self._classify(pixels)
+                pooled, logits = self._classify(pixels)
                 features.append(pooled)
-                plain.append(probabilities)
+                plain.append(self.probabilities(logits))
                 if flip:
-                    mirrored.append((probabilities + self._classify(pixels.flip(3))[1]) / 2)
+                    mirrored.append(self.probabilities((logits + self._classify(pixels.flip(3))[1]) / 2))
                 bar.update(len(pixels))
         return Answers(
             labels,

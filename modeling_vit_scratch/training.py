@@ -216,7 +216,7 @@ class ImageTrainingArguments(TrainingArguments):
         metadata={"help": "Choose the number of steps so that the whole run ends in this time, e.g. 10m or 1h30m."},
     )
     flip_tta: bool = field(
-        default=False, metadata={"help": "Also measure the mean prediction of each picture and its mirror image."}
+        default=False, metadata={"help": "Also measure the mean logits of each picture and its mirror image."}
     )
     bf16: bool | None = field(
         default=None,
