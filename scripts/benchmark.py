@@ -226,7 +226,7 @@ def measure_model(args: argparse.Namespace) -> dict:
         for name in models:
             shared = name == OURS or peers.PEERS[name][1]
             facts[name] = {"difference": difference(case, models[OURS], models[name]) if shared else None}
-            if shared and facts[name]["difference"] > 1e-3:
+            if shared and not facts[name]["difference"] <= 1e-3:  # NaN too
                 raise ValueError(
                     f"{case.title}: the logits of {name} differ from ours by {facts[name]['difference']:.1e} of the "
                     "largest, although the weights are the same; nothing was compared."
@@ -272,8 +272,9 @@ def show_model(result: dict) -> str:
     notes = [
         "",
         "ms: median; spread: interquartile range over it; vs fastest: speed over that of the fastest peer; ours is: "
-        "our speed over this one's; of peak: floating-point operations per second (GFLOP: of one picture) over those "
-        "of a large matrix product; MB: most memory of model and computation.",
+        "our speed over this one's; of peak: floating-point operations per second (GFLOP: of one picture, all tokens "
+        "in all blocks, though ours leaves out what no logit needs) over those of a large matrix product; MB: most "
+        "memory of model and computation.",
         *(f"Not compared, as it does not import here: {name} ({why})" for name, why in result["absent"].items()),
     ]
     return "\n".join([table(header, lines), *(textwrap.fill(note, 80, subsequent_indent="  ") for note in notes)])

@@ -226,13 +226,14 @@ def test_model(args, monkeypatch):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_model_refuses_peers_that_compute_something_else(args, monkeypatch):
+@pytest.mark.parametrize("change", [0.1, math.nan])
+def test_model_refuses_peers_that_compute_something_else(change, args, monkeypatch):
     make_peer = peers.make_peer
 
     def broken(name, ours):
         peer = make_peer(name, ours)
         with torch.no_grad():
-            next(peer.parameters()).add_(0.1)
+            next(peer.parameters()).add_(change)
         return peer
 
     monkeypatch.setattr(peers, "make_peer", broken)
