@@ -89,16 +89,20 @@ def check_run(checkpoint: Path, run: dict):
         run: The same facts of this run, by name: architecture, dataset, classes, processes, batch size, ...
 
     Raises:
-        ValueError: A fact differs; gives both values.
+        ValueError: A fact differs, with both values; or the checkpoint has no optimizer to go on with.
     """
     path = checkpoint / RUN
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no {RUN}; only checkpoints of scripts/finetune.py can be resumed.")
     saved = json.loads(path.read_text())
     now = json.loads(json.dumps(run))  # tuples and numbers as JSON has them
-    for name, value in now.items():
-        if saved.get(name) != value:
+    for name in {**saved, **now}:
+        if saved.get(name) != now.get(name):
             raise ValueError(
-                f"{checkpoint} was saved with {name} = {saved.get(name)!r}, but this run has {value!r}; "
+                f"{checkpoint} was saved with {name} = {saved.get(name)!r}, but this run has {now.get(name)!r}; "
                 "resume with the same settings, or start anew in another --output_dir."
             )
+    if not any(checkpoint.glob("optimizer*")):  # Trainer would go on with a new one, and a new schedule
+        raise ValueError(
+            f"{checkpoint} has weights alone (save_only_model); start a new run from them with --model_name_or_path."
+        )

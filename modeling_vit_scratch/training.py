@@ -270,6 +270,8 @@ class ImageTrainingArguments(TrainingArguments):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < math.inf:
                 raise ValueError(f"{name} ({rate}) must be a number, 0 or above.")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps ({self.gradient_accumulation_steps}) must be at least 1.")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay ({self.layer_decay}) must be in (0, 1]; 1 switches it off.")
         if self.muon_learning_rate is not None and not self.optim.value.startswith("adamw_torch"):
@@ -912,6 +914,7 @@ def run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTraining
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "seed": args.seed,
+        "optim": args.optim.value,
         "muon_learning_rate": args.muon_learning_rate,
         "ema_decay": args.ema_decay,
         "fingerprint": fingerprint(splits),  # last: what else differs says more
@@ -1180,6 +1183,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         if is_main:
             hub.prepare_repo(pushes.repo_id, pushes.private, pushes.token)
     facts = run_facts(model.config, splits, args)
+    if model_args.freeze_backbone:
+        facts = {"freeze_backbone": True, **facts}
     if adapter is not None:  # a checkpoint has the adapter, and the base comes from where it came from
         facts = {"lora": [model_args.lora_rank, _public_name(model_args.model_name_or_path)], **facts}
     if args.resume_from_checkpoint:

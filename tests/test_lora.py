@@ -169,6 +169,13 @@ def test_what_makes_no_sense_is_refused(base, changes, words, tmp_path, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_an_adapters_checkpoint_is_not_resumed_without_the_adapter(base, adapted, tmp_path, capsys):
+    last = max(adapted[0].glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    settings = {"config_overrides": None, "model_name_or_path": base, "resume_from_checkpoint": last}
+    assert finetune.main(options(tmp_path, **settings)) == 2
+    assert "lora = [" in capsys.readouterr().err
+
+
 def test_without_the_extra(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     argv = options(tmp_path, config_overrides=None, model_name_or_path=base, lora_rank=RANK)

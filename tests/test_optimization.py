@@ -191,7 +191,9 @@ def test_without_validation_the_run_ends_with_the_average(tmp_path):
     assert all(torch.equal(tensor, last[name]) for name, tensor in weights(tmp_path).items())
 
 
-@pytest.mark.parametrize("other", [{"ema_decay": None}, {"muon_learning_rate": None}])
+@pytest.mark.parametrize(
+    "other", [{"ema_decay": None}, {"muon_learning_rate": None}, {"optim": "adamw_torch"}, {"freeze_backbone": True}]
+)
 def test_resuming_with_another_optimiser_or_average_is_refused(tmp_path, capsys, other):
     argv = {"ema_decay": 0.9, "muon_learning_rate": 0.02, "num_train_epochs": 1}
     assert finetune.main(options(tmp_path, **argv)) == 0
@@ -383,6 +385,7 @@ def test_bad_settings_are_refused():
         ({"time_budget": "never"}, "time_budget"),
         ({"muon_learning_rate": -0.02}, r"muon_learning_rate \(-0.02\)"),
         ({"head_learning_rate": float("nan")}, "head_learning_rate"),
+        ({"gradient_accumulation_steps": 0}, r"gradient_accumulation_steps \(0\) must be at least 1"),
         ({"metric_for_best_model": "f1"}, r"metric_for_best_model \('f1'\) is unknown; use one of loss, accuracy"),
         ({"eval_do_concat_batches": False}, r"eval_do_concat_batches \(False\) does not go with"),
         ({"restore_callback_states_from_checkpoint": True}, "restore_callback_states_from_checkpoint"),

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,19 @@ def test_resuming_another_run_is_refused_with_both_values(run, capsys, change, w
     assert finetune.main([*argv, "--resume_from_checkpoint", "last"]) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
+
+
+def test_weights_alone_are_not_resumed(run, tmp_path, capsys):
+    folder, argv = run
+    shutil.copytree(folder / "checkpoint-5", tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5" / "optimizer.pt").unlink()  # as after --save_only_model
+    digests = json.loads((tmp_path / "checkpoint-5" / checkpoints.DIGESTS).read_text())
+    (tmp_path / "checkpoint-5" / checkpoints.DIGESTS).write_text(
+        json.dumps({name: digest for name, digest in digests.items() if name != "optimizer.pt"})
+    )
+    argv = [str(tmp_path) if word == str(folder) else word for word in argv]
+    assert finetune.main([*argv, "--resume_from_checkpoint", "last"]) == 2
+    assert "has weights alone (save_only_model)" in capsys.readouterr().err
 
 
 def test_taken_output_folder_is_refused(run, capsys):
