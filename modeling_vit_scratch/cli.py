@@ -56,7 +56,10 @@ def describe(doc: str) -> str:
 
 def at_least_one(text: str) -> int:
     """An option's whole number, 1 or more."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be at least 1")
     return number

@@ -22,6 +22,7 @@ import re
 import tempfile
 import textwrap
 import zipfile
+import zlib
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -597,8 +598,11 @@ class _Named:
         return any(self.find(ours))
 
     def raw(self, name: str) -> torch.Tensor:
-        value = self.tensors[self.names[name]]
-        value = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value.detach()
+        try:
+            value = self.tensors[self.names[name]]  # of a .npz file it is read here
+            value = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value.detach()
+        except (TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{name} cannot be read: {_line(error)}") from error
         if not value.is_floating_point():
             raise ValueError(f"{name} holds {value.dtype}, not floating-point numbers.")
         return value
@@ -658,7 +662,9 @@ def _recognise(opened: _Checkpoint, source: str | None) -> tuple[str, _Named]:
         raise ValueError(f"source {source!r} is unknown; use one of {', '.join(FAMILIES)}.")
     names = list(opened.tensors)
     if any(re.search(r"layers\.\d+\.attention\.qkv\.weight$", name) for name in names):
-        raise ValueError(f"{opened.title} holds this package's own weights, which need their config.json beside them.")
+        raise ValueError(
+            f"{opened.title} holds this package's own weights, which need their config.json beside them, and no source."
+        )
     layouts = [layout for layout in (TRANSFORMERS, TIMM, TORCHVISION, JAX) if _marked(layout, names) is not None]
     if not layouts:
         _refuse(names, opened.title)
@@ -1185,6 +1191,8 @@ def _change(
     config, state = copy.deepcopy(model.config), dict(model.state_dict())
     if num_labels is None:
         num_labels = len(id2label) if headless and id2label else config.num_labels
+    if num_labels < 0:
+        raise ValueError(f"num_labels ({num_labels}) must be at least 0.")
     if id2label is not None and len(id2label) != num_labels:
         raise ValueError(
             f"id2label names {len(id2label)} classes, but there are {num_labels}; name as many, or pass "
@@ -1806,7 +1814,7 @@ def _jax_reference(opened, family, named, model, headless, num_images) -> _Refer
             np.savez(path, **{short: named.raw(short).numpy() for short in named.names})
         reference.load_pretrained(str(path))
     return _Reference(
-        "timm's VisionTransformer, by its reader of .npz files,", reference, reference.blocks, reference.norm
+        "timm's VisionTransformer, by its reader of .npz files", reference, reference.blocks, reference.norm
     )
 
 

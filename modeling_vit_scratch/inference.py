@@ -270,7 +270,7 @@ def measure(probabilities: torch.Tensor, labels: torch.Tensor, class_names: Sequ
         "examples": n,
         **shares,
         **intervals,
-        "loss": -own.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item(),
+        "loss": 0.0 - own.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item(),  # and not -0.0
         "mean_confidence": probabilities.max(dim=1).values.double().mean().item(),
         "expected_calibration_error": expected_calibration_error(probabilities, labels),
         "per_class": {

@@ -1006,7 +1006,11 @@ def plot_features(
     features, labels = features[chosen], labels[chosen]
 
     many = classes > 20
-    legend = {"ncols": 8, "fontsize": 6, "columnspacing": 1} if many else {"ncols": 5, "fontsize": 9}
+    longest = max(len(f"{k} {name}" if many else name) for k, name in enumerate(names))
+    size = 6 if many else 9
+    # A column is the mark, about 5 letters wide with its gaps, and the name; letters are 0.6 of their size wide.
+    columns = max(1, min(8 if many else 5, int(9.6 * 72 / (0.6 * size * (longest + 6)))))
+    legend = {"ncols": columns, "fontsize": size, "columnspacing": 1 if many else 2}
     figure = _figure(9.6, 4.5 + (0.13 if many else 0.2) * math.ceil(min(classes, 120) / legend["ncols"]))
     for axes, method in zip(figure.subplots(1, 2), ("pca", "tsne"), strict=True):
         points, share = project_features(features, method, seed)

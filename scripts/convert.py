@@ -22,6 +22,7 @@ from modeling_vit_scratch import cli
 from modeling_vit_scratch.conversion import (
     TARGETS,
     TOLERANCE,
+    WEIGHT_FILES,
     Verification,
     convert_checkpoint,
     export_checkpoint,
@@ -70,7 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def print_table(proof: Verification):
     """The differences, on the standard output."""
     width = max(map(len, proof.differences))
-    print(f"{proof.reference} on {proof.num_images} random images, in double precision\n")
+    print(f"{proof.reference}\non {proof.num_images} random images, in double precision\n")
     print(f"{'output':{width}}  largest difference")
     for name, difference in proof.differences.items():
         print(f"{name:{width}}  {difference:.1e}")
@@ -88,6 +89,11 @@ def convert(arguments: argparse.Namespace) -> int:
         raise ValueError(f"OUT {out} is a file; name a folder.")
     if Path(checkpoint).exists() and out.resolve() in (Path(checkpoint).resolve(), Path(checkpoint).resolve().parent):
         raise ValueError(f"OUT {out} holds the checkpoint itself; name another folder.")
+    written = "model.npz" if arguments.to == "jax" else "model.safetensors"
+    others = {*WEIGHT_FILES, *(["preprocessor_config.json"] if arguments.to == "timm" else [])} - {written}
+    others = sorted(name for name in others if (out / name).exists())  # which would be read beside the new config
+    if others:
+        raise ValueError(f"OUT {out} holds {' and '.join(others)} of another model; name another folder.")
     if arguments.num_images < 1:
         raise ValueError(f"--num_images ({arguments.num_images}) must be at least 1.")
     size = arguments.image_size

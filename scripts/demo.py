@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import functools
 import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -57,8 +58,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     page = parser.add_argument_group("page")
     page.add_argument("--examples", nargs="+", metavar="PICTURE", help="files or folders; default: some of CIFAR-10")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this computer")
-    page.add_argument("--port", type=int, help="default: the first free one from 7860")
-    return parser.parse_args(argv)
+    page.add_argument("--port", type=cli.at_least_one, metavar="N", help="default: the first free one from 7860")
+    arguments = parser.parse_args(argv)
+    if arguments.port is not None and arguments.port > 65535:
+        parser.error(f"--port ({arguments.port}) must be at most 65535.")
+    return arguments
 
 
 @dataclass
@@ -211,6 +215,11 @@ def build(predictor: Predictor, examples: list[str]):
 def serve(arguments: argparse.Namespace, block: bool = True):
     """Start the page; `block` until Ctrl-C. Returns the page."""
     gr = import_gradio()
+    try:  # gradio would try a hundred ports
+        family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
+        socket.create_server((arguments.host, 0), family=family).close()
+    except OSError as error:
+        raise ValueError(f"--host {arguments.host} is no address of this computer: {error}") from error
     predictor = cli.load_predictor(arguments, arguments.model)
     config = predictor.config
     predictor(torch.zeros(1, config.num_channels, *config.image_hw, dtype=torch.uint8))  # the first call is slow

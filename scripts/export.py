@@ -7,7 +7,8 @@ python scripts/export.py google/vit-base-patch16-224 vit --formats onnx
 MODEL is a folder, file or Hub id: of this package, or what convert.py reads.
 OUT becomes a folder of model.onnx, model.pt2 (a torch.export program),
 model_int8.onnx (with --int8), and the config.json and preprocessor_config.json
-of the model: the names of its classes, and how it takes pictures.
+of the model: the names of its classes, and how it takes pictures. Of an earlier
+export into OUT nothing stays.
 
 Each takes `pixel_values`, float32 (batch, channels, height, width), any batch,
 and gives `logits` (batch, classes), or `features` (batch, width) if the model
@@ -275,6 +276,9 @@ def export(arguments: argparse.Namespace) -> int:
             return 1
         config.save_pretrained(folder)
         predictor.processor.save_pretrained(folder)
+        for name in FILES.values():  # those of an earlier export may be of another model
+            (out / name).unlink(missing_ok=True)
+            (out / f"{name}.data").unlink(missing_ok=True)
         for file in sorted(folder.iterdir()):
             os.replace(file, out / file.name)
     report = {

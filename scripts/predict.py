@@ -104,7 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
     with progress:
         for result in predict(predictor, pictures, arguments.top_k, arguments.batch_size):
             if "error" in result:
-                progress.write(f"{PROGRAM}: {result['picture']}: {result['error']}", file=sys.stderr)
+                progress.clear()  # tqdm's own write() would leave a bar behind where none was due
+                cli.say(PROGRAM, f"{result['picture']}: {result['error']}")
             results.append(result)
             progress.update()
     unread = sum("error" in result for result in results)

@@ -73,6 +73,19 @@ def test_wrong_usage_is_one_line(name, capsys):
     assert re.fullmatch(rf"{name}\.py: .*no_such_option.*\n", err)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "a.png", "--top_k", "x"], "argument --top_k: 'x' is no whole number"),
+        (["predict", "a.png", "--top_k", "0"], "argument --top_k: 0 must be at least 1"),
+        (["demo", "--port", "99999"], "--port (99999) must be at most 65535"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_numbers_that_cannot_be(words, message, capsys):
+    assert run(words[0], words[1:], capsys) == (2, "", f"{words[0]}.py: {message}; --help shows how\n")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_input_is_named(name, tmp_path, capsys):
     words, expected = BAD_INPUT[name]

@@ -687,6 +687,22 @@ def test_torn_files(tmp_path):
             convert_checkpoint(torn, **HEADS)
 
 
+@pytest.mark.parametrize("kind", ["V2", ">f4", "object"])  # V2: bfloat16, as numpy saves it
+def test_arrays_that_torch_cannot_hold_are_named(kind, tmp_path):
+    np.savez(tmp_path / "odd.npz", **{name: array.astype(kind) for name, array in jax_arrays().items()})
+    with pytest.raises(ValueError, match="embedding/kernel cannot be read"):
+        convert_checkpoint(tmp_path / "odd.npz")
+
+
+def test_a_damaged_array_is_named(tmp_path):
+    np.savez(tmp_path / "whole.npz", **jax_arrays())
+    content = bytearray((tmp_path / "whole.npz").read_bytes())
+    content[content.index(jax_arrays()["cls"].tobytes())] ^= 1
+    (tmp_path / "damaged.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cls cannot be read: Bad CRC-32"):
+        convert_checkpoint(tmp_path / "damaged.npz")
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
@@ -720,7 +736,7 @@ def test_a_folder_without_or_with_two_files_of_weights(tmp_path):
 
 def test_own_weights_without_their_config_are_refused():
     own = ViTScratchForImageClassification(ViTScratchConfig(**SIZES, intermediate_size=48))
-    with pytest.raises(ValueError, match=r"this package's own.*config\.json"):
+    with pytest.raises(ValueError, match=r"this package's own.*config\.json beside them, and no source"):
         convert_checkpoint(own.state_dict())
 
 
@@ -945,6 +961,8 @@ def test_other_classes_make_the_head_anew(caplog):
     assert new.classifier.weight.requires_grad and new.config.id2label == {i: f"LABEL_{i}" for i in range(3)}
     for name, tensor in old.vit.state_dict().items():
         assert torch.equal(tensor, new.vit.state_dict()[name])
+    with pytest.raises(ValueError, match=r"num_labels \(-3\) must be at least 0"):
+        convert_checkpoint(tensors, num_labels=-3, **HEADS)
 
 
 def test_labels(tmp_path):
@@ -1628,8 +1646,8 @@ def test_convert_script(script, vit_folder, tmp_path, capsys, caplog):
     folder, theirs = vit_folder
     assert script.main([str(folder), str(tmp_path / "out"), "--verify", "--num_images", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "transformers' ViTForImageClassification on 3 random images, in double precision"
-    table = {line[:10].strip(): line[10:].strip() for line in lines[3:-3]}
+    assert lines[:2] == ["transformers' ViTForImageClassification", "on 3 random images, in double precision"]
+    table = {line[:10].strip(): line[10:].strip() for line in lines[4:-3]}
     assert list(table) == ["embeddings", "block 1", "block 2", "block 3", "final norm", "logits", "top-5"]
     assert all(float(difference) < NEAR for name, difference in table.items() if name != "top-5")
     assert table["top-5"] == "agree on 3 of 3" and lines[-2].startswith("the same function:")
@@ -1703,6 +1721,16 @@ def test_convert_script_on_our_own(script, own, tmp_path, capsys):
     assert script.main([str(tmp_path / "own"), str(tmp_path / "out"), "--image_size", "40"]) == 0
     assert "No image processor was written" in capsys.readouterr().err
     assert ViTScratchConfig.from_pretrained(tmp_path / "out").image_size == 40
+
+
+def test_convert_script_leaves_no_two_models_in_a_folder(script, vit_folder, tmp_path, capsys):
+    folder, out = str(vit_folder[0]), tmp_path / "out"
+    assert script.main([folder, str(out)]) == script.main([folder, str(out)]) == 0
+    before = sorted(out.iterdir())
+    for target, left in (("jax", "model.safetensors"), ("timm", "preprocessor_config.json")):
+        assert script.main([folder, str(out), "--to", target]) == 2
+        assert f"holds {left} of another model; name another folder" in capsys.readouterr().err
+    assert sorted(out.iterdir()) == before
 
 
 def test_convert_script_help_begins_with_an_example(script, capsys):

@@ -86,6 +86,12 @@ def test_examples_that_are_not_there(script, folder, capsys):
     assert "--examples no/such.png: there is no such file" in capsys.readouterr().err
 
 
+def test_an_address_of_another_computer(script, folder, capsys):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
+    assert script.main(["--model", str(folder), "--host", "192.0.2.1"]) == 2  # of documentation only (RFC 5737)
+    assert capsys.readouterr().err.startswith("demo.py: --host 192.0.2.1 is no address of this computer: ")
+
+
 def test_the_examples_are_pictures(script):
     files = sorted(script.EXAMPLES.iterdir())
     assert len(files) >= 4

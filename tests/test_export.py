@@ -133,6 +133,14 @@ def test_table_of_every_format_with_accuracy(trained, tmp_path, capsys):
         assert row["bytes"] == (size if row["file"] is None else (tmp_path / row["file"]).stat().st_size), name
 
 
+def test_nothing_of_an_earlier_export_stays(trained, tmp_path, capsys):
+    for name in ("model.onnx", "model.onnx.data", "model.pt2", "model_int8.onnx", "notes.txt"):
+        (tmp_path / name).write_text("of another model")
+    assert run(capsys, trained[1], tmp_path, "--formats", "program", "--repeats", 1)[0] == 0
+    assert not list(tmp_path.glob("*.onnx*"))
+    assert torch.export.load(tmp_path / "model.pt2") and (tmp_path / "notes.txt").exists()
+
+
 @pytest.mark.parametrize("formats", [["program"], pytest.param(["onnx"], marks=needs_onnx)])
 def test_a_file_that_computes_something_else_is_not_kept(trained, formats, tmp_path, capsys, monkeypatch):
     _, folder = trained

@@ -238,6 +238,7 @@ def test_measure_by_hand():
         "b": {"examples": 2, "accuracy": 0.5, "interval": wilson_interval(1, 2)},
     }
     assert result["confusion_matrix"] == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
+    assert str(measure(torch.ones(1, 1), torch.tensor([0]), ["a"])["loss"]) == "0.0"  # and not -0.0
 
 
 def test_compare_by_hand(predictor, tmp_path):

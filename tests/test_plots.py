@@ -673,6 +673,14 @@ def test_draws_features(classes):
         plots.plot_features(features, labels[:59])
 
 
+@pytest.mark.parametrize("classes", [10, 100])
+def test_long_names_stay_within_the_features_figure(classes):
+    features, labels = torch.randn(classes, 4, generator=torch.Generator().manual_seed(0)), torch.arange(classes)
+    figure = draw(plots.plot_features(features, labels, [f"great white-winged bird {i}" for i in range(classes)]))
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+
+
 def test_refuses_pixels_that_were_normalised():
     with pytest.raises(ValueError, match="before normalising"):
         plots.plot_patch_sequence(torch.randn(3, 8, 8), (4, 4))

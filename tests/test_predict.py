@@ -103,7 +103,9 @@ def test_pictures_that_cannot_be_read(script, model, photos, capsys):
     assert bad == [str(photos / "broken.png"), str(photos / "torn.png"), *missing]
     for name, text in zip(missing, ["no such file", "nothing matches", "no pictures", "unreadable image"], strict=True):
         assert any(name in line and text in line for line in printed.err.splitlines())
-    assert script.main([missing[0], "--model", model]) == 1 and capsys.readouterr().out == ""
+    assert script.main([missing[0], "--model", model]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and "0%" not in printed.err  # no bar is left behind
 
 
 def test_what_lies_beside_the_pictures_of_a_folder_is_none(script, model, photos, capsys):
