@@ -902,6 +902,10 @@ def _plan(opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head
         raise ValueError(f"{opened.title}: {named.layout.marker} must have 4 dimensions, got {len(kernel)}.")
     D, C, *patch = kernel
     claimed = _pair(claims.pop("image_size", None))
+    if claimed is not None and not (isinstance(claimed, tuple) and [type(side) for side in claimed] == [int, int]):
+        raise ValueError(
+            f"config.json says image_size={claimed!r}, which is neither a number nor a height and a width."
+        )
     if grid is None and claimed is not None:
         grid = (claimed[0] // patch[0], claimed[1] // patch[1])
         if claimed != (grid[0] * patch[0], grid[1] * patch[1]):

@@ -894,6 +894,7 @@ def test_a_config_that_contradicts_the_tensors(tmp_path):
     for name, value, message in [
         ("hidden_size", 64, r"config\.json says hidden_size=64"),
         ("image_size", 32, "10 positions, which do not fit 4 x 4 patches"),
+        ("image_size", "big", "image_size='big', which is neither a number nor"),
         ("model_type", "swin", "model_type 'swin'"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
