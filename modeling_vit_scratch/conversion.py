@@ -965,6 +965,8 @@ def _plan(opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head
         fields |= {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
     elif plan.classes is not None:
         fields["num_labels"] = plan.classes
+        if labels:
+            logger.warning("config.json names %d classes, the head has %d: left out.", len(labels), plan.classes)
     plan.fields = fields
     return plan
 

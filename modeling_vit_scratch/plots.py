@@ -176,6 +176,8 @@ def read_history(path: str | Path) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     path = path / "history.csv" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; scripts/finetune.py writes one beside the model.")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         try:

@@ -966,7 +966,7 @@ def test_other_classes_make_the_head_anew(caplog):
         convert_checkpoint(tensors, num_labels=-3, **HEADS)
 
 
-def test_labels(tmp_path):
+def test_labels(tmp_path, caplog):
     names = {i: f"class {i}" for i in range(CLASSES)}
     ours = convert_checkpoint(timm_tensors(), id2label=names, **HEADS)
     assert ours.config.id2label == names and ours.config.label2id["class 2"] == 2 and ours.classifier.weight.any()
@@ -980,6 +980,10 @@ def test_labels(tmp_path):
     _, theirs = of_transformers("ViTForImageClassification", id2label=names)
     theirs.save_pretrained(tmp_path)
     assert convert_checkpoint(tmp_path).config.id2label == names
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": {0: "a", 1: "b"}}))
+    assert convert_checkpoint(tmp_path).config.id2label == {i: f"LABEL_{i}" for i in range(CLASSES)}
+    assert "names 2 classes, the head has 6" in caplog.text
 
 
 def test_label_files(tmp_path):

@@ -203,7 +203,7 @@ def test_training_curves_refuse(tmp_path, text, words):
     with pytest.raises(ValueError, match=words) as error:
         plots.plot_training_curves(tmp_path)
     assert "history.csv" in str(error.value)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="is missing"):
         plots.plot_training_curves(tmp_path / "none.csv")
     with pytest.raises(ValueError, match="0 histories"):
         plots.plot_training_curves({})
