@@ -14,20 +14,13 @@ import torch
 from transformers import ViTImageProcessorPil
 
 from . import checkpoints, model_card, plots
+from .arguments import MASKED, DataArguments, ImageTrainingArguments, ModelArguments
 from .augmentation import draw_mask, normalize
 from .configuration_vit_scratch import ViTScratchConfig
 from .data import collate, load_splits
 from .modeling_vit_scratch import ViTScratchForMaskedImageModeling
+from .trainer import Clock, CropEpoch, ImageTrainer, ResumeLoss, StopOnSignal
 from .training import (
-    MASKED,
-    Clock,
-    CropEpoch,
-    DataArguments,
-    ImageTrainer,
-    ImageTrainingArguments,
-    ModelArguments,
-    ResumeLoss,
-    StopOnSignal,
     begin_run,
     check_space,
     data_settings,

@@ -70,17 +70,13 @@ from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, cli, plots
+from modeling_vit_scratch.arguments import ImageTrainingArguments
 from modeling_vit_scratch.augmentation import Augmentation
 from modeling_vit_scratch.conversion import export_checkpoint
 from modeling_vit_scratch.data import DecodedImages, collate, default_dataset
-from modeling_vit_scratch.training import (
-    Clock,
-    ImageTrainer,
-    ImageTrainingArguments,
-    flops_per_image,
-    hardware,
-    parameter_groups,
-)
+from modeling_vit_scratch.optimization import parameter_groups
+from modeling_vit_scratch.trainer import Clock, ImageTrainer
+from modeling_vit_scratch.training import flops_per_image, hardware
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 RECIPES = Path(__file__).parent / "recipes"

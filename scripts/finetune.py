@@ -23,11 +23,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser
 
 from modeling_vit_scratch import cli
+from modeling_vit_scratch.arguments import MASKED, DataArguments, ImageTrainingArguments, ModelArguments
 from modeling_vit_scratch.data import DIGITS, default_dataset
 from modeling_vit_scratch.hub import HubError
 from modeling_vit_scratch.model_card import mask_tokens
 from modeling_vit_scratch.pretraining import pretrain
-from modeling_vit_scratch.training import MASKED, DataArguments, ImageTrainingArguments, ModelArguments, finetune
+from modeling_vit_scratch.training import finetune
 
 RECIPES = Path(__file__).parent / "recipes"
 USUAL = (

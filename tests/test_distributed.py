@@ -88,7 +88,8 @@ def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess:
 SHARDED = """
 import os, sys, torch
 from transformers.distributed import DistributedConfig
-from modeling_vit_scratch import ViTScratchForImageClassification, optimization, training
+from modeling_vit_scratch import ViTScratchForImageClassification, optimization
+from modeling_vit_scratch.arguments import ImageTrainingArguments
 
 source, target, method = sys.argv[1:]
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -97,7 +98,7 @@ torch.set_num_threads(1)
 model = ViTScratchForImageClassification.from_pretrained(source, **sharded).train()
 assert (world == 2) == type(model).__name__.startswith("FSDP")
 optimization.has_fast_bfloat16 = lambda device: False
-args = training.ImageTrainingArguments("unused", use_cpu=True, muon_learning_rate=0.02, weight_decay=0.1)
+args = ImageTrainingArguments("unused", use_cpu=True, muon_learning_rate=0.02, weight_decay=0.1)
 groups = optimization.parameter_groups(model, args)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if method == "sgd" else optimization.Muon(groups, eps=1e-4)
 for step in range(5):
@@ -140,13 +141,13 @@ def test_a_process_that_dies_takes_the_others_down(tmp_path):
         "import os, sys\n"
         f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
         "import finetune\n"
-        "from modeling_vit_scratch import training\n"
-        "step = training.ImageTrainer.training_step\n"
+        "from modeling_vit_scratch import trainer\n"
+        "step = trainer.ImageTrainer.training_step\n"
         "def dies(self, *args, **kwargs):\n"
         "    if self.state.global_step == 6 and self.args.process_index == 1:\n"
         "        os._exit(3)\n"
         "    return step(self, *args, **kwargs)\n"
-        "training.ImageTrainer.training_step = dies\n"
+        "trainer.ImageTrainer.training_step = dies\n"
         "sys.exit(finetune.main())\n"
     )
     done = torchrun(script, *options(tmp_path / "out", num_train_epochs=4))

@@ -31,11 +31,13 @@ ARROWS = {
     "conversion": MODEL,
     "lora": MODEL,
     "pretraining": {
-        "augmentation", "checkpoints", "data", "model_card", "plots", "training", *MODEL,
+        "arguments", "augmentation", "checkpoints", "data", "model_card", "plots", "trainer", "training", *MODEL,
     },
+    "arguments": {"configuration_vit_scratch", "conversion", "optimization"},
+    "trainer": {"augmentation", "checkpoints", "data", "lora", "metrics", "optimization", "streaming", *MODEL},
     "training": {
-        "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "lora", "metrics", "model_card",
-        "optimization", "plots", "streaming", *MODEL,
+        "arguments", "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "lora", "metrics",
+        "model_card", "optimization", "plots", "streaming", "trainer", *MODEL,
     },
 }
 # fmt: on

@@ -10,8 +10,8 @@ from test_training import interrupt  # noqa: F401 - a fixture
 from transformers import AutoModelForImageClassification
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, lora
+from modeling_vit_scratch.arguments import ImageTrainingArguments
 from modeling_vit_scratch.optimization import Muon, parameter_groups
-from modeling_vit_scratch.training import ImageTrainingArguments
 
 peft = pytest.importorskip("peft")
 finetune = load_script("finetune")

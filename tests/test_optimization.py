@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, optimization, training
+from modeling_vit_scratch.arguments import ImageTrainingArguments, parse_duration
 from modeling_vit_scratch.augmentation import normalize
 from modeling_vit_scratch.optimization import Muon, WeightAverage, orthogonalize, parameter_groups
+from modeling_vit_scratch.trainer import TRAINED_WEIGHTS, ImageTrainer
 
 finetune = load_script("finetune")
 
@@ -127,7 +129,7 @@ def test_a_step_with_infinite_gradients_is_skipped_in_float16(fused):
 
 def test_muon_takes_the_matrices_of_blocks_and_nothing_else():
     model = ViTScratchForImageClassification(ViTScratchConfig.preset("showcase", use_final_norm=True))
-    args = training.ImageTrainingArguments("unused", use_cpu=True, muon_learning_rate=0.02, layer_decay=0.5)
+    args = ImageTrainingArguments("unused", use_cpu=True, muon_learning_rate=0.02, layer_decay=0.5)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model, args)
     found = {names[id(p)]: (group.get("parts"), group["lr"]) for group in groups for p in group["params"]}
@@ -173,7 +175,7 @@ def test_the_average_is_what_is_measured_saved_and_kept(tmp_path):
     argv = options(tmp_path / "a", ema_decay=0.5, eval_strategy="epoch", learning_rate=0.05)
     assert finetune.main(argv) == 0
     last = checkpoints.list_checkpoints(tmp_path / "a")[0]
-    average, trained = weights(last), load_file(last / training.TRAINED_WEIGHTS)
+    average, trained = weights(last), load_file(last / TRAINED_WEIGHTS)
     assert any(not torch.equal(average[name], tensor) for name, tensor in trained.items())
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     again = options(
@@ -218,13 +220,13 @@ def test_two_processes_learn_with_muon_as_one_does(tmp_path):
 def test_augmentations_reach_the_model_and_stop_when_they_are_told(tmp_path, monkeypatch):
     """Mixed labels until half of the run, then plain pictures and class numbers."""
     seen = []
-    compute_loss = training.ImageTrainer.compute_loss
+    compute_loss = ImageTrainer.compute_loss
 
     def noted(self, model, inputs, *args, **kwargs):
         seen.append(inputs)
         return compute_loss(self, model, dict(inputs), *args, **kwargs)
 
-    monkeypatch.setattr(training.ImageTrainer, "compute_loss", noted)
+    monkeypatch.setattr(ImageTrainer, "compute_loss", noted)
     argv = options(
         tmp_path, rand_augment=2, random_erasing=0.5, mixup_alpha=0.4, cutmix_alpha=1.0, augment_until=0.5,
         eval_strategy="no", num_train_epochs=2, horizontal_flip=0.5, crop_padding=1,
@@ -273,7 +275,7 @@ def test_warmup_stable_decay_takes_shares_of_the_training(tmp_path):
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_schedules_that_follow_a_metric_know_which_way_is_better(name, metric):
-    args = training.ImageTrainingArguments(
+    args = ImageTrainingArguments(
         "unused", use_cpu=True, lr_scheduler_type=name, metric_for_best_model=metric,
         lr_scheduler_kwargs={"patience": 1, "factor": 0.5},
     )  # fmt: skip
@@ -287,10 +289,10 @@ def test_schedules_that_follow_a_metric_know_which_way_is_better(name, metric):
 
 def test_durations():
     for text, seconds in (("90", 90), ("90s", 90), ("10m", 600), ("1h30m", 5400), ("0.5h", 1800), ("1m5s", 65)):
-        assert training.parse_duration(text) == seconds
+        assert parse_duration(text) == seconds
     for text in ("", "soon", "0", "-3m", "10 m m", "1.2.3s"):
         with pytest.raises(ValueError, match="time_budget"):
-            training.parse_duration(text)
+            parse_duration(text)
 
 
 def test_a_time_budget_settles_the_steps_and_a_resumed_run_keeps_them(tmp_path, capsys):
@@ -313,7 +315,7 @@ class TimedRun:
     COMPILE, STEP, MEASURE_COMPILE, MEASURE = 20.0, 1.0, 5.0, 0.5
 
     def __init__(self, **settings):
-        self.args = training.ImageTrainingArguments(
+        self.args = ImageTrainingArguments(
             "unused", use_cpu=True, load_best_model_at_end=False, time_budget="10m", flip_tta=True, **settings
         )
         self.model, self.eval_dataset, self.now = torch.nn.Linear(1, 1), range(100), 0.0
@@ -391,10 +393,10 @@ def test_bad_settings_are_refused():
         ({"restore_callback_states_from_checkpoint": True}, "restore_callback_states_from_checkpoint"),
     ):
         with pytest.raises(ValueError, match=words):
-            training.ImageTrainingArguments("unused", use_cpu=True, **settings)
-    args = training.ImageTrainingArguments("unused", use_cpu=True, lr_scheduler_kwargs={"power_of": 2})
+            ImageTrainingArguments("unused", use_cpu=True, **settings)
+    args = ImageTrainingArguments("unused", use_cpu=True, lr_scheduler_kwargs={"power_of": 2})
     with pytest.raises(ValueError, match=r"lr_scheduler_kwargs .*power_of"):
         training._settle_schedule(args, 5)
     # The library's own prefix is taken, and means the same.
-    args = training.ImageTrainingArguments("unused", use_cpu=True, metric_for_best_model="eval_accuracy")
+    args = ImageTrainingArguments("unused", use_cpu=True, metric_for_best_model="eval_accuracy")
     assert (args.metric_for_best_model, args.greater_is_better) == ("accuracy", True)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from runs import RANDOM, fork_run, history, options, wait_all, weights
 
-from modeling_vit_scratch import checkpoints, training
+from modeling_vit_scratch import checkpoints
+from modeling_vit_scratch.trainer import ImageTrainer
 
 KILLS = ("step", "saving", "evaluating", "step", "saving")  # for each number of workers and processes
 
@@ -66,14 +67,14 @@ def outcome(folder: Path) -> tuple:
 @pytest.mark.timeout(900)
 def test_twenty_kills_twenty_identical(tmp_path, monkeypatch):
     marker = tmp_path / "evaluations"
-    evaluate = training.ImageTrainer.evaluate
+    evaluate = ImageTrainer.evaluate
 
     def marked(self, *args, **kwargs):
         with open(marker, "a") as file:
             file.write(".")
         return evaluate(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.ImageTrainer, "evaluate", marked)
+    monkeypatch.setattr(ImageTrainer, "evaluate", marked)
     totals = [0, 0]
     decaying = "warmup_stable_decay"
     for workers, processes, schedule in ((0, 1, decaying), (2, 1, "linear"), (0, 2, "cosine"), (2, 2, decaying)):

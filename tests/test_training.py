@@ -18,8 +18,11 @@ from transformers import AutoModelForImageClassification, TrainerCallback, Train
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 exports it only with torchvision
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, training
+from modeling_vit_scratch import arguments as arguments_module
+from modeling_vit_scratch.arguments import DataArguments, ImageTrainingArguments, ModelArguments
 from modeling_vit_scratch.conversion import convert_checkpoint
 from modeling_vit_scratch.plots import read_history
+from modeling_vit_scratch.trainer import ImageTrainer
 
 finetune = load_script("finetune")
 IN_FOLDER = {
@@ -49,13 +52,13 @@ def interrupt(monkeypatch):
                 step.clear()
                 signal.raise_signal(number)
 
-    original = training.ImageTrainer.__init__
+    original = ImageTrainer.__init__
 
     def with_interrupt(self, *args, **kwargs):
         # Before StopOnSignal in the list, so that the signal is seen in the same step.
         original(self, *args, **{**kwargs, "callbacks": [Interrupt(), *kwargs["callbacks"]]})
 
-    monkeypatch.setattr(training.ImageTrainer, "__init__", with_interrupt)
+    monkeypatch.setattr(ImageTrainer, "__init__", with_interrupt)
     return step
 
 
@@ -210,8 +213,8 @@ def test_infinite_loss_stops_the_run_within_the_step(tmp_path, capsys):
 def test_a_gpu_is_asked_for_its_loss_only_where_it_is_waited_for(monkeypatch):
     """A meta tensor is on another device, too, and to ask it is an error."""
     reached = []
-    monkeypatch.setattr(training.Trainer, "_maybe_log_save_evaluate", lambda self, *args, **kw: reached.append(kw))
-    trainer = training.ImageTrainer.__new__(training.ImageTrainer)
+    monkeypatch.setattr(transformers.Trainer, "_maybe_log_save_evaluate", lambda self, *args, **kw: reached.append(kw))
+    trainer = ImageTrainer.__new__(ImageTrainer)
     trainer.control = TrainerControl()
     loss = torch.zeros((), device="meta")
     trainer._maybe_log_save_evaluate(loss, learning_rate=0.1)
@@ -224,12 +227,12 @@ def test_a_gpu_is_asked_for_its_loss_only_where_it_is_waited_for(monkeypatch):
 
 def test_one_process_uses_one_gpu_and_a_cpu_its_own_precision(monkeypatch):
     """Of eight GPUs; and asked to use the CPU beside one, one without units for bfloat16."""
-    monkeypatch.setattr(training.TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 8))
-    assert training.ImageTrainingArguments("unused").n_gpu == 1
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 8))
+    assert ImageTrainingArguments("unused").n_gpu == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(training, "has_fast_bfloat16", lambda device: False)
-    assert training.ImageTrainingArguments("unused", bf16=True).bf16
-    assert not training.ImageTrainingArguments("unused", bf16=True, use_cpu=True).bf16
+    monkeypatch.setattr(arguments_module, "has_fast_bfloat16", lambda device: False)
+    assert ImageTrainingArguments("unused", bf16=True).bf16
+    assert not ImageTrainingArguments("unused", bf16=True, use_cpu=True).bf16
 
 
 def test_pictures_that_fill_no_batch_are_left_out_of_training_alone(tmp_path, capsys):
@@ -262,7 +265,7 @@ def test_dry_run_checks_the_data_and_draws_samples(tmp_path, capsys):
 def test_digits_are_not_mirrored_unless_told(name, told, flip):
     processor = SimpleNamespace(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
     splits = SimpleNamespace(train=None, class_names=["0", "1"])
-    data = training.DataArguments(dataset_name=name, horizontal_flip=told)
+    data = DataArguments(dataset_name=name, horizontal_flip=told)
     augmentation = training.make_augmentation(data, SimpleNamespace(seed=0), processor, splits)
     assert augmentation.horizontal_flip == flip
 
@@ -337,10 +340,10 @@ def test_the_source_of_a_trained_model_can_be_named(tmp_path):
     save_file(timm_tensors(classes=None), tmp_path / "dino.safetensors")
     arguments = {"model_name_or_path": str(tmp_path / "dino.safetensors"), "config_overrides": "num_attention_heads=4"}
     for source, mean in ((None, 0.5), ("dino", 0.485)):
-        _, processor = training.load_trained(training.ModelArguments(**arguments, source=source))
+        _, processor = training.load_trained(ModelArguments(**arguments, source=source))
         assert processor.image_mean[0] == mean
     with pytest.raises(ValueError, match="source 'keras' is unknown"):
-        training.load_trained(training.ModelArguments(**arguments, source="keras"))
+        training.load_trained(ModelArguments(**arguments, source="keras"))
 
 
 @pytest.mark.parametrize("name", ["DeiTForImageClassificationWithTeacher", "Dinov2ForImageClassification"])
@@ -408,7 +411,7 @@ def test_streaming_needs_max_steps(tmp_path, capsys):
 
 
 def groups(model, **settings):
-    args = training.ImageTrainingArguments("unused", use_cpu=True, learning_rate=1.0, weight_decay=0.1, **settings)
+    args = ImageTrainingArguments("unused", use_cpu=True, learning_rate=1.0, weight_decay=0.1, **settings)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         names[id(parameter)]: (group["lr"], group["weight_decay"])
@@ -501,7 +504,7 @@ def test_abbreviated_options_are_refused(capsys):
 @pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_loads_and_names_its_command(recipe, fast, tmp_path, monkeypatch):
     """As the command has it, on a CPU with units for bfloat16 and on one without."""
-    monkeypatch.setattr(training, "has_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(arguments_module, "has_fast_bfloat16", lambda device: fast)
     text = recipe.read_text()
     assert text.startswith("#") and f"scripts/finetune.py scripts/recipes/{recipe.name}" in text
     model, _, args = finetune.parse([str(recipe), "--output_dir", str(tmp_path), "--dataset_name", "digits"])

@@ -1,0 +1,262 @@
+"""The options of a run, beside those of transformers' `TrainingArguments`."""
+
+import logging
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from . import conversion
+from .configuration_vit_scratch import PRESETS
+from .optimization import has_fast_bfloat16
+
+logger = logging.getLogger(__name__)
+
+# What a validation measures, and can choose the best model by.
+BEST_METRICS = ("loss", "accuracy", "top5_accuracy")
+# Options of Trainer's that batches of bytes, metrics of whole splits, and the run's own `Clock` leave no choice of.
+FIXED = {
+    "remove_unused_columns": False, "label_names": None, "prediction_loss_only": False, "batch_eval_metrics": False,
+    "eval_do_concat_batches": True, "restore_callback_states_from_checkpoint": False,
+}  # fmt: skip
+
+# The --task of pretraining.py.
+MASKED = "masked-image-modeling"
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train."""
+
+    _argument_group_name = "model"
+
+    preset: str = field(
+        default="showcase", metadata={"help": f"Architecture to train from scratch: {', '.join(PRESETS)}."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Fields of the config to change, e.g. 'num_hidden_layers=4,pooling=mean'."}
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Trained model to start from instead of a preset: folder, file or Hub id, also of transformers, "
+            "timm, torchvision, Google, DINO, DINOv2, DeiT, MAE."
+        },
+    )
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whose that model is, where its names do not tell, e.g. 'dino' for files of DINO, which look like "
+            f"timm's: {', '.join(conversion.FAMILIES)}."
+        },
+    )
+    task: Literal["image-classification", "masked-image-modeling"] = field(
+        default="image-classification",
+        metadata={"help": f"'image-classification', or '{MASKED}': pre-training without labels."},
+    )
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train the head only (linear probe)."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train the head, and LoRA matrices of this rank in each block, e.g. 8."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels; a trained model's positions are interpolated to it."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where models and datasets from the Hub are kept."})
+    token: str | None = field(
+        default=None, metadata={"help": "Hub token; the one `hf auth login` stored if not given."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which pictures to train on, and how."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, folder in the Hub's layout, folder with one directory per class, or 'digits'. "
+            "Default: CIFAR-10 from the Hub or its cache, else 'digits'."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Which configuration of a Hub dataset."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one directory per class to train on."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Likewise, to choose the best model by."})
+    test_dir: str | None = field(default=None, metadata={"help": "Likewise, to measure the best model on at the end."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the pictures; found if not given."}
+    )
+    label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; found if not given."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read training pictures while training, for data larger than the disk."}
+    )
+    train_val_split: float = field(
+        default=0.1, metadata={"help": "Share of train that becomes validation where the dataset has none."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many pictures only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on so many only."})
+    crop_padding: int | None = field(
+        default=None, metadata={"help": "Random shifts by up to so many pixels. Default: an eighth of the picture."}
+    )
+    crop_mode: str = field(
+        default="constant", metadata={"help": "What shifts uncover: 'constant' (black) or 'reflect'."}
+    )
+    crop_scale: float = field(
+        default=0.35,
+        metadata={"help": "Smallest share of the area that a random crop keeps; for pictures of different sizes."},
+    )
+    horizontal_flip: float | None = field(
+        default=None, metadata={"help": "Probability of mirroring a picture. Default: 0.5; 0 for digits."}
+    )
+    mask_ratio: float = field(
+        default=0.6, metadata={"help": f"Share of a picture that is hidden, with --task {MASKED}."}
+    )
+    mask_patch_size: int | None = field(
+        default=None, metadata={"help": "Pixels of the squares that are hidden. Default: the model's patches."}
+    )
+    rand_augment: int = field(
+        default=0, metadata={"help": "Random operations of RandAugment that each picture goes through; 0 for none."}
+    )
+    rand_augment_magnitude: float = field(default=5.0, metadata={"help": "Their strength, from 0 to 10."})
+    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle of a picture."})
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Mixes pictures in pairs, by shares from Beta(alpha, alpha); 0 for none."}
+    )
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "Pastes a part of one picture into another, likewise; 0 for none."}
+    )
+    mix_probability: float = field(default=1.0, metadata={"help": "Probability that a picture is mixed, either way."})
+    augment_until: str | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training after which augmentation stops, for all of it (0.9) or by name "
+            "(mixup=0.8,rand_augment=0.9)."
+        },
+    )
+
+
+@dataclass
+class ImageTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with the defaults of an image classifier that keeps its best epoch."""
+
+    _argument_group_name = "training"
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where everything goes. Default: a new folder below runs/."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train into a folder that already holds a run, replacing it."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, show the summary, and stop."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Pictures per step and process."})
+    per_device_eval_batch_size: int = field(default=250, metadata={"help": "Pictures per evaluation step and process."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "Another one for the classifier."})
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Factor on the learning rate for each block further from the head, e.g. 0.75."}
+    )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Train the blocks' weight matrices with Muon at this rate, all else with AdamW. Try 0.02."},
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Validate and keep a moving average of the weights, e.g. 0.999 (at most (1 + n) / (10 + n))."
+        },
+    )
+    time_budget: str | None = field(
+        default=None,
+        metadata={"help": "Choose the number of steps so that the whole run ends in this time, e.g. 10m or 1h30m."},
+    )
+    flip_tta: bool = field(
+        default=False, metadata={"help": "Also measure the mean logits of each picture and its mirror image."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "bfloat16 mixed precision; ignored on a CPU that emulates it. Default: on a GPU that has it."
+        },
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: 'no', 'steps' or 'epoch'."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: 'no', 'steps', 'epoch' or 'best'."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the best one besides."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best model by validation."})
+    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What 'best' means."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two entries of the history."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser understands this order only
+        default="none", metadata={"help": "'none', or 'trackio', 'tensorboard', 'wandb', ..."}
+    )
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Has no use here: all are used."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Has no use here: a batch has no others."})
+
+    def __post_init__(self):
+        self.output_dir_is_default = self.output_dir is None
+        gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
+        elif self.bf16 and not gpu and not has_fast_bfloat16(torch.device("cpu")):
+            logger.warning("This CPU has no units for bfloat16, which would be slower here: training in float32.")
+            self.bf16 = False
+        elif self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # TrainingArguments refuses bfloat16 to a CPU that is not asked for by name
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" or (
+            str(getattr(self.save_strategy, "value", self.save_strategy)) == "no"
+        ):
+            self.load_best_model_at_end = False
+        best = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if best not in BEST_METRICS:
+            raise ValueError(f"metric_for_best_model ({best!r}) is unknown; use one of {', '.join(BEST_METRICS)}.")
+        self.metric_for_best_model = best
+        super().__post_init__()
+        for name, value in FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} ({getattr(self, name)}) does not go with this training; leave it out.")
+        for make_callback in get_reporting_integration_callbacks(self.report_to):  # a ValueError for an unknown name
+            try:
+                make_callback()
+            except (ImportError, RuntimeError) as error:  # said now, not when the data are loaded
+                raise ValueError(f"report_to ({', '.join(self.report_to)}): {error}") from error
+        # One GPU for each process: Trainer would take all n that it sees, with batches and a loss n times as large.
+        self._n_gpu = min(self.n_gpu, 1)
+        self.logging_nan_inf_filter = False  # a loss that is not finite ends the run
+        for name in ("learning_rate", "head_learning_rate", "muon_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < math.inf:
+                raise ValueError(f"{name} ({rate}) must be a number, 0 or above.")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps ({self.gradient_accumulation_steps}) must be at least 1.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay ({self.layer_decay}) must be in (0, 1]; 1 switches it off.")
+        if self.muon_learning_rate is not None and not self.optim.value.startswith("adamw_torch"):
+            raise ValueError(f"muon_learning_rate goes with AdamW for the other parameters, not {self.optim.value}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay ({self.ema_decay}) must be in (0, 1), e.g. 0.999.")
+        self.time_budget_seconds = None if self.time_budget is None else parse_duration(self.time_budget)
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process; a CPU has no index, with which transformers 5.17 could not resume several processes."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a time such as "90", "90s", "10m" or "1h30m".
+
+    Raises:
+        ValueError: The text has another form, or is no time at all.
+    """
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip())
+    try:
+        seconds = sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+    except (AttributeError, ValueError):
+        seconds = 0
+    if seconds <= 0:
+        raise ValueError(f"time_budget ({text!r}) must be a time above zero such as 90s, 10m or 1h30m.")
+    return seconds

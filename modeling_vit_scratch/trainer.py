@@ -1,0 +1,317 @@
+"""What image batches need of transformers' Trainer, and nothing else."""
+
+import json
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from . import checkpoints, lora
+from .augmentation import Augmentation, normalize
+from .data import LazyImages, collate
+from .metrics import ImageClassificationMetrics
+from .modeling_vit_scratch import image_classification_loss
+from .optimization import Muon, WeightAverage, parameter_groups
+from .streaming import StreamedImages
+
+# In a checkpoint of a run that averages weights: those that are trained; `model.safetensors` has the average.
+TRAINED_WEIGHTS = "trained_weights.safetensors"
+
+
+class ImageTrainer(Trainer):
+    """Trainer for batches of bytes: augments and normalises on the device, and splits the loss exactly.
+
+    Args:
+        augmentation: Applied to training batches; evaluation only normalises, with the same mean and std.
+        run_facts: What a run must share with a checkpoint to continue it; saved with each (`checkpoints.check_run`).
+        adapter: Of `lora.add_adapter`, around the model; folders then hold the merged model, and the adapter in it.
+        **kwargs: As for Trainer.
+    """
+
+    def __init__(self, augmentation: Augmentation, run_facts: dict, adapter=None, **kwargs):
+        super().__init__(data_collator=collate, compute_metrics=self._metrics, compute_loss_func=self._loss, **kwargs)
+        self.adapter = adapter
+        self.augmentation = augmentation
+        self.run_facts = run_facts
+        self.average = None if self.args.ema_decay is None else WeightAverage(self.model, self.args.ema_decay)
+        self.mirrored = False  # whether predictions are made of the pictures' mirror images
+        self._micro_step = 0
+        if self.average is not None:
+            self.add_callback(UpdateAverage(self.average))
+
+    def _metrics(self, prediction) -> dict[str, float]:
+        result = ImageClassificationMetrics().compute(
+            predictions=prediction.predictions, references=prediction.label_ids
+        )
+        return {name: result[name] for name in ("accuracy", "top5_accuracy")}
+
+    def _loss(self, outputs, labels, num_items_in_batch=None):
+        # Evaluation reports the plain cross-entropy, so that losses compare across settings.
+        smoothing = self.args.label_smoothing_factor if torch.is_grad_enabled() else 0.0
+        return image_classification_loss(outputs.logits, labels, self.model.config, smoothing, num_items_in_batch)
+
+    def training_inputs(self, batch: dict, step: int, progress: float) -> dict:
+        """What the model is trained on: augmented and normalised.
+
+        Args:
+            batch: As `collate` makes it, on the device.
+            step: Batches this process has trained on before.
+            progress: Share of the training that is done, in [0, 1].
+        """
+        images, labels = self.augmentation.with_labels(
+            batch["pixel_values"], batch["labels"], step, self.args.process_index, progress=progress
+        )
+        return {"pixel_values": images, "labels": labels}
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        inputs = self.training_inputs(self._prepare_inputs(inputs), step, progress)
+        self._micro_step = 0 if self.accelerator.sync_gradients else self._micro_step + 1
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _maybe_log_save_evaluate(self, tr_loss, *args, learning_rate=None, **kwargs):
+        """As Trainer does, if the loss since the last log entry is finite."""
+        control = self.control
+        # A GPU is asked only where it is waited for anyway; at each step, it would stand still between two of them.
+        asked = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        if (asked or tr_loss.device.type == "cpu") and not torch.isfinite(tr_loss):
+            good, _ = checkpoints.last_good_checkpoint(Path(self.args.output_dir))
+            raise FloatingPointError(
+                f"the loss is {tr_loss.item()} at step {self.state.global_step}, learning rate {learning_rate:.3g}; "
+                f"last good checkpoint: {good or 'none'}. Lower the learning rate, lengthen the warm-up, or clip "
+                "gradients with --max_grad_norm."
+            )
+        super()._maybe_log_save_evaluate(tr_loss, *args, learning_rate=learning_rate, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        images = inputs["pixel_values"].flip(-1) if self.mirrored else inputs["pixel_values"]
+        inputs["pixel_values"] = normalize(images, self.augmentation.mean, self.augmentation.std)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    @contextmanager
+    def _averaged(self):
+        """Within it the model has the averaged weights, if an average is kept."""
+        if self.average is not None:
+            self.average.swap()
+        try:
+            yield
+        finally:
+            if self.average is not None:
+                self.average.swap()
+
+    def evaluation_loop(self, *args, **kwargs):
+        with self._averaged():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        if self.average is not None:  # what the run ends with is what was measured
+            if self.state.best_model_checkpoint is None or not self.args.load_best_model_at_end:
+                self.average.swap()
+            self.average = None
+        return result
+
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(**kwargs)
+        self.control.should_training_stop = True  # resumed after the last step; Trainer would take one more
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.adapter is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            lora.load_adapter(self.adapter, Path(resume_from_checkpoint) / lora.FOLDER)
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
+
+    def _load_best_model(self):
+        if self.adapter is None:
+            super()._load_best_model()
+        else:
+            lora.load_adapter(self.adapter, Path(self.state.best_model_checkpoint) / lora.FOLDER)
+
+    def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        if self.adapter is not None:
+            lora.save_adapter(self.adapter, folder / lora.FOLDER)
+            state_dict = lora.merged_weights(self.adapter)
+        super()._save(output_dir, state_dict)
+        # A pickle of the arguments, the Hub token among them, that nothing reads back.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model, trial):
+        """As Trainer does, but aside; the folder takes its name once it is whole."""
+        folder = Path(self.args.output_dir)
+        staging, name = folder / checkpoints.STAGING, f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(staging)
+        try:
+            with self._averaged():
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(folder)
+        if self.average is not None and self.args.should_save:
+            save_file(self.average.trained(), staging / name / TRAINED_WEIGHTS)
+        pending = {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
+        (staging / name / f"pending_loss_{self.args.process_index}.json").write_text(json.dumps(pending))
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(staging / name / "trainer_state.json")
+            (staging / name / checkpoints.RUN).write_text(json.dumps(self.run_facts, indent=1) + "\n")
+            checkpoints.publish(staging / name, folder / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _determine_best_metric(self, metrics, trial):
+        # Of equally good epochs the last is kept: the learning rate has come down further.
+        if metrics.get(f"eval_{self.args.metric_for_best_model}") == self.state.best_metric:
+            self.state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
+
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, StreamedImages):
+            return super().get_train_dataloader()
+        # Each process already reads its own part of the stream; accelerate would divide that once more.
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """As Trainer does, but `dataloader_drop_last` is for training: every picture is measured."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer(model or self.model)
+        return self.optimizer
+
+    def make_optimizer(self, model) -> torch.optim.Optimizer:
+        """The optimizer that the arguments name, for this model's parameters."""
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if self.args.muon_learning_rate is not None:
+            optimizer_class = Muon
+        return optimizer_class(parameter_groups(model, self.args), **settings)
+
+
+class UpdateAverage(TrainerCallback):
+    """Takes the weights of each step into the average."""
+
+    def __init__(self, average: WeightAverage):
+        self.average = average
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.average.update(state.global_step)
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Wall and CPU seconds of the training steps, over all parts of a run that was resumed.
+
+    What lies between two steps is left out: evaluation, saving, and gathering a batch (a hundredth of a step).
+    """
+
+    def __init__(self):
+        self.wall = self.cpu = 0.0
+        self._started = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Trainer restores callbacks on request only. Other processes took about the CPU time of the main one.
+        vars(self).update(state.stateful_callbacks[type(self).__name__]["attributes"])
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.wall += time.perf_counter() - self._started[0]
+        self.cpu += time.process_time() - self._started[1]
+
+    def on_log(self, args, state, control, **kwargs):
+        state.log_history[-1] |= {"train_seconds": round(self.wall, 3), "train_cpu_seconds": round(self.cpu, 3)}
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"wall": self.wall, "cpu": self.cpu}}
+
+
+class ResumeLoss(TrainerCallback):
+    """Restores the loss summed since the last log entry: a resumed run's history is that of one never stopped."""
+
+    def __init__(self, trainer: ImageTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.resume_from_checkpoint or "") / f"pending_loss_{args.process_index}.json"
+        if args.resume_from_checkpoint and path.is_file():
+            pending = json.loads(path.read_text())
+            self.trainer._tr_loss += pending["loss"]
+            self.trainer._globalstep_last_logged = pending["last_logged"]
+
+
+class CropEpoch(TrainerCallback):
+    """Tells photos their epoch: accelerate forgets to after resuming in mid-epoch, and in several processes."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        if isinstance(train_dataloader.dataset, LazyImages):  # a stream counts its own
+            train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, and leave. A second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.signal = None
+        self._previous = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nStopping after this step and saving a checkpoint; once more to leave at once.", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = self.signal is not None
+        if args.world_size > 1:  # all processes have to leave at the same step
+            flag = torch.tensor(float(stop), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            stop = bool(flag.item())
+            self.signal = self.signal or (signal.SIGTERM if stop else None)
+        if stop:
+            control.should_training_stop = True
+            # At an epoch's end the evaluation comes first, as it does in a run that is not stopped.
+            control.should_save = control.should_save or not state.epoch.is_integer()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.signal is not None:
+            finished = state.epoch.is_integer()
+            control.should_save = finished
+            control.should_evaluate = control.should_evaluate and finished
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
