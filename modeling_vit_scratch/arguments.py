@@ -10,8 +10,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from . import conversion
 from .configuration_vit_scratch import PRESETS
+from .layouts import FAMILIES
 from .optimization import has_fast_bfloat16
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Whose that model is, where its names do not tell, e.g. 'dino' for files of DINO, which look like "
-            f"timm's: {', '.join(conversion.FAMILIES)}."
+            f"timm's: {', '.join(FAMILIES)}."
         },
     )
     task: Literal["image-classification", "masked-image-modeling"] = field(

@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 from transformers.utils import logging as transformers_logging
 
-from .conversion import FAMILIES, read_labels
+from .conversion import read_labels
 from .data import Records, load_split
 from .inference import Predictor
+from .layouts import FAMILIES
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

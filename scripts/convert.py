@@ -20,9 +20,7 @@ from pathlib import Path
 
 from modeling_vit_scratch import cli
 from modeling_vit_scratch.conversion import (
-    TARGETS,
     TOLERANCE,
-    WEIGHT_FILES,
     Verification,
     convert_checkpoint,
     export_checkpoint,
@@ -31,6 +29,7 @@ from modeling_vit_scratch.conversion import (
     read_labels,
     verify_checkpoint,
 )
+from modeling_vit_scratch.layouts import TARGETS, WEIGHT_FILES
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -38,9 +38,9 @@ import torch
 from torch import nn
 
 from modeling_vit_scratch import cli
-from modeling_vit_scratch.conversion import FAMILIES
 from modeling_vit_scratch.data import Records, progress_bar
 from modeling_vit_scratch.inference import Predictor, match_classes
+from modeling_vit_scratch.layouts import FAMILIES
 
 PROGRAM = "export.py"
 TOLERANCE = 1e-4
