@@ -241,11 +241,12 @@ class ViTScratchLayer(GradientCheckpointingLayer):
         self.drop_path = ViTScratchDropPath(config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1))
 
     def forward(self, hidden_states: torch.Tensor, output_attentions: bool, num_queries=None, pool=None, **kwargs):
-        attended, maps = self.attention(self.norm1(hidden_states), output_attentions, num_queries, **kwargs)
-        hidden_states = hidden_states[:, :num_queries] + self.drop_path(self.layer_scale1(attended))
-        update = self.mlp(self.norm2(hidden_states), pool)
-        hidden_states = hidden_states if pool is None else pool(hidden_states)
-        return hidden_states + self.drop_path(self.layer_scale2(update)), maps
+        residual = hidden_states[:, :num_queries]
+        hidden_states, maps = self.attention(self.norm1(hidden_states), output_attentions, num_queries, **kwargs)
+        hidden_states = residual + self.drop_path(self.layer_scale1(hidden_states))
+        residual = hidden_states if pool is None else pool(hidden_states)
+        hidden_states = self.mlp(self.norm2(hidden_states), pool)
+        return residual + self.drop_path(self.layer_scale2(hidden_states)), maps
 
 
 class ViTScratchPreTrainedModel(PreTrainedModel):
