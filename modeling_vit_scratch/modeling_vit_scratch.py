@@ -523,7 +523,7 @@ class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
             )
         outputs = self.vit(pixel_values, bool_masked_pos, interpolate_pos_encoding, return_dict=True, **kwargs)
         pixels = self.decoder(self.vit.patch_map(outputs.last_hidden_state, pixel_values))  # (B, h, w, C * stride^2)
-        pixels = pixels.unflatten(3, (-1, *stride_hw)).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, height, w, width of one)
+        pixels = pixels.unflatten(3, (-1, *stride_hw)).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, stride, w, stride)
         reconstruction = pixels.flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
         loss = None
         if bool_masked_pos is not None:

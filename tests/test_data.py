@@ -311,18 +311,18 @@ def test_default_without_an_answer(tmp_path, dribble):
         listener.close()
     assert listener.connections, "the Hub was not even asked"
     assert name == "digits"
-    assert 1.5 < float(seconds) < 10
+    assert 1.5 < float(seconds) < 2.5
     assert offline == "True True"
 
 
 @pytest.mark.slow
 def test_default_without_a_network(tmp_path):
-    """Nobody listens: no reason to wait for nine seconds."""
+    """Nobody listens: no reason to wait."""
     with socket.create_server(("127.0.0.1", 0)) as unused:
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
     name, seconds, _ = run_default(url, tmp_path, TIMED.format(seconds=10))
     assert name == "digits"
-    assert float(seconds) < 9
+    assert float(seconds) < 5
 
 
 @pytest.mark.slow
@@ -351,7 +351,7 @@ def test_default_from_the_hub_and_then_from_the_cache(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_finetune_falls_back_after_ten_seconds(tmp_path):
+def test_finetune_falls_back_within_ten_seconds(tmp_path):
     code = f"""
     import sys, time
     sys.path.insert(0, {str(SCRIPTS)!r})
@@ -367,7 +367,7 @@ def test_finetune_falls_back_after_ten_seconds(tmp_path):
     finally:
         listener.close()
     assert name == "digits"
-    assert 8 < float(seconds) < 20
+    assert float(seconds) <= 10
     assert len(said) == 1
     assert "digits" in said[0]
 

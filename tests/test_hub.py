@@ -778,6 +778,7 @@ def test_pushed_from_plain_python_it_loads_anywhere(folder, hub):
     loaded = ViTScratchForImageClassification.from_pretrained(folder)  # one row's product depends on where weights lie
     with torch.no_grad():
         logits = loaded(**processor(picture, return_tensors="pt")).logits
+        torch.testing.assert_close(logits, model(**processor(picture, return_tensors="pt")).logits)
         expected = {
             "logits": sha(model(pixels).logits),
             "hidden": sha(model.vit(pixels).last_hidden_state),

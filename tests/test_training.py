@@ -225,6 +225,14 @@ def test_a_gpu_is_asked_for_its_loss_only_where_it_is_waited_for(monkeypatch):
             trainer._maybe_log_save_evaluate(loss, learning_rate=0.1)
 
 
+def test_a_cpu_has_no_index(monkeypatch):
+    """transformers 5.17 loads an optimizer's state onto this device; torch cannot onto "cpu:1"."""
+    monkeypatch.setattr(transformers.TrainingArguments, "device", property(lambda self: torch.device("cpu", 1)))
+    assert ImageTrainingArguments("unused", use_cpu=True).device == torch.device("cpu")
+    monkeypatch.setattr(transformers.TrainingArguments, "device", property(lambda self: torch.device("cuda", 1)))
+    assert ImageTrainingArguments("unused", use_cpu=True).device == torch.device("cuda", 1)
+
+
 def test_one_process_uses_one_gpu_and_a_cpu_its_own_precision(monkeypatch):
     """Of eight GPUs; and asked to use the CPU beside one, one without units for bfloat16."""
     monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 8))
@@ -278,7 +286,7 @@ def new_pages():
     counts = []  # the fewest of eight: now and then something small takes the place that a tensor left
     for _ in range(8):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.zeros(10_000_000).add_(1)
+        torch.zeros(25_000_000).add_(1)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return min(counts)
 
@@ -290,10 +298,10 @@ print(returned, new_pages())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept_for_the_next_step():
-    """40 MB, more than glibc keeps by itself: each is new pages (of 4 kB or of 2 MB) until they are kept."""
+    """100 MB, more than glibc keeps by itself: each is new pages (of 4 kB or of 2 MB) until they are kept."""
     output = subprocess.run([sys.executable, "-c", KEPT_MEMORY], capture_output=True, text=True, check=True).stdout
     returned, kept = map(int, output.split())
-    assert returned > 5 * max(kept, 1)
+    assert returned > 20 * max(kept, 1)
 
 
 def test_printed_steps_and_last_learning_rate_are_those_of_the_run(tmp_path, capsys):
