@@ -1,9 +1,11 @@
 """The options of a run, beside those of transformers' `TrainingArguments`."""
 
+import json
 import logging
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -26,6 +28,35 @@ FIXED = {
 
 # The --task of pretraining.py.
 MASKED = "masked-image-modeling"
+
+# Options that a resumed run may change: its length, what it runs on, what is measured, logged, saved and sent. Every
+# other option is part of what the run computes, and resuming with another value is refused (`run_options`).
+CHANGEABLE = frozenset({
+    "max_steps", "num_train_epochs", "load_best_model_at_end", "flip_tta", "use_cpu", "bf16", "fp16", "tf32",
+    "bf16_full_eval", "fp16_full_eval", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "use_liger_kernel", "liger_kernel_config", "use_cache", "torch_empty_cache_steps",
+    "full_determinism", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout",
+    "per_device_eval_batch_size", "eval_accumulation_steps", "eval_use_gather_object", "eval_strategy", "eval_steps",
+    "eval_delay", "eval_on_start", "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node",
+    "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
+    "trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "include_num_input_tokens_seen", "debug",
+    "save_only_model", "save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint",
+    "push_to_hub", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "do_train",
+    "do_eval", "do_predict",
+})  # fmt: skip
+# Options of one call alone, of which no run keeps a record.
+OF_THE_CALL = frozenset({
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "cache_dir", "token", "hub_token",
+    "local_rank",
+})  # fmt: skip
+# Options that `training.run_facts` has in other words: the architecture that comes of them, and the data's fingerprint.
+RECORDED_OTHERWISE = frozenset({
+    "preset", "config_overrides", "image_size", "dataset_name", "train_dir", "validation_dir", "test_dir",
+    "dataset_config_name", "image_column_name", "label_column_name", "streaming",
+})  # fmt: skip
 
 
 @dataclass
@@ -101,14 +132,21 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many pictures only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on so many only."})
     crop_padding: int | None = field(
-        default=None, metadata={"help": "Random shifts by up to so many pixels. Default: an eighth of the picture."}
+        default=None,
+        metadata={
+            "help": "Random shifts by up to so many pixels. Default: an eighth of the image; 0 where images are "
+            "cropped at random when they are read."
+        },
     )
     crop_mode: str = field(
         default="constant", metadata={"help": "What shifts uncover: 'constant' (black) or 'reflect'."}
     )
-    crop_scale: float = field(
-        default=0.35,
-        metadata={"help": "Smallest share of the area that a random crop keeps; for pictures of different sizes."},
+    crop_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Smallest share of the area that a random crop keeps. Default: 0.35 for images of different sizes "
+            "and streams; no such crop for images of one size."
+        },
     )
     horizontal_flip: float | None = field(
         default=None, metadata={"help": "Probability of mirroring a picture. Default: 0.5; 0 for digits."}
@@ -135,7 +173,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Share of the training after which augmentation stops, for all of it (0.9) or by name "
-            "(mixup=0.8,rand_augment=0.9)."
+            "(mixup=0.8,rand_augment=0.9). Random crops of images of different sizes stop between two epochs."
         },
     )
 
@@ -153,6 +191,9 @@ class ImageTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Train into a folder that already holds a run, replacing it."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, show the summary, and stop."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the training images. Default: 3; max_steps overrides it."}
+    )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Pictures per step and process."})
     per_device_eval_batch_size: int = field(default=250, metadata={"help": "Pictures per evaluation step and process."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
@@ -172,7 +213,10 @@ class ImageTrainingArguments(TrainingArguments):
     )
     time_budget: str | None = field(
         default=None,
-        metadata={"help": "Choose the number of steps so that the whole run ends in this time, e.g. 10m or 1h30m."},
+        metadata={
+            "help": "Choose the number of steps so that the whole run ends in this time, e.g. 10m or 1h30m; in place "
+            "of max_steps and num_train_epochs."
+        },
     )
     flip_tta: bool = field(
         default=False, metadata={"help": "Also measure the mean logits of each picture and its mirror image."}
@@ -180,7 +224,8 @@ class ImageTrainingArguments(TrainingArguments):
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "bfloat16 mixed precision; ignored on a CPU that emulates it. Default: on a GPU that has it."
+            "help": "bfloat16 mixed precision; a CPU that emulates it stays in float32, and says so. Default: on a GPU "
+            "that has it."
         },
     )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: 'no', 'steps' or 'epoch'."})
@@ -197,14 +242,24 @@ class ImageTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.output_dir_is_default = self.output_dir is None
-        gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.time_budget is not None and (self.max_steps > 0 or self.num_train_epochs is not None):
+            given = f"max_steps ({self.max_steps})" if self.max_steps > 0 else f"{self.num_train_epochs:g} epochs"
+            raise ValueError(f"time_budget ({self.time_budget}) chooses the number of steps itself: leave out {given}.")
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0
+        on_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
+            gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
-        elif self.bf16 and not gpu and not has_fast_bfloat16(torch.device("cpu")):
+        elif self.bf16 and on_cpu and not has_fast_bfloat16(torch.device("cpu")):
             logger.warning("This CPU has no units for bfloat16, which would be slower here: training in float32.")
             self.bf16 = False
-        elif self.bf16 and not torch.accelerator.is_available():
+        elif self.bf16 and on_cpu:
             self.use_cpu = True  # TrainingArguments refuses bfloat16 to a CPU that is not asked for by name
+        if self.fp16 and on_cpu:
+            raise ValueError("fp16 needs a GPU; on a CPU use --bf16 true, or leave it out.")
+        # How the options that were not given came by their values, in words; scripts/finetune.py says it.
+        self.settings_from = "as given; the rest are the defaults of --help_all"
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" or (
             str(getattr(self.save_strategy, "value", self.save_strategy)) == "no"
         ):
@@ -244,6 +299,30 @@ class ImageTrainingArguments(TrainingArguments):
         """Of this process; a CPU has no index, with which transformers 5.17 could not resume several processes."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+def run_options(*groups) -> tuple[dict, dict]:
+    """The options of a run, as JSON has them: (those that it must keep when it is resumed, those that it may change).
+
+    Paths of models are cut to their last component: a folder may have moved.
+
+    Args:
+        *groups: `ModelArguments`, `DataArguments`, `ImageTrainingArguments`, or some of them.
+    """
+    values = {}
+    for group in groups:  # TrainingArguments masks its tokens
+        values |= group.to_dict() if isinstance(group, TrainingArguments) else dict(vars(group))
+    values = {name: value for name, value in values.items() if name not in OF_THE_CALL | RECORDED_OTHERWISE}
+    if values.get("model_name_or_path"):
+        values["model_name_or_path"] = Path(values["model_name_or_path"]).name
+    values = json.loads(json.dumps(values, default=str))
+    kept = {name: value for name, value in values.items() if name not in CHANGEABLE}
+    return kept, {name: value for name, value in values.items() if name in CHANGEABLE}
+
+
+def default_options() -> dict:
+    """What `run_options` must keep, where nothing was given."""
+    return run_options(ModelArguments(), DataArguments(), ImageTrainingArguments())[0]
 
 
 def parse_duration(text: str) -> float:

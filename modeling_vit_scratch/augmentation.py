@@ -74,7 +74,11 @@ def random_crop(images: torch.Tensor, padding: int, mode: str, generator: torch.
         padding: Pixels added on every side before a window of the old size is cut out at random.
         mode: What is added: "constant" (black) or "reflect".
         generator: On the CPU.
+
+    Raises:
+        ValueError: `check_padding`.
     """
+    check_padding(padding, mode, images.shape[2:])
     B, C, H, W = images.shape
     # F.pad reflects floating point only; bytes fit into half precision exactly.
     padded = F.pad(images.half(), (padding,) * 4, mode="reflect").byte() if mode == "reflect" else None
@@ -85,6 +89,15 @@ def random_crop(images: torch.Tensor, padding: int, mode: str, generator: torch.
     batch = torch.arange(B, device=images.device).view(B, 1, 1, 1)
     channels = torch.arange(C, device=images.device).view(1, C, 1, 1)
     return padded[batch, channels, rows, columns]
+
+
+def check_padding(padding: int, mode: str, size: tuple[int, int]):
+    """Raise a ValueError if images of this size (height, width) do not have enough pixels to be reflected."""
+    if mode == "reflect" and padding >= min(size):
+        raise ValueError(
+            f"crop_padding ({padding}) must be below the image's shorter side ({min(size)} pixels) for crop_mode "
+            "'reflect'; lower it, or use crop_mode 'constant'."
+        )
 
 
 def random_flip(images: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tensor:

@@ -6,14 +6,21 @@ always complete, whenever the process was killed. `DIGESTS` lists the SHA-256 of
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 STAGING = ".saving"
 DIGESTS = "digests.json"
 RUN = "run.json"
+# Facts that older versions recorded only of the runs that they are true of.
+_SOMETIMES = ("task", "freeze_backbone", "lora")
+# Appended to the name of a checkpoint that is about to be replaced.
+_OLD = ".old"
 
 
 def _digest(path: Path) -> str:
@@ -41,12 +48,26 @@ def publish(staged: Path, final: Path):
     (staged / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
     for path in [*files, staged / DIGESTS, staged]:
         _sync(path)
-    old = staged.with_name(f"{staged.name}.old")
+    old = staged.with_name(f"{staged.name}{_OLD}")
     if final.exists():
         final.rename(old)
     staged.rename(final)
     _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path):
+    """Put back a checkpoint that `publish` had moved aside when it was killed: its successor if that is whole, or it.
+
+    Args:
+        folder: The output folder of a run that nobody is writing to.
+    """
+    for old in (folder / STAGING).glob(f"checkpoint-*{_OLD}"):
+        staged = old.with_name(old.name.removesuffix(_OLD))
+        final = folder / staged.name
+        if not final.exists():
+            (staged if damage(staged) is None else old).rename(final)
+            _sync(folder)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -81,12 +102,18 @@ def last_good_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
-def check_run(checkpoint: Path, run: dict):
-    """Refuse to resume a checkpoint of another run.
+def check_run(checkpoint: Path, run: dict, defaults: dict) -> list[dict]:
+    """Refuse to resume a checkpoint of another run; say what a run that goes on does otherwise.
 
     Args:
         checkpoint: Folder with the `RUN` file that its own run wrote.
-        run: The same facts of this run, by name: architecture, dataset, classes, processes, batch size, ...
+        run: The same facts of this run, by name: architecture, dataset, classes, processes, options, ...; and, below
+            "changeable", the options that may differ.
+        defaults: Values of options where one of the two does not have them, being of another version.
+
+    Returns:
+        For each time that the run was resumed with other options, this one included: {"step": the number of steps
+        before, option: [value before, value from then on]}.
 
     Raises:
         ValueError: A fact differs, with both values; or the checkpoint has no optimizer to go on with.
@@ -96,13 +123,25 @@ def check_run(checkpoint: Path, run: dict):
         raise ValueError(f"{checkpoint} has no {RUN}; only checkpoints of scripts/finetune.py can be resumed.")
     saved = json.loads(path.read_text())
     now = json.loads(json.dumps(run))  # tuples and numbers as JSON has them
+    changes, before, after = saved.pop("changes", []), saved.pop("changeable", None), now.pop("changeable", {})
+    now.pop("changes", None)
+    if before is None:  # of a version that kept no record of most options
+        logger.warning("%s is of an older version, which did not record all options: give the same ones.", checkpoint)
+        now = {name: value for name, value in now.items() if name in saved or name in _SOMETIMES}
+        before = {}
     for name in {**saved, **now}:
-        if saved.get(name) != now.get(name):
+        was, is_now = (facts.get(name, defaults.get(name)) for facts in (saved, now))
+        if was != is_now:
             raise ValueError(
-                f"{checkpoint} was saved with {name} = {saved.get(name)!r}, but this run has {now.get(name)!r}; "
+                f"{checkpoint} was saved with {name} = {was!r}, but this run has {is_now!r}; "
                 "resume with the same settings, or start anew in another --output_dir."
             )
     if not any(checkpoint.glob("optimizer*")):  # Trainer would go on with a new one, and a new schedule
         raise ValueError(
             f"{checkpoint} has weights alone (save_only_model); start a new run from them with --model_name_or_path."
         )
+    differing = {name: [before[name], after[name]] for name in before if before[name] != after.get(name, before[name])}
+    if differing:
+        step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        changes = [*changes, {"step": step, **differing}]
+    return changes

@@ -158,6 +158,7 @@ class LazyImages(torch.utils.data.Dataset):
         self.crop_scale, self.seed = crop_scale, seed
         # Shared memory: worker processes that outlive an epoch (persistent_workers) see the next one too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._cropped_epochs = torch.full((), torch.iinfo(torch.int64).max).share_memory_()
         self.labels = torch.from_numpy(records.labels)
 
     def __len__(self) -> int:
@@ -167,9 +168,13 @@ class LazyImages(torch.utils.data.Dataset):
         """Called by the training loop: other crops in each epoch."""
         self._epoch.fill_(epoch)
 
+    def crop_until(self, epoch: int):
+        """Crop no more from this epoch on."""
+        self._cropped_epochs.fill_(epoch)
+
     def __getitem__(self, index: int) -> dict:
         image = self.records.image(index, self.num_channels)
-        if self.crop_scale is not None:
+        if self.crop_scale is not None and self._epoch < self._cropped_epochs:
             image = image.crop(crop_box(image.size, self.crop_scale, (self.seed, int(self._epoch), index)))
         return {"pixel_values": to_tensor(image, self.processor), "labels": self.labels[index]}
 
@@ -533,6 +538,7 @@ def load_splits(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     crop_scale: float | None = None,
+    crop_all: bool = False,
     seed: int = 42,
     cache_dir: str | None = None,
     token: str | None = None,
@@ -549,7 +555,8 @@ def load_splits(
         train_val_split: Share in (0, 1) of train that becomes validation where the dataset has none.
         max_train_samples: Train on so many pictures only, drawn with `seed`.
         max_eval_samples: Likewise for validation and test.
-        crop_scale: For pictures that are decoded one by one: see `LazyImages`.
+        crop_scale: For training images that are decoded one by one: see `LazyImages`.
+        crop_all: Whether training images are decoded one by one, and so cropped, even if they are of one size.
         seed: Of the validation cut and of random crops.
         cache_dir: Where `datasets` keeps its files.
         token: For private Hub datasets.
@@ -571,7 +578,8 @@ def load_splits(
         records, class_names = load_records(raw, image_column, label_column, *limits)
     else:
         records, class_names = load_pictures(raw, image_column, *limits), []
-    splits = {split: decode(part, processor, num_channels) for split, part in records.items()}
+    at_once = {split: part for split, part in records.items() if not (crop_all and split == "train")}
+    splits = dict.fromkeys(records) | {split: decode(part, processor, num_channels) for split, part in at_once.items()}
     if splits["train"] is None:
         sample = np.linspace(0, len(records["train"]) - 1, min(len(records["train"]), 512)).astype(int)
         images = LazyImages(records["train"], processor, num_channels)

@@ -831,11 +831,9 @@ def _snapshot(checkpoint: Path, status: str) -> Path:
     snapshot = Path(tempfile.mkdtemp(prefix=".hub_push-", dir=checkpoint.parent))
     try:
         for path in sorted(checkpoint.iterdir()):
-            model_file = path.suffix in (".py", ".safetensors") or path.name in (
-                "config.json",
-                "preprocessor_config.json",
-                WEIGHTS_INDEX,
-            )
+            model_file = path.suffix == ".py" or path.name in ("config.json", "preprocessor_config.json", WEIGHTS_INDEX)
+            # Not every .safetensors: a run that averages its weights keeps those that are trained beside the model's.
+            model_file = model_file or fnmatch.fnmatch(path.name, "model*.safetensors")
             if model_file and path.is_file():
                 try:
                     os.link(path, snapshot / path.name)

@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 from transformers import ViTImageProcessorPil
 
-from . import checkpoints, model_card, plots
+from . import model_card, plots
 from .arguments import MASKED, DataArguments, ImageTrainingArguments, ModelArguments
 from .augmentation import draw_mask, normalize
 from .configuration_vit_scratch import ViTScratchConfig
 from .data import collate, load_splits
 from .modeling_vit_scratch import ViTScratchForMaskedImageModeling
-from .trainer import Clock, CropEpoch, ImageTrainer, ResumeLoss, StopOnSignal
+from .trainer import CropEpoch, ImageTrainer, OwnNoise, ResumeLoss, StopOnSignal
 from .training import (
     begin_run,
+    check_resuming,
     check_space,
     data_settings,
     describe_machine,
@@ -155,21 +156,19 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             processor or make_processor(model.config),
             **settings,
             max_train_samples=data_args.max_train_samples,
+            crop_all=data_args.crop_scale is not None,
             labelled=False,
         )
     processor = processor or make_processor(model.config, splits.mean, splits.std)
     augmentation = make_augmentation(data_args, args, processor, splits)
     suit_device(args, model, splits)
     facts = {
-        "task": MASKED,
-        "mask_ratio": data_args.mask_ratio,
-        "mask_patch_size": list(mask_hw),
         **run_facts(model.config, splits, args),
+        "mask_patch_size": list(mask_hw),
     }
-    if args.resume_from_checkpoint:
-        checkpoints.check_run(Path(args.resume_from_checkpoint), facts)
+    check_resuming(args, facts)
     check_space(model, args)
-    clock, stop = Clock(), StopOnSignal()
+    stop = StopOnSignal()
     trainer = MaskedImageTrainer(
         augmentation,
         facts,
@@ -180,7 +179,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         train_dataset=splits.train,
         eval_dataset=splits.validation,
         processing_class=processor,
-        callbacks=[clock, stop, CropEpoch()],
+        callbacks=[stop, CropEpoch(), OwnNoise()],
     )
     trainer.add_callback(ResumeLoss(trainer))
     steps, _ = settle_steps(trainer, splits, started)
@@ -209,7 +208,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             "examples": len(splits.validation),
             "loss": trainer.evaluate(splits.validation, metric_key_prefix="validation")["validation_loss"],
         },
-        **describe_machine(trainer, clock),
+        **describe_machine(trainer),
         "command": model_card.public_command(shlex.join(["python", *sys.argv]), data_name),
     }
     if args.process_index == 0:

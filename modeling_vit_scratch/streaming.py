@@ -80,6 +80,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.stream, self.world_size, self.buffer_size = stream, world_size, buffer_size
         self._first_epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # as in LazyImages
         self._blank = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._cropped = torch.tensor([torch.iinfo(torch.int64).max, 1]).share_memory_()
 
     def set_epoch(self, epoch: int):
         """Begin with this epoch the next time that the stream is iterated."""
@@ -94,22 +95,35 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """
         self._blank.copy_(torch.tensor([batches, batch_size]))
 
+    def crop_until(self, batches: int, batch_size: int):
+        """Crop no more after so many batches.
+
+        Args:
+            batches: Of this process, over the whole run.
+            batch_size: Of each.
+        """
+        self._cropped.copy_(torch.tensor([batches, batch_size]))
+
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         worker, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         batches, batch_size = self._blank.tolist()
         blanks = max(-(-(batches - worker) // workers), 0) * batch_size  # workers take turns, batch by batch
+        batches, batch_size = self._cropped.tolist()
+        uncropped_from = max(-(-(batches - worker) // workers), 0) * batch_size  # likewise
+        given = 0
         size = self.num_channels, self.processor.size["height"], self.processor.size["width"]
         blank = {"pixel_values": torch.zeros(size, dtype=torch.uint8), "labels": torch.tensor(-100)}
         for epoch in itertools.count(int(self._first_epoch)):
             empty = True
             for position, example in enumerate(self._examples(epoch)):
                 empty = False
-                if blanks:
-                    blanks -= 1
+                if given < blanks:
                     yield blank
                 else:
-                    yield self._sample(example, (self.seed, epoch, self.rank, worker, position))
+                    key = (self.seed, epoch, self.rank, worker, position)
+                    yield self._sample(example, key, self.crop_scale if given < uncropped_from else None)
+                given += 1
             if empty or not self.endless:  # a worker for which there is no file
                 return
 
@@ -124,7 +138,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
             if not (self.held_out and is_held_out(example["image"]["bytes"], self.held_out)):
                 yield example
 
-    def _sample(self, example: dict, key: tuple[int, ...]) -> dict:
+    def _sample(self, example: dict, key: tuple[int, ...], crop_scale: float | None) -> dict:
         where = f"picture {example['image']['path'] or key[-1]} of the stream"
         if not example["image"]["bytes"]:
             raise ValueError(f"{where}: there is no image; remove it.")
@@ -132,8 +146,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
             image = load_image(example["image"]["bytes"], self.num_channels)
         except ValueError as error:
             raise ValueError(f"{where}: {error}; repair or remove it.") from error
-        if self.crop_scale is not None:
-            image = image.crop(crop_box(image.size, self.crop_scale, key))
+        if crop_scale is not None:
+            image = image.crop(crop_box(image.size, crop_scale, key))
         label = label_index(example["label"], self.class_names, self.stream.features[self.label_column], where)
         return {"pixel_values": to_tensor(image, self.processor), "labels": torch.tensor(label)}
 

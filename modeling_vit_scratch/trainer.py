@@ -1,13 +1,16 @@
 """What image batches need of transformers' Trainer, and nothing else."""
 
 import json
+import os
 import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
@@ -42,7 +45,14 @@ class ImageTrainer(Trainer):
         self.augmentation = augmentation
         self.run_facts = run_facts
         self.average = None if self.args.ema_decay is None else WeightAverage(self.model, self.args.ema_decay)
-        self.mirrored = False  # whether predictions are made of the pictures' mirror images
+        if self.average is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "ema_decay follows whole weights, which sharding (FSDP, DeepSpeed) takes apart: leave it out."
+            )
+        self.clock = Clock(self.args.device)
+        self.add_callback(self.clock)
+        self.mirrored = False  # whether predictions are made of the images' mirror images
+        self.resumed_at = 0  # steps that earlier parts of the run have taken
         self._micro_step = 0
         if self.average is not None:
             self.add_callback(UpdateAverage(self.average))
@@ -90,7 +100,19 @@ class ImageTrainer(Trainer):
                 f"last good checkpoint: {good or 'none'}. Lower the learning rate, lengthen the warm-up, or clip "
                 "gradients with --max_grad_norm."
             )
+        if asked:
+            self.clock.stop()
         super()._maybe_log_save_evaluate(tr_loss, *args, learning_rate=learning_rate, **kwargs)
+        if asked and not self.control.should_training_stop:
+            self.clock.start()
+
+    def log(self, logs, *args, **kwargs):
+        if "train_loss" in logs:  # of this part of a run; Trainer counts its steps otherwise in each version
+            steps = self.state.global_step - self.resumed_at
+            if steps == 0:  # resumed after the last step: nothing was measured
+                return
+            logs["train_loss"] = self._total_loss_scalar / steps
+        super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -123,6 +145,7 @@ class ImageTrainer(Trainer):
 
     def _run_epoch(self, **kwargs):
         if self.state.global_step < self.state.max_steps:
+            self.clock.start()
             return super()._run_epoch(**kwargs)
         self.control.should_training_stop = True  # resumed after the last step; Trainer would take one more
 
@@ -133,6 +156,16 @@ class ImageTrainer(Trainer):
             lora.load_adapter(self.adapter, Path(resume_from_checkpoint) / lora.FOLDER)
         if self.average is not None:
             self.average.load(Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        if checkpoint is not None and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            # Of another number of steps, the schedule is another: the checkpoint has the old one's rates.
+            factors = (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
+            scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
 
     def _load_best_model(self):
         if self.adapter is None:
@@ -228,25 +261,41 @@ class UpdateAverage(TrainerCallback):
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Wall and CPU seconds of the training steps, over all parts of a run that was resumed.
+    """Wall and CPU seconds of training, over all parts of a run that was resumed.
 
-    What lies between two steps is left out: evaluation, saving, and gathering a batch (a hundredth of a step).
+    Everything from a part's first batch to its last step counts, the reading of batches too; evaluation, saving and
+    logging do not. CPU seconds are those of this process and of all that it started, such as the workers that read
+    images; what these read ahead during an evaluation is left out with it. A GPU is waited for before each reading.
+
+    Args:
+        device: That the model is trained on.
     """
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
+        self.device = device
         self.wall = self.cpu = 0.0
         self._started = None
 
+    def _now(self) -> tuple[float, float]:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter(), cpu_seconds()
+
+    def start(self):
+        """Go on counting, if the clock does not run yet."""
+        if self._started is None:
+            self._started = self._now()
+
+    def stop(self):
+        """Add what has passed since `start`, if the clock runs."""
+        if self._started is not None:
+            (wall, cpu), self._started = self._started, None
+            now = self._now()
+            self.wall, self.cpu = self.wall + now[0] - wall, self.cpu + now[1] - cpu
+
     def on_train_begin(self, args, state, control, **kwargs):
         # Trainer restores callbacks on request only. Other processes took about the CPU time of the main one.
-        vars(self).update(state.stateful_callbacks[type(self).__name__]["attributes"])
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._started = time.perf_counter(), time.process_time()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.wall += time.perf_counter() - self._started[0]
-        self.cpu += time.process_time() - self._started[1]
+        self.wall, self.cpu = state.stateful_callbacks[type(self).__name__]["attributes"].values()
 
     def on_log(self, args, state, control, **kwargs):
         state.log_history[-1] |= {"train_seconds": round(self.wall, 3), "train_cpu_seconds": round(self.cpu, 3)}
@@ -255,17 +304,48 @@ class Clock(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"wall": self.wall, "cpu": self.cpu}}
 
 
+def cpu_seconds() -> float:
+    """CPU time that this process and all processes that it started have taken, those that have ended included."""
+    running = 0.0
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            running += sum(child.cpu_times()[:4])  # its own, and that of its children that have ended
+    ended = os.times()
+    return time.process_time() + ended.children_user + ended.children_system + running
+
+
+class OwnNoise(TrainerCallback):
+    """Another state of torch's generator in each process, so that no two draw the same dropout and drop-path masks.
+
+    The first process keeps the state that a run of one process has. What is the same everywhere (order of the images,
+    weights at the start) is settled before; augmentation draws nothing from this generator.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.process_index > 0:  # resumed, each process gets the state that it had
+            key = np.random.SeedSequence((args.seed, args.process_index)).generate_state(1, np.uint64)[0]
+            torch.manual_seed(int(key >> np.uint64(1)))
+
+
 class ResumeLoss(TrainerCallback):
-    """Restores the loss summed since the last log entry: a resumed run's history is that of one never stopped."""
+    """What Trainer leaves to itself on resuming: the loss since the last log entry, and when to log, measure and save.
+
+    A resumed run's history is that of one never stopped; other intervals that it is given are honoured.
+    """
 
     def __init__(self, trainer: ImageTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        path = Path(args.resume_from_checkpoint or "") / f"pending_loss_{args.process_index}.json"
-        if args.resume_from_checkpoint and path.is_file():
+        if not args.resume_from_checkpoint:
+            return
+        self.trainer.resumed_at = state.global_step
+        state.compute_steps(args, state.max_steps)
+        path = Path(args.resume_from_checkpoint) / f"pending_loss_{args.process_index}.json"
+        if path.is_file():
             pending = json.loads(path.read_text())
             self.trainer._tr_loss += pending["loss"]
+            self.trainer._total_loss_scalar -= pending["loss"]  # whose mean is over the steps of this part alone
             self.trainer._globalstep_last_logged = pending["last_logged"]
 
 

@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments, ViTImageProcessorPil, set_seed
 
 from . import checkpoints, conversion, hub, lora, model_card, plots
-from .arguments import DataArguments, ImageTrainingArguments, ModelArguments
-from .augmentation import Augmentation, parse_until
+from .arguments import DataArguments, ImageTrainingArguments, ModelArguments, default_options, run_options
+from .augmentation import Augmentation, check_padding, parse_until
 from .configuration_vit_scratch import ViTScratchConfig
 from .data import DIGITS, DecodedImages, ImageSplits, load_splits
 from .inspection import fingerprint, inspect_splits, sample_sheet
@@ -41,10 +41,12 @@ from .metrics import ImageClassificationMetrics
 from .modeling_vit_scratch import ViTScratchForImageClassification
 from .optimization import describe_groups, parameter_groups
 from .streaming import StreamedImages, load_streaming
-from .trainer import Clock, CropEpoch, ImageTrainer, ResumeLoss, StopOnSignal
+from .trainer import CropEpoch, ImageTrainer, OwnNoise, ResumeLoss, StopOnSignal
 
 logger = logging.getLogger(__name__)
 
+# Smallest share of an image's area that a random crop keeps, where nothing else is given.
+CROP_SCALE = 0.35
 # Of a time budget: what saving a checkpoint, and pictures and the card at the end, take at most on a slow machine.
 SAVE_SECONDS, FINISH_SECONDS = 0.5, 6.0
 
@@ -267,8 +269,12 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
         "learning rate": f"{args.learning_rate:.3g}, {args.lr_scheduler_type.value}, last step {rate}",
         "optimizer": describe_groups(parameter_groups(trainer.model, args), args.optim.value),
         "device": f"{hardware(args.device)}, {_precision(args)}",
+        "settings": args.settings_from,
         "output": args.output_dir,
     }
+    for change in trainer.run_facts["changes"]:
+        options = (f"{name} {values[0]} -> {values[1]}" for name, values in change.items() if name != "step")
+        rows[f"from step {change['step']:,}"] = ", ".join(options)
     return table(rows)
 
 
@@ -317,6 +323,7 @@ def _settle_output(arguments: ImageTrainingArguments, model: ModelArguments, dat
         candidates = (Path("runs") / f"{stem}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000))
         arguments.output_dir = str(next(folder for folder in candidates if not folder.exists()))
     folder, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    checkpoints.recover(folder)
     if resume is not None and resume.lower() in ("true", "last", "latest"):
         last, notes = checkpoints.last_good_checkpoint(folder)
         for note in notes:
@@ -336,8 +343,8 @@ def _settle_output(arguments: ImageTrainingArguments, model: ModelArguments, dat
                 f"{folder} already holds a run; continue it with --resume_from_checkpoint last, choose another "
                 "--output_dir, or replace it with --overwrite_output_dir."
             )
-        for checkpoint in checkpoints.list_checkpoints(folder) if not arguments.dry_run else ():
-            shutil.rmtree(checkpoint)
+        if not arguments.dry_run:
+            remove_run(folder)
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -345,6 +352,24 @@ def _settle_output(arguments: ImageTrainingArguments, model: ModelArguments, dat
         probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir.") from error
+
+
+# What a run writes into its output folder. Logs of `--report_to` carry the time of their run, and stay.
+RUN_FILES = (
+    "checkpoint-*", checkpoints.STAGING, ".hub_push-*", "model*.safetensors", "model.safetensors.index.json",
+    "config.json", "preprocessor_config.json", "configuration_vit_scratch.py", "modeling_vit_scratch.py", "README.md",
+    "metrics.json", "history.csv", "predictions_*.csv", "samples.png", lora.FOLDER, "plots/training_curves.png",
+    "plots/per_class_accuracy.png", "plots/confusion_matrix.png", "plots/reconstructions.png",
+)  # fmt: skip
+
+
+def remove_run(folder: Path):
+    """Remove what an earlier run left in a folder, and nothing else: no number of it may speak for another run."""
+    for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def check_space(model: ViTScratchForImageClassification, args: ImageTrainingArguments):
@@ -359,7 +384,10 @@ def check_space(model: ViTScratchForImageClassification, args: ImageTrainingArgu
 
 
 def run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainingArguments) -> dict:
-    """What a checkpoint must share with the run that continues it."""
+    """What a checkpoint must share with the run that continues it; and, below "changeable", what it need not."""
+    options = args.recorded
+    if isinstance(splits.train, StreamedImages):  # which worker reads what decides the order
+        options = options | {"stream_workers": args.dataloader_num_workers}
     return {
         **{name: getattr(config, name) for name in ViTScratchConfig.__annotations__},
         "dataset": _public_name(splits.name),
@@ -368,12 +396,19 @@ def run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTraining
         "processes": args.world_size,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "seed": args.seed,
-        "optim": args.optim.value,
-        "muon_learning_rate": args.muon_learning_rate,
-        "ema_decay": args.ema_decay,
+        **options,
         "fingerprint": fingerprint(splits),  # last: what else differs says more
+        "changeable": args.changeable,
+        "changes": [],
     }
+
+
+def check_resuming(args: ImageTrainingArguments, facts: dict):
+    """Refuse a checkpoint of another run, or note in `facts` what this run does otherwise from here on."""
+    if args.resume_from_checkpoint:
+        fields = {name: field.default for name, field in ViTScratchConfig.__dataclass_fields__.items()}
+        checkpoint = Path(args.resume_from_checkpoint)
+        facts["changes"] = checkpoints.check_run(checkpoint, facts, {**fields, **default_options()})
 
 
 def write_history(folder: Path, log_history: list[dict]) -> bool:
@@ -411,7 +446,8 @@ def _without_resuming(command: list[str]) -> list[str]:
 
 
 def begin_run(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments) -> str:
-    """Settle the output folder, seed everything, and return the dataset's name."""
+    """Settle the output folder, seed everything, note the options as given, and return the dataset's name."""
+    args.recorded, args.changeable = run_options(model_args, data_args, args)
     data_name = data_args.dataset_name or data_args.train_dir
     if args.process_index == 0:
         _settle_output(args, model_args, data_name)
@@ -437,7 +473,7 @@ def data_settings(
         "label_column": data_args.label_column_name,
         "train_val_split": data_args.train_val_split,
         "max_eval_samples": data_args.max_eval_samples,
-        "crop_scale": data_args.crop_scale,
+        "crop_scale": CROP_SCALE if data_args.crop_scale is None else data_args.crop_scale,
         "seed": args.seed,
         "cache_dir": model_args.cache_dir,
         "token": model_args.token,
@@ -446,11 +482,10 @@ def data_settings(
 
 def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, processor, splits: ImageSplits):
     """The augmentation of a run, as the options say."""
-    padding = data_args.crop_padding
-    if not isinstance(splits.train, DecodedImages):  # those are cropped when they are read
-        padding = 0
-    elif padding is None:
-        padding = min(processor.size["height"], processor.size["width"]) // 8
+    size, padding = (processor.size["height"], processor.size["width"]), data_args.crop_padding
+    if padding is None:  # other images than decoded ones are cropped when they are read
+        padding = min(size) // 8 if isinstance(splits.train, DecodedImages) else 0
+    check_padding(padding, data_args.crop_mode, size)
     flip = data_args.horizontal_flip
     if flip is None:
         flip = 0.0 if data_args.dataset_name == DIGITS else 0.5  # mirrored digits are other signs
@@ -495,6 +530,35 @@ def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
             model.set_attn_implementation("eager")
 
 
+def _settle_crops(trainer: ImageTrainer, steps: int, batches: int | None):
+    """Tell images that are cropped when they are read when that ends (`augment_until`).
+
+    Args:
+        trainer: Of the run.
+        steps: Of the run.
+        batches: In an epoch; None for a stream.
+
+    Raises:
+        ValueError: No epoch begins after that share of the training, and crops can end between two epochs only.
+    """
+    args, images = trainer.args, trainer.train_dataset
+    until = trainer.augmentation.until.get("crop", 1.0)
+    if until == 1 or isinstance(images, DecodedImages):
+        return
+    trained = steps * args.gradient_accumulation_steps  # batches
+    if isinstance(images, StreamedImages):
+        images.crop_until(math.ceil(until * trained), args.per_device_train_batch_size)
+        return
+    epoch = math.ceil(until * trained / batches)
+    if epoch * batches >= trained:
+        raise ValueError(
+            f"augment_until: no epoch begins after {until:g} of {trained / batches:g} epochs, and random crops of "
+            f"images of different sizes end between epochs: train for {math.floor(1 / (1 - until)) + 1} or more, or "
+            "add crop=1 to augment_until."
+        )
+    images.crop_until(epoch)
+
+
 def settle_steps(trainer: ImageTrainer, splits: ImageSplits, started: float) -> tuple[int, float | None]:
     """Steps of the run, within its time budget if it has one, and the learning rate of the last; say what will happen.
 
@@ -518,6 +582,7 @@ def settle_steps(trainer: ImageTrainer, splits: ImageSplits, started: float) -> 
             measured = (len(part) for name, part in _parts(splits).items() if name != "train")
             args.max_steps = steps_in_budget(trainer, left, sum(measured))
     steps, last_rate = _settle_schedule(args, batches)
+    _settle_crops(trainer, steps, batches)
     if args.process_index == 0:
         print(_summary(trainer, splits, steps, last_rate), flush=True)
     return steps, last_rate
@@ -541,6 +606,7 @@ def describe_training(trainer: ImageTrainer, steps: int, data_args: DataArgument
         "optimizer": args.optim.value,
         "learning_rate": args.learning_rate,
         "muon_learning_rate": args.muon_learning_rate,
+        "changed_on_resuming": trainer.run_facts["changes"],
         "lora_rank": lora_rank,
         "ema_decay": args.ema_decay,
         "lr_scheduler_type": args.lr_scheduler_type.value,
@@ -553,7 +619,7 @@ def describe_training(trainer: ImageTrainer, steps: int, data_args: DataArgument
         "augmentation": {
             "crop_padding": augmentation.crop_padding,
             "crop_mode": augmentation.crop_mode,
-            "crop_scale": data_args.crop_scale if lazy else None,
+            "crop_scale": trainer.train_dataset.crop_scale if lazy else None,
             "horizontal_flip": augmentation.horizontal_flip,
             "rand_augment": augmentation.rand_augment_ops,
             "rand_augment_magnitude": augmentation.rand_augment_magnitude if augmentation.rand_augment_ops else None,
@@ -566,9 +632,10 @@ def describe_training(trainer: ImageTrainer, steps: int, data_args: DataArgument
     }
 
 
-def describe_machine(trainer: ImageTrainer, clock: Clock) -> dict:
+def describe_machine(trainer: ImageTrainer) -> dict:
     """Time and environment of a run, for `metrics.json`."""
-    args, cpu = trainer.args, torch.tensor(clock.cpu, dtype=torch.float64)
+    args, clock = trainer.args, trainer.clock
+    cpu = torch.tensor(clock.cpu, dtype=torch.float64)
     if args.world_size > 1:
         cpu = trainer.accelerator.gather(cpu.to(args.device).view(1)).sum()
     return {
@@ -598,6 +665,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     is_main = args.process_index == 0
     if model_args.lora_rank is not None and (model_args.model_name_or_path is None or model_args.freeze_backbone):
         raise ValueError("lora_rank adapts a trained model: it needs --model_name_or_path, and no --freeze_backbone.")
+    if model_args.freeze_backbone and model_args.model_name_or_path is None:
+        raise ValueError("freeze_backbone trains the head of a trained model: it needs --model_name_or_path.")
     data_name = begin_run(model_args, data_args, args)
 
     # A new model takes mean and std from the data; a trained one comes with the processor it was trained with.
@@ -616,7 +685,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             ranks = {"rank": args.process_index, "world_size": args.world_size}
             splits = load_streaming(data_name, processor, **settings, **ranks)
         else:
-            splits = load_splits(data_name, processor, **settings, max_train_samples=data_args.max_train_samples)
+            settings |= {"max_train_samples": data_args.max_train_samples, "crop_all": data_args.crop_scale is not None}
+            splits = load_splits(data_name, processor, **settings)
     if trained is None:
         model = ViTScratchForImageClassification(make_config(model_args, splits.class_names))
         processor = make_processor(config, splits.mean, splits.std)
@@ -629,7 +699,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         adapter = lora.add_adapter(model, model_args.lora_rank, _public_name(model_args.model_name_or_path))
     augmentation = make_augmentation(data_args, args, processor, splits)
     suit_device(args, model, splits)
-    clock, stop = Clock(), StopOnSignal()
+    stop = StopOnSignal()
     pushes = None
     if args.push_to_hub:  # by hub.py, which sends everything in one commit, code files included
         args.push_to_hub = False
@@ -638,15 +708,12 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         if is_main:
             hub.prepare_repo(pushes.repo_id, pushes.private, pushes.token)
     facts = run_facts(model.config, splits, args)
-    if model_args.freeze_backbone:
-        facts = {"freeze_backbone": True, **facts}
     if adapter is not None:  # a checkpoint has the adapter, and the base comes from where it came from
         facts = {"lora": [model_args.lora_rank, _public_name(model_args.model_name_or_path)], **facts}
-    if args.resume_from_checkpoint:
-        checkpoints.check_run(Path(args.resume_from_checkpoint), facts)
-        if data_args.streaming:  # what was trained on before is passed over, not decoded again
-            step = _trainer_state(args.resume_from_checkpoint)["global_step"]
-            splits.train.skip_decoding(step * args.gradient_accumulation_steps, args.per_device_train_batch_size)
+    check_resuming(args, facts)
+    if args.resume_from_checkpoint and data_args.streaming:  # what was trained on before is read, but not decoded
+        step = _trainer_state(args.resume_from_checkpoint)["global_step"]
+        splits.train.skip_decoding(step * args.gradient_accumulation_steps, args.per_device_train_batch_size)
     check_space(model, args)
     trainer = ImageTrainer(
         augmentation,
@@ -657,7 +724,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         train_dataset=splits.train,
         eval_dataset=splits.validation,
         processing_class=processor,
-        callbacks=[clock, stop, CropEpoch(), *([pushes] if pushes and args.hub_strategy.value != "end" else [])],
+        callbacks=[stop, CropEpoch(), OwnNoise(), *([pushes] if pushes and args.hub_strategy.value != "end" else [])],
     )
     trainer.add_callback(ResumeLoss(trainer))
     steps, _ = settle_steps(trainer, splits, started)
@@ -717,7 +784,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         if is_main:
             rows = splits.records[split].rows
             _write_predictions(folder, split, prediction.predictions, prediction.label_ids, rows, splits.class_names)
-    metrics |= describe_machine(trainer, clock)
+    metrics |= describe_machine(trainer)
     metrics["command"] = model_card.public_command(shlex.join(["python", *sys.argv]), data_name)
     if is_main:
         _finish(folder, metrics, trainer.state.log_history)

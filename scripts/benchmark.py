@@ -75,7 +75,7 @@ from modeling_vit_scratch.augmentation import Augmentation
 from modeling_vit_scratch.conversion import export_checkpoint
 from modeling_vit_scratch.data import DecodedImages, collate, default_dataset
 from modeling_vit_scratch.optimization import parameter_groups
-from modeling_vit_scratch.trainer import Clock, ImageTrainer
+from modeling_vit_scratch.trainer import ImageTrainer
 from modeling_vit_scratch.training import flops_per_image, hardware
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
@@ -425,7 +425,7 @@ def trainer_seconds(config: ViTScratchConfig, pictures: DecodedImages, steps: in
             model=ViTScratchForImageClassification(config),
             args=args,
             train_dataset=pictures,
-            callbacks=[Clock(), times],
+            callbacks=[times],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

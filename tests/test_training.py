@@ -237,10 +237,14 @@ def test_one_process_uses_one_gpu_and_a_cpu_its_own_precision(monkeypatch):
     """Of eight GPUs; and asked to use the CPU beside one, one without units for bfloat16."""
     monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 8))
     assert ImageTrainingArguments("unused").n_gpu == 1
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(arguments_module, "has_fast_bfloat16", lambda device: False)
-    assert ImageTrainingArguments("unused", bf16=True).bf16
-    assert not ImageTrainingArguments("unused", bf16=True, use_cpu=True).bf16
+    for cuda in (True, False):  # a GPU of another kind (MPS, XPU) is none of CUDA's, and no CPU either
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert ImageTrainingArguments("unused", bf16=True).bf16
+        assert not ImageTrainingArguments("unused", bf16=True, use_cpu=True).bf16
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert not ImageTrainingArguments("unused", bf16=True).bf16
 
 
 def test_pictures_that_fill_no_batch_are_left_out_of_training_alone(tmp_path, capsys):
