@@ -65,8 +65,9 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    preset: str = field(
-        default="showcase", metadata={"help": f"Architecture to train from scratch: {', '.join(PRESETS)}."}
+    preset: str | None = field(
+        default=None,
+        metadata={"help": f"Architecture to train from scratch: {', '.join(PRESETS)}. Default: showcase."},
     )
     config_overrides: str | None = field(
         default=None, metadata={"help": "Fields of the config to change, e.g. 'num_hidden_layers=4,pooling=mean'."}
@@ -258,7 +259,7 @@ class ImageTrainingArguments(TrainingArguments):
             self.use_cpu = True  # TrainingArguments refuses bfloat16 to a CPU that is not asked for by name
         if self.fp16 and on_cpu:
             raise ValueError("fp16 needs a GPU; on a CPU use --bf16 true, or leave it out.")
-        # How the options that were not given came by their values, in words; scripts/finetune.py says it.
+        # Where the options that were not given have their values from, in words; scripts/finetune.py may know better.
         self.settings_from = "as given; the rest are the defaults of --help_all"
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" or (
             str(getattr(self.save_strategy, "value", self.save_strategy)) == "no"
@@ -299,6 +300,45 @@ class ImageTrainingArguments(TrainingArguments):
         """Of this process; a CPU has no index, with which transformers 5.17 could not resume several processes."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+def check_options(model: ModelArguments, data: DataArguments, args: ImageTrainingArguments):
+    """Refuse options that the others leave nothing to do for.
+
+    Raises:
+        ValueError: Names the option, what it has no effect on, and the mend.
+    """
+    trained, masked = model.model_name_or_path is not None, model.task == MASKED
+    folders = [name for name in ("train_dir", "validation_dir", "test_dir") if getattr(data, name)]
+    idle = {
+        "preset: a trained model has its architecture; give --preset or --model_name_or_path": trained and model.preset,
+        "source goes with --model_name_or_path": model.source and not trained,
+        "freeze_backbone trains the head of a trained model: it needs --model_name_or_path": (
+            model.freeze_backbone and not trained
+        ),
+        "lora_rank adapts a trained model: it needs --model_name_or_path, and no --freeze_backbone": (
+            model.lora_rank is not None and (model.freeze_backbone or not trained)
+        ),
+        f"{', '.join(folders)}: give folders, or --dataset_name, not both": data.dataset_name and folders,
+        f"mask_ratio goes with --task {MASKED}": data.mask_ratio != DataArguments.mask_ratio and not masked,
+        f"mask_patch_size goes with --task {MASKED}": data.mask_patch_size is not None and not masked,
+        "rand_augment_magnitude goes with --rand_augment": (
+            data.rand_augment_magnitude != DataArguments.rand_augment_magnitude and not data.rand_augment
+        ),
+        "mix_probability goes with --mixup_alpha or --cutmix_alpha": (
+            data.mix_probability != 1 and not (data.mixup_alpha or data.cutmix_alpha)
+        ),
+        "max_train_samples does not go with --streaming; --max_steps says how much is read": (
+            data.streaming and data.max_train_samples is not None
+        ),
+        "time_budget does not go with --streaming; --max_steps says how much is read": (
+            data.streaming and args.time_budget is not None
+        ),
+        "a stream has no known end: give --max_steps with --streaming": data.streaming and args.max_steps <= 0,
+    }
+    for text, holds in idle.items():
+        if holds:
+            raise ValueError(f"{text}.")
 
 
 def run_options(*groups) -> tuple[dict, dict]:

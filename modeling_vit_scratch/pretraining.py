@@ -101,6 +101,7 @@ def _check(model_args: ModelArguments, data_args: DataArguments, args: ImageTrai
     """Refuse options that pre-training does not read."""
     unread = {
         "label_column_name": data_args.label_column_name,
+        "test_dir": data_args.test_dir,
         "head_learning_rate": args.head_learning_rate,
         "freeze_backbone": model_args.freeze_backbone,
         "lora_rank": model_args.lora_rank,

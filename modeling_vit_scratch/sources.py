@@ -125,11 +125,13 @@ def load_raw(
         ValueError: There is no such dataset, or a class directory of an image folder has no images.
     """
     if name == DIGITS and not data_files:
+        _refuse_configuration(config_name, name)
         return _digits(image_size)
     folders = {split: Path(folder) for split, folder in (data_files or {}).items()}
     if not folders and name and Path(name).is_dir() and _is_image_folder(Path(name)):
         folders = _split_folders(Path(name))
     if folders:
+        _refuse_configuration(config_name, name or ", ".join(map(str, folders.values())))
         read = _image_folder if labelled else _loose_pictures
         return datasets.DatasetDict({split: read(folder, split) for split, folder in folders.items()})
     try:
@@ -139,6 +141,11 @@ def load_raw(
             f"dataset {name!r} could not be loaded: {str(error).strip().removesuffix('.')}. "
             "Give a Hub id, a folder with one directory per class, or 'digits'."
         ) from error
+
+
+def _refuse_configuration(config_name: str | None, name: str):
+    if config_name is not None:
+        raise ValueError(f"dataset_config_name ({config_name!r}): {name} has no configurations; leave it out.")
 
 
 def _is_image_folder(folder: Path) -> bool:

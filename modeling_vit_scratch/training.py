@@ -32,7 +32,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments, ViTImageProcessorPil, set_seed
 
 from . import checkpoints, conversion, hub, lora, model_card, plots
-from .arguments import DataArguments, ImageTrainingArguments, ModelArguments, default_options, run_options
+from .arguments import (
+    DataArguments,
+    ImageTrainingArguments,
+    ModelArguments,
+    check_options,
+    default_options,
+    run_options,
+)
 from .augmentation import Augmentation, check_padding, parse_until
 from .configuration_vit_scratch import ViTScratchConfig
 from .data import DIGITS, DecodedImages, ImageSplits, load_splits
@@ -69,7 +76,7 @@ def make_config(arguments: ModelArguments, class_names: list[str]) -> ViTScratch
         overrides["image_size"] = arguments.image_size
     labels = dict(enumerate(class_names))
     return ViTScratchConfig.preset(
-        arguments.preset,
+        arguments.preset or "showcase",
         **{"problem_type": "single_label_classification", **overrides},
         id2label=labels,
         label2id={name: index for index, name in labels.items()},
@@ -242,7 +249,8 @@ def hardware(device: torch.device) -> str:
 
 def table(rows: dict[str, object]) -> str:
     width = max(map(len, rows))
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+    next_line = "\n" + " " * (width + 4)  # of a value of several lines
+    return "\n".join(f"  {name:<{width}}  {str(value).replace(chr(10), next_line)}" for name, value in rows.items())
 
 
 def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: float | None) -> str:
@@ -319,7 +327,7 @@ def _precision(args: TrainingArguments) -> str:
 def _settle_output(arguments: ImageTrainingArguments, model: ModelArguments, dataset: str):
     """Name the output folder and the checkpoint to resume; refuse a folder that is taken, or not writable."""
     if arguments.output_dir_is_default:
-        stem = f"{Path(model.model_name_or_path or model.preset).name}-{Path(dataset).name}"
+        stem = f"{Path(model.model_name_or_path or model.preset or 'vit').name}-{Path(dataset).name}"
         candidates = (Path("runs") / f"{stem}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000))
         arguments.output_dir = str(next(folder for folder in candidates if not folder.exists()))
     folder, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
@@ -446,7 +454,8 @@ def _without_resuming(command: list[str]) -> list[str]:
 
 
 def begin_run(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments) -> str:
-    """Settle the output folder, seed everything, note the options as given, and return the dataset's name."""
+    """Check and note the options, settle the output folder, seed everything; the dataset's name."""
+    check_options(model_args, data_args, args)
     args.recorded, args.changeable = run_options(model_args, data_args, args)
     data_name = data_args.dataset_name or data_args.train_dir
     if args.process_index == 0:
@@ -485,6 +494,10 @@ def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, pr
     size, padding = (processor.size["height"], processor.size["width"]), data_args.crop_padding
     if padding is None:  # other images than decoded ones are cropped when they are read
         padding = min(size) // 8 if isinstance(splits.train, DecodedImages) else 0
+    if data_args.crop_mode != "constant" and padding == 0:
+        raise ValueError(
+            f"crop_mode ({data_args.crop_mode!r}) goes with --crop_padding, which is 0: images are not shifted."
+        )
     check_padding(padding, data_args.crop_mode, size)
     flip = data_args.horizontal_flip
     if flip is None:
@@ -663,10 +676,6 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     """
     started = time.monotonic()
     is_main = args.process_index == 0
-    if model_args.lora_rank is not None and (model_args.model_name_or_path is None or model_args.freeze_backbone):
-        raise ValueError("lora_rank adapts a trained model: it needs --model_name_or_path, and no --freeze_backbone.")
-    if model_args.freeze_backbone and model_args.model_name_or_path is None:
-        raise ValueError("freeze_backbone trains the head of a trained model: it needs --model_name_or_path.")
     data_name = begin_run(model_args, data_args, args)
 
     # A new model takes mean and std from the data; a trained one comes with the processor it was trained with.
@@ -676,12 +685,6 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     settings = data_settings(model_args, data_args, args, config.num_channels)
     with args.main_process_first(desc="loading the data"):
         if data_args.streaming:
-            if args.max_steps <= 0:
-                raise ValueError("a stream has no known end: give --max_steps with --streaming.")
-            if args.time_budget is not None:
-                raise ValueError("time_budget does not go with streaming; --max_steps says how much is read.")
-            if data_args.max_train_samples is not None:
-                raise ValueError("max_train_samples does not go with streaming; --max_steps says how much is read.")
             ranks = {"rank": args.process_index, "world_size": args.world_size}
             splits = load_streaming(data_name, processor, **settings, **ranks)
         else:

@@ -9,6 +9,12 @@ Without options it trains on CIFAR-10, or, where the Hub cannot be reached, on
 scikit-learn's digits. A folder has one directory per class. A recipe is a file
 of options, which those after it override. The last line is for several GPUs.
 
+Whoever names no recipe and chooses no model (--preset, --config_overrides,
+--image_size, --model_name_or_path, --task) gets the settings that suit the data:
+CIFAR-10 and digits those of their recipes, other data those that go with their
+number of images and their size. Otherwise, what is not given is as --help_all
+shows. The summary says which it was.
+
 Exit status: 0; 1 if the loss diverges or the Hub fails; 2 if the data or an
 option is wrong; 130 after Ctrl-C, which saves a checkpoint.
 """
@@ -24,7 +30,8 @@ from transformers import HfArgumentParser
 
 from modeling_vit_scratch import cli
 from modeling_vit_scratch.arguments import MASKED, DataArguments, ImageTrainingArguments, ModelArguments
-from modeling_vit_scratch.data import DIGITS, default_dataset
+from modeling_vit_scratch.data import CIFAR10, DIGITS, default_dataset
+from modeling_vit_scratch.defaults import advice, choose_settings, look_at
 from modeling_vit_scratch.hub import HubError
 from modeling_vit_scratch.model_card import mask_tokens
 from modeling_vit_scratch.pretraining import pretrain
@@ -38,6 +45,21 @@ USUAL = (
     "label_smoothing_factor", "ema_decay", "optim", "seed", "use_cpu", "bf16", "torch_compile", "flip_tta",
     "report_to", "push_to_hub", "hub_model_id",
 )  # fmt: skip
+
+
+# The recipe of a dataset, by its name; it stands beside this script's other recipes.
+RECIPE_OF = {CIFAR10: "showcase.yaml", DIGITS: "digits.yaml"}
+# Options by which somebody chooses a model: the settings that suit the data are then not asked for.
+CHOOSE_THE_MODEL = {"task", "model_name_or_path", "preset", "config_overrides", "image_size"}
+# Options of a recipe -> those on the command line that put them out of force: another way to say how long the run is,
+# or a trained model, which has its architecture.
+_LENGTHS = ("num_train_epochs", "max_steps", "time_budget")
+DISPLACED_BY = {way: tuple(other for other in _LENGTHS if other != way) for way in _LENGTHS}
+DISPLACED_BY |= dict.fromkeys(("preset", "config_overrides"), ("model_name_or_path",))
+# The same of settings that nobody named, which must never be the user's fault.
+_MEASURED = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
+UNNAMED_DISPLACED_BY = DISPLACED_BY | dict.fromkeys(_MEASURED, _MEASURED)
+UNNAMED_DISPLACED_BY |= {"muon_learning_rate": ("optim",), "bf16": ("fp16",), "augment_until": ("rand_augment",)}
 
 
 class _Formatter(cli.HelpFormatter):
@@ -90,8 +112,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_recipe(path: Path, known: set[str]) -> list[str]:
-    """A recipe's keys and values as command-line options, so that they are checked as those are.
+def read_recipe(path: Path, known: set[str]) -> dict:
+    """A recipe's options and their values.
 
     Args:
         path: YAML file.
@@ -106,11 +128,17 @@ def read_recipe(path: Path, known: set[str]) -> list[str]:
         raise ValueError(f"recipe {path}: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe {path}: must hold lines of the form 'option: value'.")
-    options = []
-    for key, value in recipe.items():
+    for key in recipe:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise ValueError(f"recipe {path}: unknown key {key!r}; the nearest is {near!r}.")
+    return recipe
+
+
+def as_options(settings: dict) -> list[str]:
+    """Settings as on a command line, so that they are checked as those are."""
+    options = []
+    for key, value in settings.items():
         if isinstance(value, dict):
             value = ",".join(f"{name}={part}" for name, part in value.items())
         if value is not None:
@@ -118,33 +146,66 @@ def read_recipe(path: Path, known: set[str]) -> list[str]:
     return options
 
 
+def without_displaced(settings: dict, given: set[str], displaced_by: dict[str, tuple[str, ...]]) -> dict:
+    """The settings, without those that an option on the command line puts out of force."""
+    return {key: value for key, value in settings.items() if not given & set(displaced_by.get(key, ()))}
+
+
+def settings_by_data(model: ModelArguments, data: DataArguments, seed: int, known: set[str]) -> tuple[dict, str]:
+    """The settings that suit the data, and where they come from, in words.
+
+    Raises:
+        ValueError: The data cannot be used.
+    """
+    if data.dataset_name in RECIPE_OF:
+        recipe = RECIPES / RECIPE_OF[data.dataset_name]
+        return read_recipe(recipe, known), f"those of scripts/recipes/{recipe.name}, which is made for this dataset"
+    if data.streaming:
+        return {}, "as given; the rest are the defaults of --help_all, for a stream does not tell its size"
+    look = look_at(model, data, seed)
+    return choose_settings(look), f"by the data: {look}\n{advice(look)}"
+
+
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTrainingArguments]:
-    """The arguments of a run: a recipe's values, which the options on the command line override."""
+    """The arguments of a run: a recipe's values, or those that suit the data, which the command line overrides.
+
+    Raises:
+        ValueError: The data cannot be used.
+    """
     parser = Parser()
     known = {action.dest for action in parser._actions} - {"help", "help_all"}
     recipe = Path(argv.pop(0)) if argv and argv[0].endswith((".yaml", ".yml")) else None
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     try:
-        options = read_recipe(recipe, known) if recipe else []
-        model, data, training = parser.parse_args_into_dataclasses([*options, *argv])
-        if data.dataset_name is None and data.train_dir is None:
-            name = [default_dataset() if training.process_index == 0 else None]
-            name = broadcast_object_list(name)[0] if training.world_size > 1 else name[0]
-            if recipe is None:  # a run without a recipe is the recipe of its dataset
-                recipe = RECIPES / ("digits.yaml" if name == DIGITS else "showcase.yaml")
-                argv = [*read_recipe(recipe, known), *argv]
-                model, data, training = parser.parse_args_into_dataclasses([*options, *argv])
-            data.dataset_name = name
-            if name == DIGITS and training.process_index == 0:
-                print("CIFAR-10 is neither on the Hub within 10 s nor in the cache: training on scikit-learn's digits.")
+        settings = without_displaced(read_recipe(recipe, known), given, DISPLACED_BY) if recipe else {}
+        model, data, training = parser.parse_args_into_dataclasses([*as_options(settings), *argv])
     except (ValueError, ImportError) as error:
         parser.error(str(error))
+    if data.dataset_name is None and data.train_dir is None:
+        name = [default_dataset() if training.process_index == 0 else None]
+        name = broadcast_object_list(name)[0] if training.world_size > 1 else name[0]
+        argv = ["--dataset_name", name, *argv]
+        if name == DIGITS and training.process_index == 0:
+            print("CIFAR-10 is neither on the Hub within 10 s nor in the cache: training on scikit-learn's digits.")
+        data.dataset_name = name
+    origin = f"those of {recipe}" if recipe else training.settings_from
+    if not (recipe or given & CHOOSE_THE_MODEL):
+        with training.main_process_first(desc="looking at the data"):
+            settings, origin = settings_by_data(model, data, training.seed, known)
+        settings = without_displaced(settings, given, UNNAMED_DISPLACED_BY)
+    try:
+        model, data, training = parser.parse_args_into_dataclasses([*as_options(settings), *argv])
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    training.settings_from = origin
     return model, data, training
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(list(sys.argv[1:] if argv is None else argv))
+    argv = list(sys.argv[1:] if argv is None else argv)
     sys.argv[1:] = mask_tokens(sys.argv[1:])  # W&B sends it
     try:
+        arguments = parse(argv)
         result = (pretrain if arguments[0].task == MASKED else finetune)(*arguments)
     except (ValueError, ImportError) as error:  # ImportError: an option, e.g. --optim, needs a package
         print(f"finetune.py: {error}", file=sys.stderr)
