@@ -287,7 +287,8 @@ def compare(a: Answers, b: Answers) -> dict[str, int | float | tuple[float, floa
     """Is model A better than model B on the same pictures, or was it luck?
 
     Returns:
-        `mcnemar_test`'s numbers; "difference", A's accuracy less B's, and its 95 % interval "difference_interval".
+        `mcnemar_test`'s numbers; "difference", A's accuracy less B's, and its 95 % interval "difference_interval",
+        by `paired_difference_interval`.
     """
     test = mcnemar_test(*((x.probabilities.argmax(dim=1) == x.labels) for x in (a, b)))
     counts = test["only_a"], test["only_b"], test["examples"]

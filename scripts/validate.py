@@ -6,8 +6,9 @@ python scripts/validate.py vit photos/ --split validation --flip --json
 
 MODEL is a folder, file or Hub id: of this package, or what convert.py reads.
 DATASET is a Hub id, a folder with one directory per class, or 'digits'; its
-classes are found among the model's by name. Intervals are of 95 % (Wilson);
-two models are compared on the same pictures (McNemar's exact test).
+classes are found among the model's by name. Intervals are of 95 % (Wilson's; of
+a difference, Tango's); two models are compared on the same pictures (McNemar's
+exact test).
 
 Exit status: 0; 1 if a picture cannot be read; 2 if the model, the dataset or
 an option is wrong.
