@@ -216,6 +216,17 @@ def test_an_encoder_has_features_only(tmp_path):
     assert answers.probabilities is None and answers.features.shape == (2, 4)
 
 
+def test_a_model_whose_config_says_tuples(predictor, tmp_path):
+    own = save(colour_model(return_dict=False), tmp_path / "tuples")
+    split = load_split(paint_folder(tmp_path / "data", red=[RED], blue=[BLUE, GREEN]))
+    for result, expected in zip(
+        vars(own.answers(*split)).items(), vars(predictor.answers(*split)).items(), strict=True
+    ):
+        assert result[0] == "seconds" or result[1] is expected[1] is None or torch.equal(result[1], expected[1])
+    assert own(own.pixels([paint(RED)]), output_attentions=True).attentions[0].shape == (1, 1, 4, 4)
+    assert own.throughput(batch_size=2, seconds=0.0) > 0
+
+
 def test_throughput_is_counted(predictor):
     assert 0 < predictor.throughput(batch_size=2, seconds=0.0) < math.inf
 

@@ -212,6 +212,13 @@ def test_labels_from_a_file(script, photos, model, tmp_path, capsys):
     assert "names 1 classes, but there are 3" in capsys.readouterr().err
 
 
+def test_a_model_whose_config_says_tuples(script, model, photos, tmp_path, capsys):
+    colour_model(return_dict=False).save_pretrained(tmp_path / "tuples")
+    processor().save_pretrained(tmp_path / "tuples")
+    named = results(script, capsys, photos, "--model", model)
+    assert results(script, capsys, photos, "--model", tmp_path / "tuples") == named
+
+
 def test_several_classes_at_once(script, photos, tmp_path, capsys):
     colour_model(problem_type="multi_label_classification").save_pretrained(tmp_path / "several")
     processor().save_pretrained(tmp_path / "several")
