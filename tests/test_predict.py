@@ -253,13 +253,13 @@ def test_a_model_without_a_classifier_or_a_processor(script, photos, tmp_path, c
 
 
 def test_progress_is_shown_when_it_takes_long(script, model, photos, capsys, monkeypatch):
-    import time
-
-    slow = script.load_image
+    now, fast = [0.0], script.load_image
 
     def load_image(*arguments):
-        time.sleep(0.8)
-        return slow(*arguments)
+        now[0] += 0.8
+        return fast(*arguments)
+
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
 
     assert script.main([str(photos), "--model", model]) == 0
     assert "picture/s" not in capsys.readouterr().err
