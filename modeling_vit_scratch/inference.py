@@ -255,10 +255,10 @@ def measure(probabilities: torch.Tensor, labels: torch.Tensor, class_names: Sequ
         class_names: Of the model, one for each class.
 
     Returns:
-        "examples"; "accuracy", "top5_accuracy", each with "..._interval" (low, high), in [0, 1]; "loss", the mean
-        cross-entropy in nats; "mean_confidence" and "expected_calibration_error" (15 bins), in [0, 1];
-        "per_class": name -> "examples", "accuracy", "interval" (of classes with examples); "confusion_matrix",
-        counts, rows true, columns predicted; "class_names". JSON can hold it.
+        "examples"; "accuracy", "top5_accuracy" (1 where there are at most 5 classes), each with "..._interval" (low,
+        high), in [0, 1]; "loss", the mean cross-entropy in nats; "mean_confidence" and "expected_calibration_error"
+        (15 bins), in [0, 1]; "per_class": name -> "examples", "accuracy", "interval" (of classes with examples);
+        "confusion_matrix", counts, rows true, columns predicted; "class_names". JSON can hold it.
     """
     result = ImageClassificationMetrics().compute(predictions=probabilities, references=labels)
     n, confusion = result["examples"], np.array(result["confusion_matrix"])
