@@ -456,6 +456,9 @@ def convert_checkpoint(
 ) -> ViTScratchForImageClassification:
     """Load a ViT of another library, or one of ours, into our model: float32, in evaluation mode, the same function.
 
+    Its outputs have names, as what uses it here expects, even if the checkpoint's own config says `return_dict=False`;
+    `from_pretrained`, and `return_dict=False` among the hints, give tuples.
+
     Args:
         checkpoint: A state dict, a dict of numpy arrays, a file (.safetensors, .npz, .pt, .pth, .bin), a folder, or a
             Hub id. A config.json beside the weights is read.
@@ -479,7 +482,7 @@ def convert_checkpoint(
     located = _locate(checkpoint, revision=revision, cache_dir=cache_dir, token=token)
     own = None if source is not None else _own_folder(located)
     if own is not None:
-        model, headless = _load_own(own, hints)
+        model, headless = _load_own(own, {"return_dict": True, **hints})
         antialias = False
     else:
         opened = _open(located, str(checkpoint))
@@ -1395,8 +1398,9 @@ def verify_checkpoint(
     title = reference.title
     del reference
     norm = model.vit.pooled_norm if config.norm_after_pooling else model.vit.norm
-    every_token = {"output_hidden_states": True}  # else the last block computes the class token alone
-    ours = _outputs(_Reference("ours", model, model.vit.layers, norm, every_token), images, headless)
+    # Without hidden states the last block computes the class token alone.
+    arguments = {"return_dict": True, "output_hidden_states": True}
+    ours = _outputs(_Reference("ours", model, model.vit.layers, norm, arguments), images, headless)
     if "tanh layer" in theirs:
         ours["tanh layer"] = model.pre_logits(ours["final norm"][:, 0])
     differences = {name: (ours[name] - theirs[name]).abs().max().item() for name in theirs}
@@ -1462,6 +1466,7 @@ def _transformers_reference(opened, family, named, model, headless, num_images) 
         config = config_class.from_dict(opened.config)
     else:
         config = _transformers_config(model.config, config_class)
+    config.return_dict = True  # within its own forward, too
     arguments, keywords = {}, {}
     if family == "mae":
         config.mask_ratio = 0.0

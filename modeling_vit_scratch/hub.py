@@ -527,7 +527,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 torch.set_num_threads(job["threads"])
-where = dict(revision=job["revision"], trust_remote_code=True)
+where = dict(revision=job["revision"], trust_remote_code=True, return_dict=True)
 AutoConfig.from_pretrained(job["repo"], **where)
 processor = AutoImageProcessor.from_pretrained(job["repo"], revision=job["revision"])
 pixels = load_file(job["pixels"])["pixels"]
@@ -668,7 +668,7 @@ def _reference(
     """What the probe computes, here and by this package's own classes."""
     out = {}
     with torch.no_grad():
-        model = getattr(modeling, config.architectures[0]).from_pretrained(source).eval()
+        model = getattr(modeling, config.architectures[0]).from_pretrained(source, return_dict=True).eval()
         out["last_hidden_state"] = model.base_model(pixels.to(model.dtype)).last_hidden_state
         if classifier:
             out["logits"] = model(pixels.to(model.dtype)).logits

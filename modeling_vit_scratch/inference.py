@@ -255,10 +255,10 @@ def measure(probabilities: torch.Tensor, labels: torch.Tensor, class_names: Sequ
         class_names: Of the model, one for each class.
 
     Returns:
-        "examples"; "accuracy", "top5_accuracy", each with "..._interval" (low, high), in [0, 1]; "loss", the mean
-        cross-entropy in nats; "mean_confidence" and "expected_calibration_error" (15 bins), in [0, 1];
-        "per_class": name -> "examples", "accuracy", "interval" (of classes with examples); "confusion_matrix",
-        counts, rows true, columns predicted; "class_names". JSON can hold it.
+        "examples"; "accuracy", "top5_accuracy" (1 where there are at most 5 classes), each with "..._interval" (low,
+        high), in [0, 1]; "loss", the mean cross-entropy in nats; "mean_confidence" and "expected_calibration_error"
+        (15 bins), in [0, 1]; "per_class": name -> "examples", "accuracy", "interval" (of classes with examples);
+        "confusion_matrix", counts, rows true, columns predicted; "class_names". JSON can hold it.
     """
     result = ImageClassificationMetrics().compute(predictions=probabilities, references=labels)
     n, confusion = result["examples"], np.array(result["confusion_matrix"])
@@ -287,7 +287,8 @@ def compare(a: Answers, b: Answers) -> dict[str, int | float | tuple[float, floa
     """Is model A better than model B on the same pictures, or was it luck?
 
     Returns:
-        `mcnemar_test`'s numbers; "difference", A's accuracy less B's, and its 95 % interval "difference_interval".
+        `mcnemar_test`'s numbers; "difference", A's accuracy less B's, and its 95 % interval "difference_interval",
+        by `paired_difference_interval`.
     """
     test = mcnemar_test(*((x.probabilities.argmax(dim=1) == x.labels) for x in (a, b)))
     counts = test["only_a"], test["only_b"], test["examples"]

@@ -1,8 +1,8 @@
 """Metrics of image classification, computed in memory and without the network.
 
 `ImageClassificationMetrics` is an `evaluate.Metric`; the functions below it say how far its numbers can be trusted:
-calibration (Guo et al., 2017), the interval of an accuracy (Wilson, 1927), and a paired test (McNemar, 1947) with the
-interval of the difference.
+calibration (Guo et al., 2017), the interval of an accuracy (Wilson, 1927), a paired test (McNemar, 1947), and the
+interval of the difference of two accuracies on the same images (Tango, 1998).
 """
 
 import math
@@ -11,6 +11,8 @@ from statistics import NormalDist
 import datasets
 import evaluate
 import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import binomtest
 
 _CITATION = """\
 @inproceedings{guo2017calibration,
@@ -159,69 +161,97 @@ def expected_calibration_error(probabilities, labels, bins: int = 15) -> float:
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The score interval of a proportion (Wilson, 1927): every p with |correct / n - p| <= z * sqrt(p (1 - p) / n).
 
-    (p + z^2 / 2n -+ z * sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with p = correct / n; it never leaves [0, 1].
+    It never leaves [0, 1], and ends there exactly where `correct` is 0 or n.
 
     Raises:
         ValueError: `correct` is not in [0, n], n is not positive, or `confidence` is not in (0, 1).
     """
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f"correct ({correct}) must be in [0, n], and n ({n}) at least 1.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence ({confidence}) must be between 0 and 1.")
-    z, p = NormalDist().inv_cdf((1 + confidence) / 2), correct / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-    return (0.0 if correct == 0 else low), (1.0 if correct == n else high)
+    _check_confidence(confidence)
+    interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar_test(correct_a, correct_b) -> dict[str, int | float]:
-    """Do two models err equally often on the same pictures? Exact, two-sided (McNemar, 1947; Dietterich, 1998).
+    """Do two models err equally often on the same images? Exact, two-sided (McNemar, 1947; Dietterich, 1998).
 
-    Of the b + c pictures that only one model gets right, each is as likely A's as B's if the models are equally good:
-    p = min(1, 2 * P[X <= min(b, c)]), X ~ Binomial(b + c, 1/2).
+    Of the b + c images that only one model gets right, each is as likely A's as B's if the models are equally good:
+    b ~ Binomial(b + c, 1/2).
 
     Args:
-        correct_a: Whether model A is right on each picture (n,), bool.
+        correct_a: Whether model A is right on each image (n,), bool.
         correct_b: The same of model B, in the same order.
 
     Returns:
-        "only_a" (b), "only_b" (c), "examples" (n), and "p_value", 1 where the models are right on the same pictures.
+        "only_a" (b), "only_b" (c), "examples" (n), and "p_value", 1 where the models are right on the same images.
 
     Raises:
         ValueError: The shapes differ, or values are not bool.
     """
-    from scipy.stats import binom  # slow to import, and only needed here
-
     a, b = _array(correct_a), _array(correct_b)
     if a.ndim != 1 or a.shape != b.shape:
         raise ValueError(f"correct_a {a.shape} and correct_b {b.shape} must be of one shape (n,).")
     if a.dtype != bool or b.dtype != bool:
-        raise ValueError(f"correct_a ({a.dtype}) and correct_b ({b.dtype}) must be bool, one for each picture.")
+        raise ValueError(f"correct_a ({a.dtype}) and correct_b ({b.dtype}) must be bool, one for each image.")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    p = min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+    differ = only_a + only_b
+    p = float(binomtest(only_a, differ).pvalue) if differ else 1.0
     return {"only_a": only_a, "only_b": only_b, "examples": len(a), "p_value": p}
 
 
 def paired_difference_interval(
     only_a: int, only_b: int, examples: int, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """The interval of A's accuracy less B's on the same pictures, given how many only one of them gets right.
+    """The score interval of A's accuracy less B's on the same images (Tango, 1998, Statistics in Medicine 17:891).
 
-    Of those b + c pictures, as in `mcnemar_test`, A's share s = b / (b + c) has `wilson_interval`; the difference is
-    (b + c) / n * (2 s - 1). Where no picture tells the models apart, it is (0, 0).
+    It is every difference d in [-1, 1] with |b - c - n d| <= z * sqrt(n (2 q + d - d^2)), where q is the likeliest
+    share of images that only B gets right if the true difference is d: the larger root of
+    2 n q^2 - (b + c - (2 n - b + c) d) q - c d (1 - d) = 0. It takes in how uncertain it is that the models differ on
+    b + c images of n: without such images it is -z^2 / (n + z^2) to z^2 / (n + z^2), and not a point. Like Wilson's,
+    it covers a little more or less than `confidence` at any one truth, since counts are whole numbers: what says 95 %
+    covers 92.7 % in the worst of the cases that its test computes, and more where few images differ.
+
+    At the margin it and `mcnemar_test` can disagree on whether 0 is possible: that test is exact, and so cautious.
 
     Args:
-        only_a: Pictures that only A gets right (b).
-        only_b: Pictures that only B gets right (c).
-        examples: All pictures (n).
+        only_a: Images that only A gets right (b).
+        only_b: Images that only B gets right (c).
+        examples: All images (n).
         confidence: In (0, 1).
+
+    Raises:
+        ValueError: Counts are negative, or more than n together; n is not positive; `confidence` is not in (0, 1).
     """
-    differ = only_a + only_b
-    if not differ:
-        return 0.0, 0.0
-    low, high = (differ / examples * (2 * share - 1) for share in wilson_interval(only_a, differ, confidence))
-    return low, high
+    if examples < 1 or min(only_a, only_b) < 0 or only_a + only_b > examples:
+        raise ValueError(
+            f"only_a ({only_a}) and only_b ({only_b}) must be at least 0 and together at most examples ({examples}), "
+            "which must be at least 1."
+        )
+    _check_confidence(confidence)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    return -_tango_bound(only_b, only_a, examples, z), _tango_bound(only_a, only_b, examples, z)
+
+
+def _tango_bound(b: int, c: int, n: int, z: float) -> float:
+    """The upper end of `paired_difference_interval`; the lower one is that of the models changed about, negated."""
+
+    def excess(d: float) -> float:
+        """Of d over the bound, negative beyond it: monotone, and finite where the standard error is 0."""
+        distance = b - c - n * d
+        slope = b + c - (2 * n - b + c) * d
+        q = (slope + math.sqrt(max(slope * slope + 8 * n * c * d * (1 - d), 0.0))) / (4 * n)
+        variance = n * max(2 * q + d - d * d, 0.0)
+        length = math.hypot(distance, math.sqrt(variance))
+        return (distance / length if length else 0.0) + z / math.hypot(1, z)
+
+    estimate = (b - c) / n
+    return 1.0 if estimate == 1 else brentq(excess, estimate, 1.0, xtol=1e-15)
+
+
+def _check_confidence(confidence: float):
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence ({confidence}) must be between 0 and 1.")
 
 
 def _array(values) -> np.ndarray:

@@ -83,7 +83,7 @@ def _card_text(folder: Path, config: dict, metrics: dict, status: str | None) ->
         _card_results(metrics),
         _card_plots(folder),
         _card_training(metrics),
-        _card_use(),
+        _card_use(config),
         _card_limits(config, metrics, link),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -171,7 +171,10 @@ def _card_training(metrics: dict) -> str | None:
     return "\n\n".join(["## Training", *parts]) if parts else None
 
 
-def _card_use() -> str:
+def _card_use(config: dict) -> str:
+    where = "repo, revision=revision, trust_remote_code=True"
+    if config.get("return_dict") is False:  # the pipeline looks outputs up by name
+        where += ", return_dict=True"
     return f"""## Use
 
 The model's code is in this repository, and `trust_remote_code=True` runs it: remote code is code. Read the two Python
@@ -184,7 +187,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 repo = "{REPO_PLACEHOLDER}"
 revision = HfApi().model_info(repo).sha  # better: the 40 characters themselves, of the commit you have read
 
-model = AutoModelForImageClassification.from_pretrained(repo, revision=revision, trust_remote_code=True)
+model = AutoModelForImageClassification.from_pretrained({where})
 processor = AutoImageProcessor.from_pretrained(repo, revision=revision)
 classify = pipeline("image-classification", model=model, image_processor=processor)
 ```

@@ -6,7 +6,8 @@ python scripts/benchmark.py --sections race --dataset_name path/to/cifar10
 
 SECTION is one or more of
   model     inference and training step against the libraries that import
-  data      images per second of the data path, on one core or on the GPU
+  data      images per second of the data path, on one core or on the GPU;
+            seconds of a look at a whole data set (--dataset_name)
   trainer   what ImageTrainer adds to a bare training loop
   memory    loading a 632 M-parameter model from disk
   scale     against batch size, image size and processes
@@ -73,10 +74,11 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.arguments import ImageTrainingArguments
 from modeling_vit_scratch.augmentation import Augmentation
 from modeling_vit_scratch.conversion import export_checkpoint
-from modeling_vit_scratch.data import DecodedImages, collate, default_dataset
+from modeling_vit_scratch.data import DIGITS, DecodedImages, collate, default_dataset, load_splits
+from modeling_vit_scratch.inspection import fingerprint, inspect_splits
 from modeling_vit_scratch.optimization import parameter_groups
 from modeling_vit_scratch.trainer import ImageTrainer
-from modeling_vit_scratch.training import flops_per_image, hardware
+from modeling_vit_scratch.training import flops_per_image, hardware, make_processor
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 RECIPES = Path(__file__).parent / "recipes"
@@ -362,7 +364,20 @@ def measure_data(args: argparse.Namespace) -> dict:
                 row |= {"images_per_second": DATA_BATCH / row["seconds"]}
                 row |= {"share_of_step": 1 / (1 + faster(samples, name, "step"))}
                 rows.append({"case": title, "name": name, **row})
-    return {"rows": rows}
+        inspection = measure_inspection(args.dataset_name or DIGITS)
+    return {"rows": rows, "inspection": inspection}
+
+
+def measure_inspection(dataset_name: str) -> dict:
+    """Seconds that a run's look at its data takes: a fingerprint at every start, all else in a dry run."""
+    splits = load_splits(dataset_name, make_processor(SHOWCASE.config))
+    seconds = []
+    for look in (fingerprint, inspect_splits):
+        start = time.perf_counter()
+        look(splits)
+        seconds.append(time.perf_counter() - start)
+    images = len(splits.train) + len(splits.validation) + len(splits.test)
+    return {"dataset": dataset_name, "images": images, "fingerprint_seconds": seconds[0], "seconds": seconds[1]}
 
 
 def show_data(result: dict) -> str:
@@ -374,8 +389,13 @@ def show_data(result: dict) -> str:
         own = row["name"] == OURS
         cells = [number(row["images_per_second"]), f"{row['spread']:.0%}", "" if own else ratio(row["ours_is"])]
         lines.append([row["name"], *cells, share(row["share_of_step"])])
-    return f"{DATA_BATCH} pictures of 32 x 32; one core, or the GPU if it is the device\n" + table(
+    text = f"{DATA_BATCH} pictures of 32 x 32; one core, or the GPU if it is the device\n" + table(
         ["", "images/s", "spread", "ours is", "of a training step"], lines
+    )
+    look = result["inspection"]
+    return text + (
+        f"\n\n{look['dataset']}, {look['images']:,} images: fingerprint {number(look['fingerprint_seconds'])} s, "
+        f"inspection {number(look['seconds'])} s"
     )
 
 
@@ -766,7 +786,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     what.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda if there is one")
     what.add_argument(
-        "--dataset_name", metavar="NAME", help="of race, as in finetune.py; default: CIFAR-10, offline digits"
+        "--dataset_name",
+        metavar="NAME",
+        help="of race, as in finetune.py, and inspected by data; default: CIFAR-10, offline digits; for data digits",
     )
     output = parser.add_argument_group("output")
     output.add_argument(

@@ -6,8 +6,9 @@ python scripts/validate.py vit photos/ --split validation --flip --json
 
 MODEL is a folder, file or Hub id: of this package, or what convert.py reads.
 DATASET is a Hub id, a folder with one directory per class, or 'digits'; its
-classes are found among the model's by name. Intervals are of 95 % (Wilson);
-two models are compared on the same pictures (McNemar's exact test).
+classes are found among the model's by name. Intervals are of 95 % (Wilson's; of
+a difference, Tango's); two models are compared on the same pictures (McNemar's
+exact test).
 
 Exit status: 0; 1 if a picture cannot be read; 2 if the model, the dataset or
 an option is wrong.
@@ -53,18 +54,30 @@ def between(interval: tuple[float, float], sign: str = "") -> str:
 
 
 def summary_rows(results: list[dict]) -> list[list[str]]:
-    """The table of one model, or of two side by side; each has two columns: value and interval."""
+    """The table of one model, or of two side by side; each has two columns: value and interval.
+
+    Among five classes or fewer the right one is always in the top 5, which says nothing: that stays empty.
+    """
     heads = ["value"] if len(results) == 1 else ["A", "B"]
     rows = [["", *(cell for head in heads for cell in (head, "95 % interval"))]]
 
     def add(name, *cells):
         rows.append([name, *(part for cell in cells for part in cell)])
 
-    for name, key in (("top-1", "accuracy"), ("top-5", "top5_accuracy")):
-        add(name, *((percent(r[key]), between(r[f"{key}_interval"])) for r in results))
+    def add_accuracies(suffix: str, parts: list[dict]):
+        add(f"top-1{suffix}", *((percent(r["accuracy"]), between(r["accuracy_interval"])) for r in parts))
+        cells = [
+            (percent(r["top5_accuracy"]), between(r["top5_accuracy_interval"]))
+            if len(r["class_names"]) > 5
+            else ("", "")
+            for r in parts
+        ]
+        if any(value for value, _ in cells):
+            add(f"top-5{suffix}", *cells)
+
+    add_accuracies("", results)
     if "flip" in results[0]:
-        for name, key in (("top-1, with flip", "accuracy"), ("top-5, with flip", "top5_accuracy")):
-            add(name, *((percent(r["flip"][key]), between(r["flip"][f"{key}_interval"])) for r in results))
+        add_accuracies(", with flip", [r["flip"] for r in results])
     add("mean confidence", *((percent(r["mean_confidence"]), "") for r in results))
     add("calibration error", *((percent(r["expected_calibration_error"]), "") for r in results))
     add("cross-entropy", *((f"{r['loss']:.4f}", "") for r in results))

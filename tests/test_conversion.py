@@ -1030,6 +1030,20 @@ def test_own_folder(own, tmp_path, caplog):
         convert_checkpoint(tmp_path, intermediate_size=64)
 
 
+def test_outputs_have_names_even_if_the_config_says_tuples(own, tmp_path):
+    pixels = torch.randn(1, 3, 24, 24)
+    expected = own(pixels).logits
+    own.config.return_dict = False
+    own.save_pretrained(tmp_path)
+    torch.testing.assert_close(convert_checkpoint(tmp_path)(pixels).logits, expected)
+    assert convert_checkpoint(tmp_path).vit(pixels).pooler_output.shape == (1, 32)
+    for model in (
+        ViTScratchForImageClassification.from_pretrained(tmp_path),
+        convert_checkpoint(tmp_path, return_dict=False),
+    ):
+        assert isinstance(model(pixels), tuple)
+
+
 def test_own_fixed_positions(tmp_path):
     config = ViTScratchConfig(**SIZES, intermediate_size=48, position_embedding_type="sincos")
     model = randomised(ViTScratchForImageClassification(config))
@@ -1534,6 +1548,19 @@ def test_verify_runs_transformers_own_class(name, tmp_path):
         expected += ["logits"] if name.endswith("ForImageClassification") else []
         assert list(proof.differences) == expected
         assert proof.top5 == (2 if "logits" in expected else None)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "ViTModel", "Dinov2Model", "ViTMAEForPreTraining"])
+def test_verify_where_the_config_says_tuples(name, tmp_path):
+    _, theirs = of_transformers(name, return_dict=False)
+    theirs.save_pretrained(tmp_path)
+    proof = verify_checkpoint(tmp_path)
+    assert proof.passed and ("tanh layer" in proof.differences) == (name == "ViTModel")
+    assert ("logits" in proof.differences) == (name == "ViTForImageClassification")
+    if "logits" in proof.differences:
+        ours = convert_checkpoint(tmp_path)
+        ours.config.return_dict = False
+        assert verify_checkpoint(tmp_path, model=ours).passed
 
 
 @pytest.mark.parametrize(

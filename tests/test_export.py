@@ -155,6 +155,19 @@ def test_a_file_that_computes_something_else_is_not_kept(trained, formats, tmp_p
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_model_whose_config_says_tuples(trained, tmp_path, capsys):
+    model = trained[0]
+    (tmp_path / "tuples").mkdir()
+    config = {**json.loads((trained[1] / "config.json").read_text()), "return_dict": False}
+    for file in trained[1].iterdir():
+        (tmp_path / "tuples" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tuples" / "config.json").write_text(json.dumps(config))
+    words = [tmp_path / "tuples", tmp_path / "out", "--formats", "program", "--repeats", 1, "--dataset", "digits"]
+    assert run(capsys, *words, "--max_samples", 9)[0] == 0
+    logits = torch.export.load(tmp_path / "out" / "model.pt2").module()(pictures(2))
+    torch.testing.assert_close(logits, model(pictures(2)).logits, atol=1e-4, rtol=0)
+
+
 @needs_onnx
 def test_a_model_of_another_library_and_one_without_classes(tmp_path, capsys):
     fields = {name: value for name, value in FIELDS.items() if name != "num_channels"}

@@ -22,6 +22,7 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch import hub as hub_module
@@ -152,6 +153,17 @@ def test_card_says_what_the_files_say(folder):
         assert text in card.text, text
     shown = re.findall(r"\]\(plots/(\w+)\.png\)", card.text)
     assert shown == ["training_curves", "confusion_matrix", "another"]
+
+
+def test_card_code_runs_where_the_config_says_tuples(folder):
+    edit_json("config.json", return_dict=False)(folder)
+    code = re.search(r"```python\n(.*?)```", ModelCard.load(write_model_card(folder)).text, re.S)[1]
+    code = re.sub("repo = .*", f"repo = {str(folder)!r}", re.sub("revision = .*", "revision = None", code))
+    # Some versions of transformers export it only beside torchvision.
+    code = code.replace("import AutoImageProcessor, ", "import ")
+    names = {"AutoImageProcessor": AutoImageProcessor}
+    exec(code, names)
+    assert {answer["label"] for answer in names["classify"](Image.new("RGB", (20, 20)))} == set(CLASSES)
 
 
 def test_card_invents_nothing(folder):
@@ -494,11 +506,10 @@ def test_a_server_that_accepts_and_never_answers(folder, hub, no_waiting, where,
     make_model(seed=1).save_pretrained(folder)
     before, head = digest(folder), hub.head("me/x")
     monkeypatch.setattr(hub_module, "TIMEOUT_SECONDS", 1.0)
-    hub.fault(*where, "hang")
-    start = time.monotonic()
+    silent = hub.fault(*where, "hang")
     with pytest.raises(hub_module.HubError, match="Timeout"):
         hub_module.push_folder(folder, "me/x")
-    assert time.monotonic() - start < 10
+    assert silent.hits == 1  # given up at the first, while the server still holds it
     monkeypatch.setattr(hub_module, "TIMEOUT_SECONDS", 60)
     assert_untouched_then_retry(folder, hub, before, head)
 
@@ -821,6 +832,17 @@ def test_verify_runs_no_code_but_ours_and_notices_a_repository_that_needs_the_pa
     HfApi().upload_file(path_or_fileobj=folder / "config.json", path_in_repo="config.json", repo_id="me/x")
     with pytest.raises(hub_module.HubError, match="its auto_map names other classes than ours"):
         hub_module.verify_repo("me/x")
+
+
+@pytest.mark.slow
+def test_verify_where_the_config_says_tuples(folder, hub):
+    edit_json("config.json", return_dict=False)(folder)
+    hub_module.push_folder(folder, "me/x")
+    assert set(hub_module.verify_repo("me/x", folder=folder).shapes) == {
+        "last_hidden_state",
+        "logits",
+        "picture_logits",
+    }
 
 
 DATA = """

@@ -14,7 +14,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.data import load_image, load_split, load_splits
 from modeling_vit_scratch.inference import Predictor, compare, find_device, match_classes, measure
-from modeling_vit_scratch.metrics import wilson_interval
+from modeling_vit_scratch.metrics import paired_difference_interval, wilson_interval
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +216,17 @@ def test_an_encoder_has_features_only(tmp_path):
     assert answers.probabilities is None and answers.features.shape == (2, 4)
 
 
+def test_a_model_whose_config_says_tuples(predictor, tmp_path):
+    own = save(colour_model(return_dict=False), tmp_path / "tuples")
+    split = load_split(paint_folder(tmp_path / "data", red=[RED], blue=[BLUE, GREEN]))
+    for result, expected in zip(
+        vars(own.answers(*split)).items(), vars(predictor.answers(*split)).items(), strict=True
+    ):
+        assert result[0] == "seconds" or result[1] is expected[1] is None or torch.equal(result[1], expected[1])
+    assert own(own.pixels([paint(RED)]), output_attentions=True).attentions[0].shape == (1, 1, 4, 4)
+    assert own.throughput(batch_size=2, seconds=0.0) > 0
+
+
 def test_throughput_is_counted(predictor):
     assert 0 < predictor.throughput(batch_size=2, seconds=0.0) < math.inf
 
@@ -252,8 +263,9 @@ def test_compare_by_hand(predictor, tmp_path):
     assert {key: test[key] for key in ("only_a", "only_b", "examples")} == {"only_a": 6, "only_b": 1, "examples": 10}
     assert test["p_value"] == pytest.approx(2 * (1 + 7) / 2**7)
     assert test["difference"] == pytest.approx(0.5)
-    low, high = wilson_interval(6, 7)
-    assert test["difference_interval"] == pytest.approx((0.7 * (2 * low - 1), 0.7 * (2 * high - 1)))
+    assert test["difference_interval"] == paired_difference_interval(6, 1, 10)
     same = compare(predictor.answers(*split), predictor.answers(*split))
-    assert (same["p_value"], same["difference"], same["difference_interval"]) == (1.0, 0.0, (0.0, 0.0))
+    assert (same["p_value"], same["difference"]) == (1.0, 0.0)
+    low, high = same["difference_interval"]  # ten images on which they do not differ are no proof that they never do
+    assert low == -high and high > 0.2
     assert NAMES[0] == "red"

@@ -295,16 +295,40 @@ def test_durations():
             parse_duration(text)
 
 
-def test_a_time_budget_settles_the_steps_and_a_resumed_run_keeps_them(tmp_path, capsys):
-    argv = options(tmp_path, num_train_epochs=999, time_budget="14s", lr_scheduler_type="linear", logging_steps=1)
+@pytest.fixture
+def clock(monkeypatch):
+    """A run's clock, in place of the machine's: a training batch takes `step` seconds, any other `measure`."""
+    clock = SimpleNamespace(now=0.0, step=10.0, measure=1.0)
+    compute_loss = ImageTrainer.compute_loss
+
+    def slow_compute_loss(trainer, model, *args, **kwargs):
+        clock.now += clock.step if model.training else clock.measure
+        return compute_loss(trainer, model, *args, **kwargs)
+
+    monkeypatch.setattr(ImageTrainer, "compute_loss", slow_compute_loss)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def steps_of(folder) -> int:
+    return json.loads((folder / "metrics.json").read_text())["training"]["steps"]
+
+
+def test_a_time_budget_settles_the_steps_and_a_resumed_run_keeps_them(tmp_path, capsys, clock):
+    argv = options(tmp_path, num_train_epochs=999, time_budget="10m", lr_scheduler_type="linear", logging_steps=1)
     assert finetune.main(argv) == 0
-    steps = json.loads((tmp_path / "metrics.json").read_text())["training"]["steps"]
+    steps = steps_of(tmp_path)
+    assert 0.85 * 600 < clock.now <= 600  # rehearsal, training, validation and the last measurements
     rates = [float(row["learning_rate"]) for row in history(tmp_path) if row["loss"]]
     assert len(rates) == steps and rates[-1] == pytest.approx(1e-3 / steps, rel=1e-3)  # annealed to its end
     for checkpoint in checkpoints.list_checkpoints(tmp_path)[:1]:
         checkpoint.rename(tmp_path / "set aside")
+    clock.step = 30.0  # would change the number of a new run
     assert finetune.main([*argv, "--resume_from_checkpoint", "last"]) == 0
-    assert json.loads((tmp_path / "metrics.json").read_text())["training"]["steps"] == steps
+    assert steps_of(tmp_path) == steps
+    clock.now = 0.0
+    assert finetune.main([*argv, "--output_dir", str(tmp_path / "slow")]) == 0
+    assert 1 < steps_of(tmp_path / "slow") < steps / 2 and clock.now <= 600
     assert finetune.main(options(tmp_path / "b", time_budget="1s")) == 2
     assert "time_budget" in capsys.readouterr().err
 
@@ -368,12 +392,11 @@ def test_a_time_budget_holds_all_that_a_run_does(monkeypatch, settings, evaluati
     assert 0.92 * 600 < total <= 600
 
 
-def test_a_rehearsal_leaves_no_trace(tmp_path, monkeypatch):
+def test_a_rehearsal_leaves_no_trace(tmp_path, clock):
     """With the number of steps it would choose, a run under a budget is the run without one."""
-    monkeypatch.setattr(training, "FINISH_SECONDS", 0.0)
-    argv = options(tmp_path / "budget", config_overrides=RANDOM, time_budget="6s", muon_learning_rate=0.02)
+    argv = options(tmp_path / "budget", config_overrides=RANDOM, time_budget="5m", muon_learning_rate=0.02)
     assert finetune.main(argv) == 0
-    steps = json.loads((tmp_path / "budget" / "metrics.json").read_text())["training"]["steps"]
+    steps = steps_of(tmp_path / "budget")
     plain = options(tmp_path / "plain", config_overrides=RANDOM, max_steps=steps, muon_learning_rate=0.02)
     assert finetune.main(plain) == 0
     a, b = weights(tmp_path / "budget"), weights(tmp_path / "plain")

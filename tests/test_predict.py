@@ -212,6 +212,13 @@ def test_labels_from_a_file(script, photos, model, tmp_path, capsys):
     assert "names 1 classes, but there are 3" in capsys.readouterr().err
 
 
+def test_a_model_whose_config_says_tuples(script, model, photos, tmp_path, capsys):
+    colour_model(return_dict=False).save_pretrained(tmp_path / "tuples")
+    processor().save_pretrained(tmp_path / "tuples")
+    named = results(script, capsys, photos, "--model", model)
+    assert results(script, capsys, photos, "--model", tmp_path / "tuples") == named
+
+
 def test_several_classes_at_once(script, photos, tmp_path, capsys):
     colour_model(problem_type="multi_label_classification").save_pretrained(tmp_path / "several")
     processor().save_pretrained(tmp_path / "several")
@@ -246,13 +253,13 @@ def test_a_model_without_a_classifier_or_a_processor(script, photos, tmp_path, c
 
 
 def test_progress_is_shown_when_it_takes_long(script, model, photos, capsys, monkeypatch):
-    import time
-
-    slow = script.load_image
+    now, fast = [0.0], script.load_image
 
     def load_image(*arguments):
-        time.sleep(0.8)
-        return slow(*arguments)
+        now[0] += 0.8
+        return fast(*arguments)
+
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
 
     assert script.main([str(photos), "--model", model]) == 0
     assert "picture/s" not in capsys.readouterr().err

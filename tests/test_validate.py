@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from colours import BLUE, GREEN, RED, colour_model, processor
+from colours import BLUE, GREEN, NAMES, RED, colour_model, processor
 from runs import load_script
 from test_inference import paint_folder
 
@@ -57,11 +57,28 @@ def test_one_model(script, model, data, capsys):
     rows = {line.split("  ")[0]: line.split() for line in out.splitlines() if line}
     low, high = wilson_interval(9, 10)
     assert rows["top-1"][1:] == ["90.00", "%", f"{100 * low:.2f}", "to", f"{100 * high:.2f}"]
-    assert rows["top-5"][1:3] == ["100.00", "%"]
+    assert "top-5" not in out  # of three classes
     assert rows["calibration error"] and rows["pictures/s"]
     assert rows["red"][1:4] == ["4", "75.00", "%"] and rows["blue"][1:4] == ["3", "100.00", "%"]
     assert re.search(r" 0 red +3 +· +1\n 1 green +· +3 +·\n 2 blue +· +· +3\n", out)
     assert "10 pictures of 3 classes" in out and "flip" not in out
+
+
+def test_top_5_is_shown_where_it_says_something(script, model, biased, data, tmp_path, capsys):
+    names = {**NAMES, 3: "a", 4: "b"}
+    five = save(colour_model(id2label=names), tmp_path / "five")
+    six = save(colour_model(id2label={**names, 5: "c"}), tmp_path / "six")
+    for words, expected in (
+        ([five], []),
+        ([six], ["top-5", "top-5, with flip"]),
+        ([model, biased], []),
+        ([model, six], ["top-5", "top-5, with flip"]),
+    ):
+        lines = run(script, capsys, *words, data, "--flip")[1].splitlines()
+        assert [line.split("  ")[0] for line in lines if line.startswith("top-5")] == expected
+    # The last: empty for the model of three classes, and the other's under its letter.
+    head, row = (next(line for line in lines if line.startswith(start)) for start in ("    ", "top-5 "))
+    assert row.count("%") == 1 and row.index("%") == head.index("B")
 
 
 def test_json(script, model, data, capsys):
