@@ -191,6 +191,8 @@ class ImageSplits:
         class_names: By label.
         mean: Of the training pixels per channel, in [0, 1].
         std: Likewise, standard deviation.
+        records: Where the images of each split are.
+        columns: Names of (image, label) in the dataset; no label's where none is read.
     """
 
     name: str
@@ -201,10 +203,18 @@ class ImageSplits:
     mean: list[float]
     std: list[float]
     records: dict[str, Records] = field(repr=False)
+    columns: tuple[str, str | None]
 
 
 def find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str, ...], kind: str) -> str:
-    """The name of the "image" or "label" column: the one that is wanted, or the likeliest."""
+    """The name of the "image" or "label" column: the one that is wanted, or the only one that it can be.
+
+    A column with a usual name wins over others that could be it, in the order of `known`: image, not mask; fine_label,
+    not coarse_label (CIFAR-100); a string called label, not a ClassLabel called domain.
+
+    Raises:
+        ValueError: There is no such column, none at all, or several and none of a usual name.
+    """
     if wanted is not None:
         if wanted not in dataset.column_names:
             near = difflib.get_close_matches(wanted, dataset.column_names, n=1, cutoff=0.0)
@@ -216,8 +226,12 @@ def find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str,
     feature = datasets.Image if kind == "image" else datasets.ClassLabel
     typed = [name for name, value in dataset.features.items() if isinstance(value, feature)]
     named = [name for name in known if name in dataset.column_names]
-    # Of several images or labels the one of a usual name: image, not mask; fine_label, not coarse_label (CIFAR-100).
-    for candidates in ([name for name in named if name in typed], typed, named):
+    can_be = [name for name in named if name in typed or (kind == "label" and _holds_names(dataset.features[name]))]
+    for candidates in (can_be[:1], typed, named[:1]):  # the last for the error that says what it holds
+        if len(candidates) > 1:
+            raise ValueError(
+                f"columns {', '.join(candidates)} could each be the {kind}s; name one with --{kind}_column_name."
+            )
         if candidates:
             return candidates[0]
     raise ValueError(
@@ -225,13 +239,30 @@ def find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str,
     )
 
 
+def _train_of(dataset: datasets.DatasetDict) -> datasets.Dataset:
+    if "train" not in dataset:
+        raise ValueError(f"there is no 'train' split; the dataset has {', '.join(dataset) or 'none'}.")
+    return dataset["train"]
+
+
+def find_columns(dataset: datasets.Dataset, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    """Names of the (image, label) columns; see `find_column`."""
+    return (
+        find_column(dataset, image_column, IMAGE_COLUMNS, "image"),
+        find_column(dataset, label_column, LABEL_COLUMNS, "label"),
+    )
+
+
+def _holds_names(feature) -> bool:
+    """Whether a column holds whole numbers or names."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))
+
+
 def _class_names(dataset: datasets.Dataset, label_column: str, split: str) -> list[str]:
     feature = dataset.features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    if not (
-        isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))
-    ):
+    if not _holds_names(feature):
         raise ValueError(
             f"column {label_column!r} of split {split!r} holds {feature}, e.g. {dataset[0][label_column]!r}; "
             "labels are whole numbers or names."
@@ -311,10 +342,7 @@ def load_records(
     Returns:
         Split name ("train", "validation", and "test" where there is one) -> records; and the class names.
     """
-    if "train" not in dataset:
-        raise ValueError(f"there is no 'train' split; the dataset has {', '.join(dataset) or 'none'}.")
-    image_column = find_column(dataset["train"], image_column, IMAGE_COLUMNS, "image")
-    label_column = find_column(dataset["train"], label_column, LABEL_COLUMNS, "label")
+    columns = find_columns(_train_of(dataset), image_column, label_column)
     chosen = {"train": "train"}
     validation = next((name for name in VALIDATION_SPLITS if name in dataset), None)
     chosen |= {"validation": validation} if validation else {}
@@ -322,7 +350,7 @@ def load_records(
     class_names = None
     records = {}
     for split, name in chosen.items():
-        records[split], class_names = check_split(dataset[name], (image_column, label_column), class_names, name)
+        records[split], class_names = check_split(dataset[name], columns, class_names, name)
     if len(class_names) < 2:
         raise ValueError(f"there is only one class ({class_names[0]!r}); classification needs at least two.")
     empty = np.flatnonzero(np.bincount(records["train"].labels, minlength=len(class_names)) == 0)
@@ -350,13 +378,11 @@ def load_pictures(
 
     Arguments as for `load_splits`.
     """
+    column = find_column(_train_of(dataset), image_column, IMAGE_COLUMNS, "image")
     validation = next((name for name in VALIDATION_SPLITS if name in dataset), None)
     records = {}
     for split, name in (("train", "train"), ("validation", validation)):
         if name is not None:
-            if name not in dataset:
-                raise ValueError(f"there is no 'train' split; the dataset has {', '.join(dataset) or 'none'}.")
-            column = find_column(dataset[name], image_column, IMAGE_COLUMNS, "image")
             _check_columns(dataset[name], (column,), name)
             records[split] = _records(dataset[name], column, np.zeros(len(dataset[name]), np.int64), name)
     if validation is None:
@@ -568,9 +594,11 @@ def load_splits(
     raw = load_raw(name, config_name, data_files, cache_dir, token, size, labelled=labelled)
     limits = train_val_split, max_train_samples, max_eval_samples, seed
     if labelled:
-        records, class_names = load_records(raw, image_column, label_column, *limits)
+        columns = find_columns(_train_of(raw), image_column, label_column)
+        records, class_names = load_records(raw, *columns, *limits)
     else:
-        records, class_names = load_pictures(raw, image_column, *limits), []
+        columns = find_column(_train_of(raw), image_column, IMAGE_COLUMNS, "image"), None
+        records, class_names = load_pictures(raw, columns[0], *limits), []
     splits = {split: decode(part, processor, num_channels) for split, part in records.items()}
     if splits["train"] is None:
         sample = np.linspace(0, len(records["train"]) - 1, min(len(records["train"]), 512)).astype(int)
@@ -583,4 +611,6 @@ def load_splits(
         if splits[split] is None:
             scale = crop_scale if split == "train" else None
             splits[split] = LazyImages(part, processor, num_channels, scale, seed)
-    return ImageSplits(name, splits["train"], splits["validation"], splits.get("test"), class_names, mean, std, records)
+    return ImageSplits(
+        name, splits["train"], splits["validation"], splits.get("test"), class_names, mean, std, records, columns
+    )

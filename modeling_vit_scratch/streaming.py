@@ -16,13 +16,11 @@ from datasets.distributed import split_dataset_by_node
 
 from .augmentation import crop_box
 from .data import (
-    IMAGE_COLUMNS,
-    LABEL_COLUMNS,
     ImageSplits,
     LazyImages,
     check_split,
     decode,
-    find_column,
+    find_columns,
     pixel_statistics,
     to_tensor,
 )
@@ -204,10 +202,7 @@ def load_streaming(
     if "train" not in raw:
         raise ValueError(f"there is no 'train' split; the dataset has {', '.join(raw) or 'none'}.")
     streams = {split: _as_stream(raw[split], split) for split in raw}
-    columns = (
-        find_column(streams["train"], image_column, IMAGE_COLUMNS, "image"),
-        find_column(streams["train"], label_column, LABEL_COLUMNS, "label"),
-    )
+    columns = find_columns(streams["train"], image_column, label_column)
     given = next((split for split in VALIDATION_SPLITS if split in streams), None)
     used = ["train", *filter(None, [given]), *(["test"] if "test" in streams else [])]
     streams = {split: _undecoded(streams[split], columns, split) for split in used}
@@ -241,7 +236,7 @@ def load_streaming(
         train,
         columns, class_names, processor, num_channels, crop_scale, seed, rank, world_size, buffer_size, held_out,
     )  # fmt: skip
-    return ImageSplits(name, images, parts["validation"], parts.get("test"), class_names, mean, std, records)
+    return ImageSplits(name, images, parts["validation"], parts.get("test"), class_names, mean, std, records, columns)
 
 
 def _as_stream(dataset: datasets.Dataset | datasets.IterableDataset, split: str) -> datasets.IterableDataset:

@@ -260,7 +260,8 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
         f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}",
         "parameters": f"{trainer.model.num_parameters():,}{_frozen(trainer.model)}",
         "FLOPs per image": f"{flops_per_image(trainer.model):,} (forward)",
-        "data": f"{splits.name}: {', '.join(sizes)} images, {classes}{height}x{width} px",
+        "data": f"{splits.name}: {', '.join(sizes)} images, {classes}{height}x{width} px, "
+        f"column{'s' * (splits.columns[1] is not None)} {' and '.join(filter(None, splits.columns))}",
         "global batch": f"{global_batch} = {args.per_device_train_batch_size} per device x {args.world_size} "
         f"process{'es' * (args.world_size > 1)} x {args.gradient_accumulation_steps} accumulated",
         "steps": f"{steps:,}{epochs}",

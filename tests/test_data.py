@@ -398,6 +398,58 @@ def test_usual_columns_come_before_others_of_their_type():
     assert np.array_equal(records["train"].image(0, 3), make_image(500 + int(records["train"].rows[0])))
 
 
+def with_columns(**columns) -> datasets.DatasetDict:
+    """Twelve images, without their label, and these columns: values, in turn, and their feature."""
+    part = make_dataset(12).remove_columns("label")
+    for name, (values, feature) in columns.items():
+        part = part.add_column(name, [values[i % len(values)] for i in range(12)], feature=feature)
+    return datasets.DatasetDict(train=part)
+
+
+DOMAINS = ([0, 1, 2], datasets.ClassLabel(names=["photo", "sketch", "painting"]))
+NAMED = (["x", "y"], datasets.Value("string"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [
+        ({"domain": DOMAINS, "label": NAMED}, ["x", "y"]),
+        ({"domain": DOMAINS, "target": ([3, 4], datasets.Value("int64"))}, ["3", "4"]),
+        ({"label": ([0.5, 1.5], datasets.Value("float32")), "domain": DOMAINS}, DOMAINS[1].names),  # a score
+        ({"caption": NAMED, "domain": DOMAINS}, DOMAINS[1].names),
+    ],
+    ids=["names called label", "numbers called target", "a label that is none", "no usual name"],
+)
+def test_a_usual_name_wins(columns, names):
+    assert load_records(with_columns(**columns), train_val_split=0.25)[1] == names
+
+
+def test_a_file_name_called_image_is_no_image(tmp_path):
+    part = make_dataset(12, image="scan").add_column("image", ["a.png"] * 12)
+    splits = load_splits(write_hub_layout(tmp_path, train=part), make_processor(), train_val_split=0.25)
+    assert splits.columns == ("scan", "label")
+
+
+def test_several_columns_of_no_usual_name_are_refused():
+    with pytest.raises(ValueError, match=r"columns a, b could each be the labels; name one with --label_column_name\."):
+        load_records(with_columns(a=DOMAINS, b=DOMAINS))
+    assert load_records(with_columns(a=DOMAINS, b=DOMAINS), label_column="b", train_val_split=0.25)[1]
+    scans = list(make_dataset(12).cast_column("image", datasets.Image(decode=False))["image"])
+    part = make_dataset(12, image="left").add_column("right", scans, feature=datasets.Image())
+    with pytest.raises(ValueError, match=r"left, right could each be the images; name one with --image_column_name\."):
+        load_records(datasets.DatasetDict(train=part))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_columns_are_told(tmp_path, monkeypatch, lazy):
+    if lazy:
+        monkeypatch.setattr(data, "MAX_DECODED_BYTES", 0)
+    folder = write_hub_layout(tmp_path, train=make_dataset(12, image="scan", label="kind"))
+    assert load_splits(folder, make_processor(), train_val_split=0.25).columns == ("scan", "kind")
+    unlabelled = load_splits(folder, make_processor(), train_val_split=0.25, labelled=False)
+    assert unlabelled.columns == ("scan", None)
+
+
 @pytest.mark.parametrize(
     ("values", "names"),
     [

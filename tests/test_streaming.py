@@ -260,6 +260,7 @@ def test_given_splits_are_read_whole(tmp_path):
     assert sorted(number_of(image) for image in splits.validation.images) == list(range(10_000, 10_012))
     assert sorted(number_of(image) for image in splits.test.images) == list(range(20_000, 20_009))
     assert splits.class_names == CLASSES
+    assert splits.columns == ("img", "label")
     mean, std = data.pixel_statistics(torch.stack([sample_pixels(n) for n in range(40)]))
     np.testing.assert_allclose(splits.mean, mean, atol=1e-4)  # fewer than 512: all of them
     np.testing.assert_allclose(splits.std, std, atol=1e-4)
