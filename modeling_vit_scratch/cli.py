@@ -101,7 +101,9 @@ def add_split_options(group):
     group.add_argument("--dataset_config_name", metavar="NAME", help="which of a Hub dataset's configurations")
     group.add_argument("--image_column_name", metavar="NAME", help="found if not named")
     group.add_argument("--label_column_name", metavar="NAME", help="found if not named")
-    group.add_argument("--max_samples", type=at_least_one, metavar="N", help="so many pictures only, drawn at random")
+    group.add_argument(
+        "--max_samples", type=at_least_one, metavar="N", help="so many images only, the same share of each class"
+    )
 
 
 def read_split(arguments: argparse.Namespace, image_hw: tuple[int, int]) -> tuple[Records, list[str]]:

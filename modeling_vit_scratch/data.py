@@ -328,6 +328,36 @@ def _stratified_cut(labels: np.ndarray, share: float, seed: int) -> tuple[np.nda
     return np.sort(kept), np.sort(cut)
 
 
+def draw(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """`limit` of the indices of some images, or all if there are no more, in order: int64 (n,).
+
+    Every class gives the same share, as nearly as whole images allow, and at least one image; where there are fewer
+    images than classes, the largest classes give one, drawn among those of one size.
+
+    Args:
+        labels: Class indices (N,).
+        limit: Images to draw.
+        seed: Of which ones.
+    """
+    if limit >= len(labels):
+        return np.arange(len(labels))
+    rng = np.random.default_rng(seed)
+    counts = np.bincount(labels)
+    shares = counts * (limit / len(labels))
+    ties = 1e-9 * rng.random(len(counts))
+    taken = np.floor(shares + ties).astype(np.int64)
+    if limit >= np.count_nonzero(counts):
+        taken = np.maximum(taken, counts > 0)
+    while taken.sum() < limit:
+        taken[np.argmax(np.where(taken < counts, shares - taken + ties, -np.inf))] += 1
+    while taken.sum() > limit:  # what small classes got too much
+        taken[np.argmax(np.where(taken > 1, taken - shares + ties, -np.inf))] -= 1
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
+    place = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]
+    return np.sort(order[place < taken[labels[order]]])
+
+
 def load_records(
     dataset: datasets.DatasetDict,
     image_column: str | None = None,
@@ -359,11 +389,21 @@ def load_records(
     if "validation" not in records:
         kept, cut = _stratified_cut(records["train"].labels, train_val_split, seed)
         records["train"], records["validation"] = records["train"].select(kept), records["train"].select(cut)
+    if max_train_samples is not None and max_train_samples < len(class_names):
+        raise ValueError(
+            f"max_train_samples ({max_train_samples}) must be at least the number of classes ({len(class_names)}), one "
+            f"image of each; use {len(class_names)} or more."
+        )
     limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_eval_samples}
-    for split, limit in limits.items():
-        if limit is not None and split in records and limit < len(records[split]):
-            records[split] = records[split].select(_drawn(len(records[split]), limit, seed))
-    return records, class_names
+    return _limited(records, limits, seed), class_names
+
+
+def _limited(records: dict[str, Records], limits: dict[str, int | None], seed: int) -> dict[str, Records]:
+    """Of each split at most so many images; see `draw`."""
+    return {
+        split: part if limits[split] is None else part.select(draw(part.labels, limits[split], seed))
+        for split, part in records.items()
+    }
 
 
 def load_pictures(
@@ -374,7 +414,7 @@ def load_pictures(
     max_eval_samples: int | None = None,
     seed: int = 42,
 ) -> dict[str, Records]:
-    """Pictures to learn from without labels, and those held out; a test split is left alone. Every label is 0.
+    """Images to learn from without labels, and those held out, at random; a test split is left alone. Every label is 0.
 
     Arguments as for `load_splits`.
     """
@@ -395,10 +435,7 @@ def load_pictures(
             )
         order = np.random.default_rng(seed).permutation(count)
         records = {"train": train.select(np.sort(order[held_out:])), "validation": train.select(order[:held_out])}
-    for split, limit in (("train", max_train_samples), ("validation", max_eval_samples)):
-        if limit is not None and limit < len(records[split]):
-            records[split] = records[split].select(_drawn(len(records[split]), limit, seed))
-    return records
+    return _limited(records, {"train": max_train_samples, "validation": max_eval_samples}, seed)
 
 
 def load_split(
@@ -419,7 +456,7 @@ def load_split(
             none. None for test; where there is none, for the dataset's validation split, or else its first one, whole.
         image_column: Name of the picture column; found if None.
         label_column: Name of the label column; found if None.
-        max_samples: So many pictures only, drawn with `seed`.
+        max_samples: So many images only, drawn with `seed`, the same share of each class; see `draw`.
         seed: Also of the validation cut.
 
     Returns:
@@ -444,14 +481,9 @@ def load_split(
     )
     class_names = _class_names(raw[first], columns[1], first)
     records, class_names = check_split(raw[given[split]], columns, class_names, given[split])
-    if max_samples is not None and max_samples < len(records):
-        records = records.select(_drawn(len(records), max_samples, seed))
+    if max_samples is not None:
+        records = records.select(draw(records.labels, max_samples, seed))
     return records, class_names
-
-
-def _drawn(count: int, limit: int, seed: int) -> np.ndarray:
-    """`limit` of `count` indices, in order."""
-    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
 
 
 def check_split(
@@ -572,8 +604,9 @@ def load_splits(
         num_channels: 1 or 3.
         image_column: Name of the picture column; found if None.
         label_column: Name of the label column; found if None.
-        train_val_split: Share in (0, 1) of train that becomes validation where the dataset has none.
-        max_train_samples: Train on so many pictures only, drawn with `seed`.
+        train_val_split: Share in (0, 1) of train that becomes validation where the dataset has none: the same share of
+            each class, or, of images without labels, any.
+        max_train_samples: Train on so many images only, drawn with `seed`, the same share of each class (`draw`).
         max_eval_samples: Likewise for validation and test.
         crop_scale: For pictures that are decoded one by one: see `LazyImages`.
         seed: Of the validation cut and of random crops.

@@ -181,10 +181,10 @@ def load_streaming(
 ) -> ImageSplits:
     """Like `data.load_splits`, for a dataset that is read over the network while it is trained on.
 
-    Validation and test are read whole, or their first `max_eval_samples` pictures. Where there is no validation split,
-    pictures of train are held out by a digest of their bytes, `train_val_split` of them, and the first
-    `max_eval_samples` (5,000 if None) of these are validated on. Mean and standard deviation are those of the first
-    512 training pictures.
+    Validation and test are read whole, or `max_eval_samples` of their first images. Where there is no validation split,
+    images of train are held out by a digest of their bytes, about `train_val_split` of them, and `max_eval_samples`
+    (5,000 if None) of the first of these are validated on. Neither looks at labels: classes give the same share by
+    chance only. Mean and standard deviation are those of the first 512 training images.
 
     Args:
         rank: Of this process.

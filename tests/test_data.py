@@ -506,6 +506,47 @@ def test_samples_are_drawn_by_seed():
     assert rows(0, max_train_samples=1000) == rows(0)
 
 
+@pytest.mark.parametrize(
+    ("counts", "limit", "expected"),
+    [
+        ([500, 500, 500, 500], 40, [10, 10, 10, 10]),
+        ([400, 200, 100, 40], 74, [40, 20, 10, 4]),
+        ([300, 100], 7, [5, 2]),
+        ([1000, 10, 5], 30, [28, 1, 1]),  # at least one of each
+        ([1000, 1, 0, 1], 3, [1, 1, 0, 1]),
+        ([50, 3], 100, [50, 3]),
+    ],
+)
+def test_samples_are_drawn_alike_from_each_class(counts, limit, expected):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    np.random.default_rng(0).shuffle(labels)
+    drawn = data.draw(labels, limit, 0)
+    assert np.bincount(labels[drawn], minlength=len(counts)).tolist() == expected
+    assert np.array_equal(drawn, np.unique(drawn)) and len(drawn) == min(limit, len(labels))
+    assert np.array_equal(data.draw(labels, limit, 0), drawn)
+
+
+def test_whole_images_go_round_by_chance():
+    """Of what cannot be shared alike, no class gets more over many draws, and no image either."""
+    labels = np.repeat(np.arange(4), 5)
+    drawn = np.concatenate([data.draw(labels, 2, seed) for seed in range(2000)])
+    classes, images = np.bincount(labels[drawn]), np.bincount(drawn, minlength=20)
+    assert abs(classes - 1000).max() < 4.5 * 1000**0.5 and abs(images - 200).max() < 4.5 * 200**0.5
+    assert all(len(set(labels[data.draw(labels, 2, seed)])) == 2 for seed in range(20))
+
+
+def test_limits_of_a_run_are_shared_alike():
+    raw = datasets.DatasetDict(train=make_dataset(600, (4, 4)), test=make_dataset(300, (4, 4)))
+    records, _ = load_records(raw, max_train_samples=90, max_eval_samples=30)
+    shares = {split: np.bincount(part.labels).tolist() for split, part in records.items()}
+    assert shares == {"train": [30] * 3, "validation": [10] * 3, "test": [10] * 3}
+    with pytest.raises(
+        ValueError, match=r"max_train_samples \(2\) must be at least the number of classes \(3\).*use 3"
+    ):
+        load_records(raw, max_train_samples=2)
+    assert len(load_records(raw, max_eval_samples=2)[0]["validation"]) == 2
+
+
 def test_mean_and_std():
     rng = np.random.default_rng(0)
     images = np.clip(rng.normal([[[[60]], [[120]], [[200]]]], [[[[5]], [[40]], [[80]]]], (500, 3, 9, 7)), 0, 255)
