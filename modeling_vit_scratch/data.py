@@ -48,6 +48,25 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 MAX_DECODED_BYTES = 4e9
 # Pictures that mean and standard deviation are taken from; at 32 px already 8 million pixels.
 MAX_STATISTICS_IMAGES = 8192
+# Images that an error names where many are bad.
+MAX_NAMED = 10
+
+
+class BadImages(ValueError):
+    """Images that cannot be used, each with what is wrong; the text names up to ten of them.
+
+    Args:
+        found: (Where it is and what is wrong, the mend) of each.
+    """
+
+    def __init__(self, found: list[tuple[str, str]]):
+        self.found = found
+        text = "; ".join(found[0]) + "."
+        if len(found) > 1:
+            shown = "".join(f"\n  {what}" for what, _ in found[:MAX_NAMED])
+            more = f"\n  and {len(found) - MAX_NAMED:,} more" if len(found) > MAX_NAMED else ""
+            text = f"{len(found):,} images cannot be used; repair or remove them:{shown}{more}"
+        super().__init__(text)
 
 
 class Records:
@@ -78,9 +97,22 @@ class Records:
         return self._decode(self.dataset[row][self.image_column], row, num_channels)
 
     def images(self, indices: range, num_channels: int) -> list[Image.Image]:
+        found, bad = self.readable(indices, num_channels)
+        if bad:
+            raise BadImages(bad)
+        return found
+
+    def readable(self, indices: range, num_channels: int) -> tuple[list[Image.Image | None], list[tuple[str, str]]]:
+        """The images, None for each bad one; and what is wrong with those, as for `BadImages`."""
         rows = self.rows[indices.start : indices.stop]
-        column = self.dataset[rows][self.image_column]
-        return [self._decode(value, int(row), num_channels) for value, row in zip(column, rows, strict=True)]
+        images, bad = [], []
+        for value, row in zip(self.dataset[rows][self.image_column], rows, strict=True):
+            try:
+                images.append(self._decode(value, int(row), num_channels))
+            except BadImages as error:
+                images.append(None)
+                bad += error.found
+        return images, bad
 
     def where(self, index: int) -> str:
         """The place of a picture in words: its row in the dataset, and its file if there is one."""
@@ -94,11 +126,11 @@ class Records:
     def _decode(self, value: dict | None, row: int, num_channels: int) -> Image.Image:
         path = (value or {}).get("path")
         if value is None or (value["bytes"] is None and not path):
-            raise ValueError(f"{self._where(row, None)}: there is no image; remove the row.")
+            raise BadImages([(f"{self._where(row, None)}: there is no image", "remove the row")])
         try:
             return load_image(path if value["bytes"] is None else value["bytes"], num_channels)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{self._where(row, path)}: {error}; repair or remove it.") from error
+            raise BadImages([(f"{self._where(row, path)}: {error}", "repair or remove it")]) from error
 
 
 def to_tensor(image: Image.Image, processor) -> torch.Tensor:
@@ -524,27 +556,53 @@ def _records(dataset: datasets.Dataset, image_column: str, labels: np.ndarray, s
 
 
 def decode(records: Records, processor, num_channels: int) -> DecodedImages | None:
-    """Decode a split into memory, in parallel; None if its pictures differ in size or do not fit."""
+    """Decode a split into memory, in parallel; None if its images differ in size or do not fit.
+
+    Raises:
+        BadImages: Some cannot be used; all of those that were looked at.
+    """
     height, width = processor.size["height"], processor.size["width"]
     if len(records) * num_channels * height * width > MAX_DECODED_BYTES:
         return None
     images = torch.empty(len(records), num_channels, height, width, dtype=torch.uint8)
-    first = records.image(0, num_channels).size
     chunks = [range(start, min(start + 256, len(records))) for start in range(0, len(records), 256)]
+    sizes, bad = set(), []
 
-    def fill(chunk: range) -> bool:
-        for index, image in zip(chunk, records.images(chunk, num_channels), strict=True):
-            if image.size != first:
-                return False
+    def fill(chunk: range) -> tuple[set, list[tuple[str, str]]]:
+        found, wrong = records.readable(chunk, num_channels)
+        found = [(index, image) for index, image in zip(chunk, found, strict=True) if image is not None]
+        different = {image.size for _, image in found}
+        for index, image in found if len(different) == 1 else ():
             images[index] = to_tensor(image, processor)
-        return True
+        return different, wrong
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(records), f"Decoding {records.split}") as bar:
-        for chunk, same_size in zip(chunks, bounded_map(pool, fill, chunks), strict=False):
-            if not same_size:
-                return None
+        for chunk, (different, wrong) in zip(chunks, bounded_map(pool, fill, chunks), strict=True):
+            sizes |= different
+            bad += wrong
+            if len(sizes) > 1:
+                break
             bar.update(len(chunk))
-    return DecodedImages(images, torch.from_numpy(records.labels))
+    if bad:
+        raise BadImages(bad)
+    return DecodedImages(images, torch.from_numpy(records.labels)) if len(sizes) == 1 else None
+
+
+def decode_all(splits: dict[str, Records], processor, num_channels: int) -> dict[str, DecodedImages | None]:
+    """Each split through `decode`.
+
+    Raises:
+        BadImages: Of all splits.
+    """
+    decoded, bad = {}, []
+    for split, records in splits.items():
+        try:
+            decoded[split] = decode(records, processor, num_channels)
+        except BadImages as error:
+            bad += error.found
+    if bad:
+        raise BadImages(bad)
+    return decoded
 
 
 def bounded_map(pool: ThreadPoolExecutor, function, items: list) -> Iterator:
@@ -632,7 +690,7 @@ def load_splits(
     else:
         columns = find_column(_train_of(raw), image_column, IMAGE_COLUMNS, "image"), None
         records, class_names = load_pictures(raw, columns[0], *limits), []
-    splits = {split: decode(part, processor, num_channels) for split, part in records.items()}
+    splits = decode_all(records, processor, num_channels)
     if splits["train"] is None:
         sample = np.linspace(0, len(records["train"]) - 1, min(len(records["train"]), 512)).astype(int)
         images = LazyImages(records["train"], processor, num_channels)

@@ -19,7 +19,7 @@ from .data import (
     ImageSplits,
     LazyImages,
     check_split,
-    decode,
+    decode_all,
     find_columns,
     pixel_statistics,
     to_tensor,
@@ -224,10 +224,10 @@ def load_streaming(
     records = {split: check_split(table, columns, class_names, names[split])[0] for split, table in tables.items()}
     head = LazyImages(records["train"], processor, num_channels)
     mean, std = pixel_statistics(torch.stack([head[index]["pixel_values"] for index in range(len(head))]))
+    measured = {split: part for split, part in records.items() if split != "train"}
     parts = {
-        split: decode(part, processor, num_channels) or LazyImages(part, processor, num_channels)
-        for split, part in records.items()
-        if split != "train"
+        split: images or LazyImages(measured[split], processor, num_channels)
+        for split, images in decode_all(measured, processor, num_channels).items()
     }
     train = streams["train"]
     if train.num_shards < MIN_SHARDS * world_size:
