@@ -9,8 +9,9 @@ sample in worker processes (`LazyImages`). Both give the same pixels for the sam
 """
 
 import difflib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,8 @@ __all__ = [
     "pictures_below",
     "pixel_statistics",
 ]
+
+logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
@@ -219,7 +222,7 @@ class ImageSplits:
         name: Hub id, folder, or "digits".
         train: Pictures to learn from.
         validation: Pictures to choose the model by, given, or cut from train.
-        test: Pictures to measure the chosen model on, or None where the dataset has none.
+        test: Images to measure the chosen model on, or None where the dataset has none, or hides their labels.
         class_names: By label.
         mean: Of the training pixels per channel, in [0, 1].
         std: Likewise, standard deviation.
@@ -288,6 +291,19 @@ def find_columns(dataset: datasets.Dataset, image_column: str | None, label_colu
 def _holds_names(feature) -> bool:
     """Whether a column holds whole numbers or names."""
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))
+
+
+def hidden_labels(dataset: datasets.Dataset, label_column: str) -> str | None:
+    """What every label of a split is if its makers keep the true ones: "-1", "None"; None where some are known."""
+    if not isinstance(dataset.features.get(label_column), (datasets.ClassLabel, datasets.Value)):
+        return None
+    return all_hidden(dataset.unique(label_column))
+
+
+def all_hidden(labels: Iterable) -> str | None:
+    """As for `hidden_labels`, of these labels."""
+    found = set(labels)
+    return " or ".join(sorted(map(str, found))) if found and found <= {-1, None} else None
 
 
 def _class_names(dataset: datasets.Dataset, label_column: str, split: str) -> list[str]:
@@ -402,13 +418,18 @@ def load_records(
     """Check the labels and settle the splits; see `load_splits` for the arguments.
 
     Returns:
-        Split name ("train", "validation", and "test" where there is one) -> records; and the class names.
+        Split name ("train", "validation", and "test" where there is one whose labels are not hidden) -> records; and
+        the class names.
     """
     columns = find_columns(_train_of(dataset), image_column, label_column)
     chosen = {"train": "train"}
     validation = next((name for name in VALIDATION_SPLITS if name in dataset), None)
     chosen |= {"validation": validation} if validation else {}
-    chosen |= {"test": "test"} if "test" in dataset else {}
+    hidden = hidden_labels(dataset["test"], columns[1]) if "test" in dataset else None
+    if hidden:
+        logger.warning("Split 'test' is not measured: its labels are hidden (%s everywhere).", hidden)
+    elif "test" in dataset:
+        chosen["test"] = "test"
     class_names = None
     records = {}
     for split, name in chosen.items():

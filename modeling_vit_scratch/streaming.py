@@ -8,6 +8,7 @@ memory.
 import functools
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator
 
 import datasets
@@ -18,6 +19,7 @@ from .augmentation import crop_box
 from .data import (
     ImageSplits,
     LazyImages,
+    all_hidden,
     check_split,
     decode_all,
     find_columns,
@@ -26,10 +28,14 @@ from .data import (
 )
 from .sources import VALIDATION_SPLITS, load_image, load_raw
 
+logger = logging.getLogger(__name__)
+
 # Training pictures that are read at the start: for mean and standard deviation, the fingerprint, and the doctor.
 HEAD_IMAGES = 512
 # Validation pictures that are held out of train where the dataset has none of its own, if nobody says how many.
 MAX_HELD_OUT = 5_000
+# Test labels that tell whether all of them are hidden.
+FIRST_LABELS = 16
 # Files for each process below which files are split further, so that worker processes share them.
 MIN_SHARDS = 8
 
@@ -206,6 +212,14 @@ def load_streaming(
     given = next((split for split in VALIDATION_SPLITS if split in streams), None)
     used = ["train", *filter(None, [given]), *(["test"] if "test" in streams else [])]
     streams = {split: _undecoded(streams[split], columns, split) for split in used}
+    if "test" in streams:
+        first = [example[columns[1]] for example in itertools.islice(streams["test"], FIRST_LABELS)]
+        hidden = all_hidden(first)
+        if hidden:
+            del streams["test"]
+            logger.warning(
+                "Split 'test' is not measured: its labels are hidden (%s in the first %d).", hidden, len(first)
+            )
     held_out = 0.0 if given else train_val_split
     held = functools.partial(is_held_out, share=held_out)
     tables = {

@@ -469,6 +469,47 @@ def test_classes_from_plain_values(values, names):
     assert [names[label] for label in records["test"].labels] == [str(values[i % 3]) for i in range(5)]
 
 
+HIDDEN = {
+    "-1 of class labels": ([-1], datasets.ClassLabel(names=CLASSES), "-1"),
+    "-1 of numbers": ([-1], datasets.Value("int64"), "-1"),
+    "none of class labels": ([None], datasets.ClassLabel(names=CLASSES), "None"),
+    "none of names": ([None], datasets.Value("string"), "None"),
+    "none of nothing": ([None], datasets.Value("null"), "None"),
+}
+
+
+def with_labels(n: int, values: list, feature) -> datasets.Dataset:
+    part = make_dataset(n, (8, 8)).remove_columns("label")
+    return part.add_column("label", [values[i % len(values)] for i in range(n)], feature=feature)
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_test_split_whose_labels_are_hidden_is_not_measured(name, caplog):
+    """As ImageNet-1k's on the Hub."""
+    values, feature, said = HIDDEN[name]
+    train = with_labels(12, CLASSES, datasets.Value("string")) if "names" in name else make_dataset(12, (8, 8))
+    train = with_labels(12, [3, 4], feature) if "numbers" in name else train
+    raw = datasets.DatasetDict(train=train, test=with_labels(6, values, feature))
+    records, _ = load_records(raw, train_val_split=0.25)
+    assert set(records) == {"train", "validation"}
+    assert caplog.messages == [f"Split 'test' is not measured: its labels are hidden ({said} everywhere)."]
+
+
+@pytest.mark.parametrize("values", [[-1, 0], [0, -1, 1], [None, 2]])
+def test_labels_that_are_hidden_in_part_are_an_error(values):
+    raw = datasets.DatasetDict(train=make_dataset(12), test=with_labels(6, values, datasets.ClassLabel(names=CLASSES)))
+    with pytest.raises(ValueError, match=r"row \d of split 'test'.*(label -1 is none of|has no label)"):
+        load_records(raw, train_val_split=0.25)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_hidden_labels_of_other_splits_are_an_error(split):
+    parts = {"train": make_dataset(12), "validation": make_dataset(6)}
+    parts[split] = with_labels(6, [-1], datasets.ClassLabel(names=CLASSES))
+    with pytest.raises(ValueError, match=f"row 0 of split '{split}': label -1 is none of"):
+        load_records(datasets.DatasetDict(parts))
+
+
 @pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
 def test_given_validation_is_used(name):
     raw = datasets.DatasetDict({"train": make_dataset(12), name: make_dataset(6, seed=100), "test": make_dataset(3)})
