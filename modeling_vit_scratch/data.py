@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
@@ -23,11 +23,21 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .augmentation import crop_box
-from .sources import CIFAR10, DIGITS, VALIDATION_SPLITS, default_dataset, load_image, load_raw, pictures_below
+from .sources import (
+    CIFAR10,
+    DIGITS,
+    VALIDATION_SPLITS,
+    default_dataset,
+    load_image,
+    load_raw,
+    pictures_below,
+    public_name,
+)
 
 __all__ = [
     "CIFAR10",
     "DIGITS",
+    "Cut",
     "DecodedImages",
     "ImageSplits",
     "LazyImages",
@@ -37,10 +47,10 @@ __all__ = [
     "load_image",
     "load_raw",
     "load_records",
-    "load_split",
     "load_splits",
     "pictures_below",
     "pixel_statistics",
+    "public_name",
 ]
 
 logger = logging.getLogger(__name__)
@@ -214,6 +224,53 @@ def collate(batch: dict | list[dict]) -> dict:
     return batch if isinstance(batch, dict) else torch.utils.data.default_collate(batch)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How the splits of a run were made of its dataset; `load_splits` explains the settings.
+
+    Args:
+        method: "given" (the dataset has a validation split), "stratified" (`load_records`), "random" (`load_pictures`),
+            or "by content" (`streaming.is_held_out`).
+        train_val_split: Share of train that was held out; None where none was.
+        seed: Of the cut, and of what the limits left.
+        max_train_samples: None for no limit.
+        max_eval_samples: Likewise.
+    """
+
+    method: str
+    train_val_split: float | None
+    seed: int
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+
+    @classmethod
+    def read(cls, value: dict) -> "Cut":
+        """The cut that `asdict` made a dictionary of.
+
+        Raises:
+            ValueError: It is no such dictionary.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(value, dict) or set(value) != set(names):
+            raise ValueError(f"a cut has {', '.join(names)}, not {value!r}")
+        method, share, *numbers = (value[name] for name in names)
+        known = method in ("stratified", "random", "by content") and type(share) is float and 0 < share < 1
+        known = known or (method == "given" and share is None)
+        optional = (
+            (type(number) is int and (i == 0 or number > 0)) or (number is None and i > 0)
+            for i, number in enumerate(numbers)
+        )
+        if not known or not all(optional):
+            raise ValueError(f"there is no cut {value!r}")
+        return cls(**value)
+
+    def __str__(self) -> str:
+        share = [] if self.train_val_split is None else [f"share {self.train_val_split:g}"]
+        limits = [(name, getattr(self, name)) for name in ("max_train_samples", "max_eval_samples")]
+        limits = [f"{name} {limit:,}" for name, limit in limits if limit is not None]
+        return ", ".join([self.method, *share, f"seed {self.seed}", *limits])
+
+
 @dataclass
 class ImageSplits:
     """What training needs of a dataset.
@@ -228,6 +285,7 @@ class ImageSplits:
         std: Likewise, standard deviation.
         records: Where the images of each split are.
         columns: Names of (image, label) in the dataset; no label's where none is read.
+        cut: How the splits were made.
     """
 
     name: str
@@ -239,6 +297,7 @@ class ImageSplits:
     std: list[float]
     records: dict[str, Records] = field(repr=False)
     columns: tuple[str, str | None]
+    cut: Cut
 
 
 def find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str, ...], kind: str) -> str:
@@ -306,7 +365,8 @@ def all_hidden(labels: Iterable) -> str | None:
     return " or ".join(sorted(map(str, found))) if found and found <= {-1, None} else None
 
 
-def _class_names(dataset: datasets.Dataset, label_column: str, split: str) -> list[str]:
+def find_class_names(dataset: datasets.Dataset, label_column: str, split: str) -> list[str]:
+    """The names of a split's classes: those of its ClassLabel, or its labels, sorted."""
     feature = dataset.features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
@@ -491,54 +551,6 @@ def load_pictures(
     return _limited(records, {"train": max_train_samples, "validation": max_eval_samples}, seed)
 
 
-def load_split(
-    name: str,
-    split: str | None = None,
-    config_name: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    max_samples: int | None = None,
-    image_size: tuple[int, int] = (32, 32),
-    seed: int = 42,
-) -> tuple[Records, list[str]]:
-    """One split of a dataset, to use a trained model on; the dataset need not have others.
-
-    Args:
-        name: Hub id, folder, or "digits"; see `load_raw`, also for `config_name` and `image_size`.
-        split: "train" and "validation" are those of training: a validation split is cut from train where there is
-            none. None for test; where there is none, for the dataset's validation split, or else its first one, whole.
-        image_column: Name of the picture column; found if None.
-        label_column: Name of the label column; found if None.
-        max_samples: So many images only, drawn with `seed`, the same share of each class; see `draw`.
-        seed: Also of the validation cut.
-
-    Returns:
-        The records, and the class names.
-
-    Raises:
-        ValueError: There is no such split, or as `load_records`.
-    """
-    raw = load_raw(name, config_name, image_size=image_size)
-    given = {"validation" if key in VALIDATION_SPLITS else key: key for key in raw}
-    if split in ("train", "validation") and "train" in given:
-        limits = dict.fromkeys(("max_train_samples", "max_eval_samples"), max_samples)
-        records, class_names = load_records(raw, image_column, label_column, **limits, seed=seed)
-        return records[split], class_names
-    split = split or next((key for key in ("test", "validation") if key in given), next(iter(given)))
-    if split not in given:
-        raise ValueError(f"there is no split {split!r}; {name} has {', '.join(raw)}.")
-    first = given.get("train", given[split])
-    columns = (
-        find_column(raw[first], image_column, IMAGE_COLUMNS, "image"),
-        find_column(raw[first], label_column, LABEL_COLUMNS, "label"),
-    )
-    class_names = _class_names(raw[first], columns[1], first)
-    records, class_names = check_split(raw[given[split]], columns, class_names, given[split])
-    if max_samples is not None:
-        records = records.select(draw(records.labels, max_samples, seed))
-    return records, class_names
-
-
 def check_split(
     dataset: datasets.Dataset, columns: tuple[str, str], class_names: list[str] | None, split: str
 ) -> tuple[Records, list[str]]:
@@ -555,7 +567,7 @@ def check_split(
     """
     image_column, label_column = columns
     _check_columns(dataset, columns, split)
-    class_names = class_names or _class_names(dataset, label_column, split)
+    class_names = class_names or find_class_names(dataset, label_column, split)
     labels = _labels(dataset, label_column, class_names, split)
     return _records(dataset, image_column, labels, split), class_names
 
@@ -723,6 +735,8 @@ def load_splits(
         if splits[split] is None:
             scale = crop_scale if split == "train" else None
             splits[split] = LazyImages(part, processor, num_channels, scale, seed)
-    return ImageSplits(
-        name, splits["train"], splits["validation"], splits.get("test"), class_names, mean, std, records, columns
-    )
+    given = any(split in raw for split in VALIDATION_SPLITS)
+    method = "given" if given else "stratified" if labelled else "random"
+    cut = Cut(method, None if given else float(train_val_split), seed, max_train_samples, max_eval_samples)
+    parts = splits["train"], splits["validation"], splits.get("test")
+    return ImageSplits(name, *parts, class_names, mean, std, records, columns, cut)

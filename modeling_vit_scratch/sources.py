@@ -141,6 +141,11 @@ def load_raw(
         ) from error
 
 
+def public_name(name: str) -> str:
+    """A dataset's or model's name as others may see it: no path of this machine."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def _is_image_folder(folder: Path) -> bool:
     if any((folder / f"metadata{suffix}").exists() for suffix in (".csv", ".jsonl")) or not any(folder.iterdir()):
         return False

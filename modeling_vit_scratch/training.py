@@ -19,6 +19,7 @@ import shutil
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import accelerate
@@ -35,7 +36,7 @@ from . import checkpoints, conversion, hub, lora, model_card, plots
 from .arguments import DataArguments, ImageTrainingArguments, ModelArguments
 from .augmentation import Augmentation, parse_until
 from .configuration_vit_scratch import ViTScratchConfig
-from .data import DIGITS, DecodedImages, ImageSplits, load_splits
+from .data import DIGITS, DecodedImages, ImageSplits, load_splits, public_name
 from .inspection import fingerprint, inspect_splits, sample_sheet
 from .metrics import ImageClassificationMetrics
 from .modeling_vit_scratch import ViTScratchForImageClassification
@@ -273,11 +274,6 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
     return table(rows)
 
 
-def _public_name(name: str) -> str:
-    """A data set's name as others may see it: no path of this machine."""
-    return Path(name).resolve().name if Path(name).exists() else name
-
-
 def _frozen(model: ViTScratchForImageClassification) -> str:
     trained = model.num_parameters(only_trainable=True)
     return "" if trained == model.num_parameters() else f", of which {trained:,} are trained"
@@ -363,7 +359,7 @@ def run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTraining
     """What a checkpoint must share with the run that continues it."""
     return {
         **{name: getattr(config, name) for name in ViTScratchConfig.__annotations__},
-        "dataset": _public_name(splits.name),
+        "dataset": public_name(splits.name),
         "classes": splits.class_names,
         "images": split_sizes(splits),
         "processes": args.world_size,
@@ -373,6 +369,7 @@ def run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTraining
         "optim": args.optim.value,
         "muon_learning_rate": args.muon_learning_rate,
         "ema_decay": args.ema_decay,
+        "cut": asdict(splits.cut),
         "fingerprint": fingerprint(splits),  # last: what else differs says more
     }
 
@@ -627,7 +624,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         model.vit.requires_grad_(False)
     adapter = None
     if model_args.lora_rank is not None:
-        adapter = lora.add_adapter(model, model_args.lora_rank, _public_name(model_args.model_name_or_path))
+        adapter = lora.add_adapter(model, model_args.lora_rank, public_name(model_args.model_name_or_path))
     augmentation = make_augmentation(data_args, args, processor, splits)
     suit_device(args, model, splits)
     clock, stop = Clock(), StopOnSignal()
@@ -642,7 +639,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     if model_args.freeze_backbone:
         facts = {"freeze_backbone": True, **facts}
     if adapter is not None:  # a checkpoint has the adapter, and the base comes from where it came from
-        facts = {"lora": [model_args.lora_rank, _public_name(model_args.model_name_or_path)], **facts}
+        facts = {"lora": [model_args.lora_rank, public_name(model_args.model_name_or_path)], **facts}
     if args.resume_from_checkpoint:
         checkpoints.check_run(Path(args.resume_from_checkpoint), facts)
         if data_args.streaming:  # what was trained on before is passed over, not decoded again
@@ -688,6 +685,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         "dataset": {
             "name": facts["dataset"],
             "fingerprint": facts["fingerprint"],
+            "cut": facts["cut"],
             "splits": split_sizes(splits),
             "class_names": splits.class_names,
         },

@@ -16,6 +16,7 @@ an option is wrong.
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
 import numpy as np
 
@@ -153,22 +154,23 @@ def print_comparison(test: dict):
 
 def validate(arguments: argparse.Namespace) -> int:
     predictors = [cli.load_predictor(arguments, model) for model in arguments.models]
-    records, class_names = cli.read_split(arguments, predictors[0].config.image_hw)
+    split = cli.read_split(PROGRAM, arguments, predictors)
     for predictor in predictors:  # before the first of them starts
         predictor.require_classifier()
         if predictor.config.problem_type == "multi_label_classification":
             raise ValueError(f"{predictor.name} gives a picture several classes; top-1 says nothing of it.")
-        match_classes(class_names, predictor.class_names)
+        match_classes(split.class_names, predictor.class_names)
 
     results, answers = [], []
     for predictor in predictors:
         try:
-            answers.append(predictor.answers(records, class_names, arguments.batch_size, arguments.flip))
+            answers.append(predictor.answers(split.records, split.class_names, arguments.batch_size, arguments.flip))
         except ValueError as error:
             cli.say(PROGRAM, str(error))
             return 1
         results.append(result_of(predictor, answers[-1], arguments.batch_size))
-    report = {"dataset": arguments.dataset, "split": records.split, "models": results}
+    cut = None if split.cut is None else {**asdict(split.cut), "of_the_run": split.of_the_run}
+    report = {"dataset": arguments.dataset, "split": split.name, "cut": cut, "models": results}
     if len(predictors) > 1:
         report["comparison"] = compare(*answers)
     if arguments.json:
