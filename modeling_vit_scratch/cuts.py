@@ -7,7 +7,7 @@ the fingerprint proves it, and never one that passes for validation and was trai
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -76,6 +76,11 @@ class Split:
     of_the_run: bool = False
     line: str | None = None
 
+    def to_dict(self) -> dict:
+        """What a script's JSON says of it: "split", and "cut" with its settings."""
+        cut = None if self.cut is None else {**asdict(self.cut), "of_the_run": self.of_the_run}
+        return {"split": self.name, "cut": cut}
+
 
 def read_record(folder: Path) -> RunRecord:
     """What the run that a folder of ours is from wrote of its data: in metrics.json, else in run.json.
@@ -129,6 +134,7 @@ class _Dataset:
 
     def __init__(self, name: str, config_name: str | None, columns: tuple, image_size: tuple[int, int], streamed: bool):
         self.name, self.config_name, self.wanted, self.image_size = name, config_name, columns, image_size
+        self.streamed = streamed
         keys = self._load(streaming=True) if streamed else self.raw
         self.keys = {"validation" if key in VALIDATION_SPLITS else key: key for key in keys}  # by what they are for
         self._settled = {}
@@ -142,8 +148,8 @@ class _Dataset:
 
     @cached_property
     def hidden(self) -> str | None:
-        """What every label of test is where they are hidden; see `hidden_labels`."""
-        if "test" not in self.keys:
+        """What every label of test is where they are hidden (see `hidden_labels`); None where it is not looked up."""
+        if "test" not in self.keys or self.streamed:
             return None
         return hidden_labels(self.raw["test"], find_columns(self.raw[self.keys.get("train", "test")], *self.wanted)[1])
 

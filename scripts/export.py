@@ -288,7 +288,7 @@ def export(arguments: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "batch_size": arguments.batch_size,
         "repeats": arguments.repeats,
-        **({} if records is None else {"dataset": arguments.dataset, "split": split.name, "examples": len(records)}),
+        **({} if records is None else {"dataset": arguments.dataset, **split.to_dict(), "examples": len(records)}),
         "rows": rows,
     }
     if arguments.json:

@@ -8,6 +8,8 @@ MODEL is a folder, file or Hub id: of this package, or what convert.py reads.
 DATASET is a Hub id, a folder with one directory per class, or 'digits'; its
 classes are found among the model's by name. Intervals are of 95 % (Wilson);
 two models are compared on the same pictures (McNemar's exact test).
+--split validation is what the model's run held out of train, where its folder
+tells and the data are the same; a line says what was taken.
 
 Exit status: 0; 1 if a picture cannot be read; 2 if the model, the dataset or
 an option is wrong.
@@ -16,7 +18,6 @@ an option is wrong.
 import argparse
 import json
 import sys
-from dataclasses import asdict
 
 import numpy as np
 
@@ -169,8 +170,7 @@ def validate(arguments: argparse.Namespace) -> int:
             cli.say(PROGRAM, str(error))
             return 1
         results.append(result_of(predictor, answers[-1], arguments.batch_size))
-    cut = None if split.cut is None else {**asdict(split.cut), "of_the_run": split.of_the_run}
-    report = {"dataset": arguments.dataset, "split": split.name, "cut": cut, "models": results}
+    report = {"dataset": arguments.dataset, **split.to_dict(), "models": results}
     if len(predictors) > 1:
         report["comparison"] = compare(*answers)
     if arguments.json:
