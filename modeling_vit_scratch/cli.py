@@ -110,7 +110,8 @@ def add_split_options(group):
         "--split",
         choices=("train", "validation", "test"),
         metavar="NAME",
-        help="train, validation or test; default: test, if there is none validation, or the only one",
+        help="train, validation or test; default: test; if there is none, or its labels are hidden, validation; or "
+        "the only one",
     )
     group.add_argument("--dataset_config_name", metavar="NAME", help="which of a Hub dataset's configurations")
     group.add_argument("--image_column_name", metavar="NAME", help="found if not named")

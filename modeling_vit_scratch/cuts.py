@@ -97,7 +97,7 @@ def read_record(folder: Path) -> RunRecord:
             facts = content.get("dataset") if file.name != RUN else {**content, "name": content.get("dataset")}
             facts = facts or {}
             texts = [facts.get(name) for name in ("name", "fingerprint")]
-            if not all(text is None or isinstance(text, str) for text in texts):
+            if not all(text is None or (isinstance(text, str) and text.isprintable()) for text in texts):
                 raise ValueError(f"the dataset's name and fingerprint are {texts}")
             found.append(RunRecord(*texts, None if facts.get("cut") is None else Cut.read(facts["cut"])))
         except (OSError, ValueError, AttributeError) as error:
@@ -176,10 +176,8 @@ class _Dataset:
         if cut.method == "given":
             raise ValueError(f"the run had a validation split, but {self.name} has none")
         if cut.method == "by content":
-            share, _, limit, seed = limits
-            streams = open_streams(
-                self.name, size, self.config_name, None, *self.wanted, share, limit, seed
-            )  # with the settings of `load_streaming`
+            settings = {"train_val_split": cut.train_val_split, "max_eval_samples": cut.max_eval_samples}
+            streams = open_streams(self.name, size, self.config_name, None, *self.wanted, **settings, seed=cut.seed)
             return _Settled(streams.records, streams.class_names)
         raw = self.raw if size == self.image_size else self._load(image_size=size)
         if self.hidden:
@@ -244,8 +242,10 @@ def load_split(
     lines, asked = [], split is not None
     if split in (None, "test") and "test" in data.keys and data.hidden:
         says = f"the labels of split 'test' are hidden ({data.hidden} everywhere)"
-        if asked or not set(HELD_OUT) & set(data.keys):
-            raise ValueError(f"{says}, so nothing can be measured on it; take --split validation.")
+        others = set(HELD_OUT) & set(data.keys)
+        if asked or not others:
+            mend = "take --split validation" if others else "choose data with labels"
+            raise ValueError(f"{says}, so nothing can be measured on it; {mend}.")
         split, asked = "validation", True
         lines.append(f"{says}: split 'validation' is taken")
     split = split or next((key for key in ("test", "validation") if key in data.keys), next(iter(data.keys)))

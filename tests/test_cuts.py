@@ -107,7 +107,16 @@ def test_a_record_is_read_from_the_metrics_or_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["no JSON", "[]", {"dataset": []}, {"dataset": {"name": 3}}, {"dataset": {"cut": {"seed": 1}}}], ids=str
+    "content",
+    [
+        "no JSON",
+        "[]",
+        {"dataset": []},
+        {"dataset": {"name": 3}},
+        {"dataset": {"fingerprint": "\x1b[2J"}},
+        {"dataset": {"cut": {"seed": 1}}},
+    ],
+    ids=str,
 )
 def test_a_record_that_cannot_be_read_is_refused_by_name(tmp_path, content):
     write_record(tmp_path, "metrics.json", content)
@@ -325,7 +334,7 @@ def test_hidden_labels_of_test(tmp_path):
     assert found.line.startswith("the labels of split 'test' are hidden (-1 everywhere): split 'validation' is taken; ")
     given = write_hub_layout(tmp_path / "b", train=make_dataset(12), validation=make_dataset(6), test=hidden)
     assert len(load_split(given).records) == 6
-    with pytest.raises(ValueError, match="nothing can be measured on it"):
+    with pytest.raises(ValueError, match="nothing can be measured on it; choose data with labels"):
         load_split(write_hub_layout(tmp_path / "c", test=hidden))
 
 
@@ -390,6 +399,23 @@ def test_export_and_plot_take_the_same_images(run, tmp_path, capsys):
     sight = plot.Sight(plot.parse(["mistakes", str(folder), *words]))
     assert len(sight.records) == 58
     assert "plot.py: split validation: the 58 images that the run held out" in capsys.readouterr().err
+
+
+def test_validate_measures_what_a_streamed_run_validated_on(tmp_path, capsys):
+    argv = options(
+        tmp_path, streaming=True, max_train_samples=None, max_eval_samples=50, train_val_split=0.2, max_steps=4,
+        eval_strategy="steps", save_strategy="steps", eval_steps=4, save_steps=4,
+    )  # fmt: skip
+    assert load_script("finetune").main(argv) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["dataset"]["cut"]["method"] == "by content"
+    capsys.readouterr()
+    assert load_script("validate").main([str(tmp_path), "digits", "--split", "validation", "--json"]) == 0
+    out, err = capsys.readouterr()
+    [result] = json.loads(out)["models"]
+    assert result["examples"] == 50 and result["accuracy"] == pytest.approx(metrics["validation"]["accuracy"])
+    assert result["loss"] == pytest.approx(metrics["validation"]["loss"], abs=1e-4)
+    assert "(by content, share 0.2, seed 42, max_eval_samples 50); the fingerprint is the run's" in err
 
 
 def test_an_older_folder_is_refused_in_a_line(run, tmp_path, capsys):
