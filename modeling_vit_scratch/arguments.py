@@ -128,10 +128,19 @@ class DataArguments:
         default=False, metadata={"help": "Read training pictures while training, for data larger than the disk."}
     )
     train_val_split: float = field(
-        default=0.1, metadata={"help": "Share of train that becomes validation where the dataset has none."}
+        default=0.1,
+        metadata={
+            "help": "Share of train that becomes validation where the dataset has none: the same of each class, or, "
+            "of images that are streamed or have no labels, any."
+        },
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many pictures only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on so many only."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on so many images only, the same share of each class."}
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={"help": "Validate and test on so many only, likewise; of a stream, on some of its first."},
+    )
     crop_padding: int | None = field(
         default=None,
         metadata={

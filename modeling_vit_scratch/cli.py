@@ -7,12 +7,12 @@ usage, with one line that says what is wrong.
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from transformers.utils import logging as transformers_logging
 
 from .conversion import read_labels
-from .data import Records, load_split
+from .cuts import SEED, SHARE, Split, load_split
 from .inference import Predictor
 from .layouts import FAMILIES
 
@@ -66,6 +66,17 @@ def at_least_one(text: str) -> int:
     return number
 
 
+def share(text: str) -> float:
+    """An option's number in (0, 1)."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be in (0, 1), e.g. 0.1")
+    return number
+
+
 def add_source_options(group):
     """Whose a checkpoint is, and which of its revisions."""
     group.add_argument(
@@ -91,30 +102,50 @@ def load_predictor(arguments: argparse.Namespace, model: str) -> Predictor:
 
 
 def add_split_options(group):
-    """The options that `read_split` reads besides `dataset`."""
+    """The options that `read_split` reads besides `dataset`.
+
+    Without a validation split in the dataset, train and validation are cut as the model's run cut them.
+    """
     group.add_argument(
         "--split",
         choices=("train", "validation", "test"),
         metavar="NAME",
-        help="train, validation or test; default: test, if there is none validation, or the only one",
+        help="train, validation or test; default: test; if there is none, or its labels are hidden, validation; or "
+        "the only one",
     )
     group.add_argument("--dataset_config_name", metavar="NAME", help="which of a Hub dataset's configurations")
     group.add_argument("--image_column_name", metavar="NAME", help="found if not named")
     group.add_argument("--label_column_name", metavar="NAME", help="found if not named")
-    group.add_argument("--max_samples", type=at_least_one, metavar="N", help="so many pictures only, drawn at random")
+    group.add_argument(
+        "--train_val_split",
+        type=share,
+        metavar="SHARE",
+        help="of train that its run held out, where the folder of a model of this package does not say; finetune.py's "
+        f"own: {SHARE:g}",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help=f"likewise, of the run; finetune.py's own: {SEED}")
+    group.add_argument(
+        "--max_samples", type=at_least_one, metavar="N", help="so many images only, the same share of each class"
+    )
 
 
-def read_split(arguments: argparse.Namespace, image_hw: tuple[int, int]) -> tuple[Records, list[str]]:
-    """The split and its class names, as the options of `add_split_options` say."""
-    return load_split(
+def read_split(program: str, arguments: argparse.Namespace, predictors: Sequence[Predictor]) -> Split:
+    """The split for these models, as the options of `add_split_options` say; what was done is said in a line."""
+    split = load_split(
         arguments.dataset,
         arguments.split,
         arguments.dataset_config_name,
         arguments.image_column_name,
         arguments.label_column_name,
         arguments.max_samples,
-        image_size=image_hw,
+        predictors[0].image_hw,
+        predictors,
+        arguments.train_val_split,
+        arguments.seed,
     )
+    if split.line:
+        say(program, split.line)
+    return split
 
 
 def say(program: str, text: str):

@@ -206,6 +206,12 @@ def _download(repo_id: str, **hub) -> Path:
 
     try:
         found = [path for path in map(get, ("config.json", "preprocessor_config.json")) if path]
+        if (
+            found
+            and found[0].name == "config.json"
+            and _read_json(found[0]).get("model_type") == ViTScratchConfig.model_type
+        ):
+            get("metrics.json")  # which says what the run held out of its data
         weights = next((path for path in map(get, WEIGHT_FILES) if path), None)
         if weights is not None and weights.name.endswith(".index.json"):
             for name in sorted(set(_read_json(weights)["weight_map"].values())):
@@ -495,7 +501,12 @@ def convert_checkpoint(
 
 def is_own(checkpoint, **hub) -> bool:
     """Whether a file, folder or Hub id (`hub`: revision, cache_dir, token) holds a model that this package saved."""
-    return _own_folder(_locate(checkpoint, **hub)) is not None
+    return own_folder(checkpoint, **hub) is not None
+
+
+def own_folder(checkpoint, **hub) -> Path | None:
+    """The folder of a file, folder or Hub id, as for `is_own`, that holds a model that this package saved, or None."""
+    return _own_folder(_locate(checkpoint, **hub))
 
 
 def _own_folder(located) -> Path | None:

@@ -9,10 +9,11 @@ sample in worker processes (`LazyImages`). Both give the same pixels for the sam
 """
 
 import difflib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
@@ -22,11 +23,21 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .augmentation import crop_box
-from .sources import CIFAR10, DIGITS, VALIDATION_SPLITS, default_dataset, load_image, load_raw, pictures_below
+from .sources import (
+    CIFAR10,
+    DIGITS,
+    VALIDATION_SPLITS,
+    default_dataset,
+    load_image,
+    load_raw,
+    pictures_below,
+    public_name,
+)
 
 __all__ = [
     "CIFAR10",
     "DIGITS",
+    "Cut",
     "DecodedImages",
     "ImageSplits",
     "LazyImages",
@@ -36,11 +47,13 @@ __all__ = [
     "load_image",
     "load_raw",
     "load_records",
-    "load_split",
     "load_splits",
     "pictures_below",
     "pixel_statistics",
+    "public_name",
 ]
+
+logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
@@ -48,6 +61,25 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 MAX_DECODED_BYTES = 4e9
 # Pictures that mean and standard deviation are taken from; at 32 px already 8 million pixels.
 MAX_STATISTICS_IMAGES = 8192
+# Images that an error names where many are bad.
+MAX_NAMED = 10
+
+
+class BadImages(ValueError):
+    """Images that cannot be used, each with what is wrong; the text names up to ten of them.
+
+    Args:
+        found: (Where it is and what is wrong, the mend) of each.
+    """
+
+    def __init__(self, found: list[tuple[str, str]]):
+        self.found = found
+        text = "; ".join(found[0]) + "."
+        if len(found) > 1:
+            shown = "".join(f"\n  {what}" for what, _ in found[:MAX_NAMED])
+            more = f"\n  and {len(found) - MAX_NAMED:,} more" if len(found) > MAX_NAMED else ""
+            text = f"{len(found):,} images cannot be used; repair or remove them:{shown}{more}"
+        super().__init__(text)
 
 
 class Records:
@@ -78,9 +110,22 @@ class Records:
         return self._decode(self.dataset[row][self.image_column], row, num_channels)
 
     def images(self, indices: range, num_channels: int) -> list[Image.Image]:
+        found, bad = self.readable(indices, num_channels)
+        if bad:
+            raise BadImages(bad)
+        return found
+
+    def readable(self, indices: range, num_channels: int) -> tuple[list[Image.Image | None], list[tuple[str, str]]]:
+        """The images, None for each bad one; and what is wrong with those, as for `BadImages`."""
         rows = self.rows[indices.start : indices.stop]
-        column = self.dataset[rows][self.image_column]
-        return [self._decode(value, int(row), num_channels) for value, row in zip(column, rows, strict=True)]
+        images, bad = [], []
+        for value, row in zip(self.dataset[rows][self.image_column], rows, strict=True):
+            try:
+                images.append(self._decode(value, int(row), num_channels))
+            except BadImages as error:
+                images.append(None)
+                bad += error.found
+        return images, bad
 
     def where(self, index: int) -> str:
         """The place of a picture in words: its row in the dataset, and its file if there is one."""
@@ -94,11 +139,11 @@ class Records:
     def _decode(self, value: dict | None, row: int, num_channels: int) -> Image.Image:
         path = (value or {}).get("path")
         if value is None or (value["bytes"] is None and not path):
-            raise ValueError(f"{self._where(row, None)}: there is no image; remove the row.")
+            raise BadImages([(f"{self._where(row, None)}: there is no image", "remove the row")])
         try:
             return load_image(path if value["bytes"] is None else value["bytes"], num_channels)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{self._where(row, path)}: {error}; repair or remove it.") from error
+            raise BadImages([(f"{self._where(row, path)}: {error}", "repair or remove it")]) from error
 
 
 def to_tensor(image: Image.Image, processor) -> torch.Tensor:
@@ -184,6 +229,53 @@ def collate(batch: dict | list[dict]) -> dict:
     return batch if isinstance(batch, dict) else torch.utils.data.default_collate(batch)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How the splits of a run were made of its dataset; `load_splits` explains the settings.
+
+    Args:
+        method: "given" (the dataset has a validation split), "stratified" (`load_records`), "random" (`load_pictures`),
+            or "by content" (`streaming.is_held_out`).
+        train_val_split: Share of train that was held out; None where none was.
+        seed: Of the cut, and of what the limits left.
+        max_train_samples: None for no limit.
+        max_eval_samples: Likewise.
+    """
+
+    method: str
+    train_val_split: float | None
+    seed: int
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+
+    @classmethod
+    def read(cls, value: dict) -> "Cut":
+        """The cut that `asdict` made a dictionary of.
+
+        Raises:
+            ValueError: It is no such dictionary.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(value, dict) or set(value) != set(names):
+            raise ValueError(f"a cut has {', '.join(names)}, not {value!r}")
+        method, share, *numbers = (value[name] for name in names)
+        known = method in ("stratified", "random", "by content") and type(share) is float and 0 < share < 1
+        known = known or (method == "given" and share is None)
+        optional = (
+            (type(number) is int and (i == 0 or number > 0)) or (number is None and i > 0)
+            for i, number in enumerate(numbers)
+        )
+        if not known or not all(optional):
+            raise ValueError(f"there is no cut {value!r}")
+        return cls(**value)
+
+    def __str__(self) -> str:
+        share = [] if self.train_val_split is None else [f"share {self.train_val_split:g}"]
+        limits = [(name, getattr(self, name)) for name in ("max_train_samples", "max_eval_samples")]
+        limits = [f"{name} {limit:,}" for name, limit in limits if limit is not None]
+        return ", ".join([self.method, *share, f"seed {self.seed}", *limits])
+
+
 @dataclass
 class ImageSplits:
     """What training needs of a dataset.
@@ -192,10 +284,13 @@ class ImageSplits:
         name: Hub id, folder, or "digits".
         train: Pictures to learn from.
         validation: Pictures to choose the model by, given, or cut from train.
-        test: Pictures to measure the chosen model on, or None where the dataset has none.
+        test: Images to measure the chosen model on, or None where the dataset has none, or hides their labels.
         class_names: By label.
         mean: Of the training pixels per channel, in [0, 1].
         std: Likewise, standard deviation.
+        records: Where the images of each split are.
+        columns: Names of (image, label) in the dataset; no label's where none is read.
+        cut: How the splits were made.
     """
 
     name: str
@@ -206,10 +301,19 @@ class ImageSplits:
     mean: list[float]
     std: list[float]
     records: dict[str, Records] = field(repr=False)
+    columns: tuple[str, str | None]
+    cut: Cut
 
 
 def find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str, ...], kind: str) -> str:
-    """The name of the "image" or "label" column: the one that is wanted, or the likeliest."""
+    """The name of the "image" or "label" column: the one that is wanted, or the only one that it can be.
+
+    A column with a usual name wins over others that could be it, in the order of `known`: image, not mask; fine_label,
+    not coarse_label (CIFAR-100); a string called label, not a ClassLabel called domain.
+
+    Raises:
+        ValueError: There is no such column, none at all, or several and none of a usual name.
+    """
     if wanted is not None:
         if wanted not in dataset.column_names:
             near = difflib.get_close_matches(wanted, dataset.column_names, n=1, cutoff=0.0)
@@ -221,8 +325,12 @@ def find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str,
     feature = datasets.Image if kind == "image" else datasets.ClassLabel
     typed = [name for name, value in dataset.features.items() if isinstance(value, feature)]
     named = [name for name in known if name in dataset.column_names]
-    # Of several images or labels the one of a usual name: image, not mask; fine_label, not coarse_label (CIFAR-100).
-    for candidates in ([name for name in named if name in typed], typed, named):
+    can_be = [name for name in named if name in typed or (kind == "label" and _holds_names(dataset.features[name]))]
+    for candidates in (can_be[:1], typed, named[:1]):  # the last for the error that says what it holds
+        if len(candidates) > 1:
+            raise ValueError(
+                f"columns {', '.join(candidates)} could each be the {kind}s; name one with --{kind}_column_name."
+            )
         if candidates:
             return candidates[0]
     raise ValueError(
@@ -230,13 +338,44 @@ def find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str,
     )
 
 
-def _class_names(dataset: datasets.Dataset, label_column: str, split: str) -> list[str]:
+def _train_of(dataset: datasets.DatasetDict) -> datasets.Dataset:
+    if "train" not in dataset:
+        raise ValueError(f"there is no 'train' split; the dataset has {', '.join(dataset) or 'none'}.")
+    return dataset["train"]
+
+
+def find_columns(dataset: datasets.Dataset, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    """Names of the (image, label) columns; see `find_column`."""
+    return (
+        find_column(dataset, image_column, IMAGE_COLUMNS, "image"),
+        find_column(dataset, label_column, LABEL_COLUMNS, "label"),
+    )
+
+
+def _holds_names(feature) -> bool:
+    """Whether a column holds whole numbers or names."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))
+
+
+def hidden_labels(dataset: datasets.Dataset, label_column: str) -> str | None:
+    """What every label of a split is if its makers keep the true ones: "-1", "None"; None where some are known."""
+    if not isinstance(dataset.features.get(label_column), (datasets.ClassLabel, datasets.Value)):
+        return None
+    return all_hidden(dataset.unique(label_column))
+
+
+def all_hidden(labels: Iterable) -> str | None:
+    """As for `hidden_labels`, of these labels."""
+    found = set(labels)
+    return " or ".join(sorted(map(str, found))) if found and found <= {-1, None} else None
+
+
+def find_class_names(dataset: datasets.Dataset, label_column: str, split: str) -> list[str]:
+    """The names of a split's classes: those of its ClassLabel, or its labels, sorted."""
     feature = dataset.features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    if not (
-        isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))
-    ):
+    if not _holds_names(feature):
         raise ValueError(
             f"column {label_column!r} of split {split!r} holds {feature}, e.g. {dataset[0][label_column]!r}; "
             "labels are whole numbers or names."
@@ -302,6 +441,36 @@ def _stratified_cut(labels: np.ndarray, share: float, seed: int) -> tuple[np.nda
     return np.sort(kept), np.sort(cut)
 
 
+def draw(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """`limit` of the indices of some images, or all if there are no more, in order: int64 (n,).
+
+    Every class gives the same share, as nearly as whole images allow, and at least one image; where there are fewer
+    images than classes, the largest classes give one, drawn among those of one size.
+
+    Args:
+        labels: Class indices (N,).
+        limit: Images to draw.
+        seed: Of which ones.
+    """
+    if limit >= len(labels):
+        return np.arange(len(labels))
+    rng = np.random.default_rng(seed)
+    counts = np.bincount(labels)
+    shares = counts * (limit / len(labels))
+    ties = 1e-9 * rng.random(len(counts))
+    taken = np.floor(shares + ties).astype(np.int64)
+    if limit >= np.count_nonzero(counts):
+        taken = np.maximum(taken, counts > 0)
+    while taken.sum() < limit:
+        taken[np.argmax(np.where(taken < counts, shares - taken + ties, -np.inf))] += 1
+    while taken.sum() > limit:  # what small classes got too much
+        taken[np.argmax(np.where(taken > 1, taken - shares + ties, -np.inf))] -= 1
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
+    place = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]
+    return np.sort(order[place < taken[labels[order]]])
+
+
 def load_records(
     dataset: datasets.DatasetDict,
     image_column: str | None = None,
@@ -314,20 +483,22 @@ def load_records(
     """Check the labels and settle the splits; see `load_splits` for the arguments.
 
     Returns:
-        Split name ("train", "validation", and "test" where there is one) -> records; and the class names.
+        Split name ("train", "validation", and "test" where there is one whose labels are not hidden) -> records; and
+        the class names.
     """
-    if "train" not in dataset:
-        raise ValueError(f"there is no 'train' split; the dataset has {', '.join(dataset) or 'none'}.")
-    image_column = find_column(dataset["train"], image_column, IMAGE_COLUMNS, "image")
-    label_column = find_column(dataset["train"], label_column, LABEL_COLUMNS, "label")
+    columns = find_columns(_train_of(dataset), image_column, label_column)
     chosen = {"train": "train"}
     validation = next((name for name in VALIDATION_SPLITS if name in dataset), None)
     chosen |= {"validation": validation} if validation else {}
-    chosen |= {"test": "test"} if "test" in dataset else {}
+    hidden = hidden_labels(dataset["test"], columns[1]) if "test" in dataset else None
+    if hidden:
+        logger.warning("Split 'test' is not measured: its labels are hidden (%s everywhere).", hidden)
+    elif "test" in dataset:
+        chosen["test"] = "test"
     class_names = None
     records = {}
     for split, name in chosen.items():
-        records[split], class_names = check_split(dataset[name], (image_column, label_column), class_names, name)
+        records[split], class_names = check_split(dataset[name], columns, class_names, name)
     if len(class_names) < 2:
         raise ValueError(f"there is only one class ({class_names[0]!r}); classification needs at least two.")
     empty = np.flatnonzero(np.bincount(records["train"].labels, minlength=len(class_names)) == 0)
@@ -336,11 +507,21 @@ def load_records(
     if "validation" not in records:
         kept, cut = _stratified_cut(records["train"].labels, train_val_split, seed)
         records["train"], records["validation"] = records["train"].select(kept), records["train"].select(cut)
+    if max_train_samples is not None and max_train_samples < len(class_names):
+        raise ValueError(
+            f"max_train_samples ({max_train_samples}) must be at least the number of classes ({len(class_names)}), one "
+            f"image of each; use {len(class_names)} or more."
+        )
     limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_eval_samples}
-    for split, limit in limits.items():
-        if limit is not None and split in records and limit < len(records[split]):
-            records[split] = records[split].select(_drawn(len(records[split]), limit, seed))
-    return records, class_names
+    return _limited(records, limits, seed), class_names
+
+
+def _limited(records: dict[str, Records], limits: dict[str, int | None], seed: int) -> dict[str, Records]:
+    """Of each split at most so many images; see `draw`."""
+    return {
+        split: part if limits[split] is None else part.select(draw(part.labels, limits[split], seed))
+        for split, part in records.items()
+    }
 
 
 def load_pictures(
@@ -351,17 +532,15 @@ def load_pictures(
     max_eval_samples: int | None = None,
     seed: int = 42,
 ) -> dict[str, Records]:
-    """Pictures to learn from without labels, and those held out; a test split is left alone. Every label is 0.
+    """Images to learn from without labels, and those held out, at random; a test split is left alone. Every label is 0.
 
     Arguments as for `load_splits`.
     """
+    column = find_column(_train_of(dataset), image_column, IMAGE_COLUMNS, "image")
     validation = next((name for name in VALIDATION_SPLITS if name in dataset), None)
     records = {}
     for split, name in (("train", "train"), ("validation", validation)):
         if name is not None:
-            if name not in dataset:
-                raise ValueError(f"there is no 'train' split; the dataset has {', '.join(dataset) or 'none'}.")
-            column = find_column(dataset[name], image_column, IMAGE_COLUMNS, "image")
             _check_columns(dataset[name], (column,), name)
             records[split] = _records(dataset[name], column, np.zeros(len(dataset[name]), np.int64), name)
     if validation is None:
@@ -374,63 +553,7 @@ def load_pictures(
             )
         order = np.random.default_rng(seed).permutation(count)
         records = {"train": train.select(np.sort(order[held_out:])), "validation": train.select(order[:held_out])}
-    for split, limit in (("train", max_train_samples), ("validation", max_eval_samples)):
-        if limit is not None and limit < len(records[split]):
-            records[split] = records[split].select(_drawn(len(records[split]), limit, seed))
-    return records
-
-
-def load_split(
-    name: str,
-    split: str | None = None,
-    config_name: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    max_samples: int | None = None,
-    image_size: tuple[int, int] = (32, 32),
-    seed: int = 42,
-) -> tuple[Records, list[str]]:
-    """One split of a dataset, to use a trained model on; the dataset need not have others.
-
-    Args:
-        name: Hub id, folder, or "digits"; see `load_raw`, also for `config_name` and `image_size`.
-        split: "train" and "validation" are those of training: a validation split is cut from train where there is
-            none. None for test; where there is none, for the dataset's validation split, or else its first one, whole.
-        image_column: Name of the picture column; found if None.
-        label_column: Name of the label column; found if None.
-        max_samples: So many pictures only, drawn with `seed`.
-        seed: Also of the validation cut.
-
-    Returns:
-        The records, and the class names.
-
-    Raises:
-        ValueError: There is no such split, or as `load_records`.
-    """
-    raw = load_raw(name, config_name, image_size=image_size)
-    given = {"validation" if key in VALIDATION_SPLITS else key: key for key in raw}
-    if split in ("train", "validation") and "train" in given:
-        limits = dict.fromkeys(("max_train_samples", "max_eval_samples"), max_samples)
-        records, class_names = load_records(raw, image_column, label_column, **limits, seed=seed)
-        return records[split], class_names
-    split = split or next((key for key in ("test", "validation") if key in given), next(iter(given)))
-    if split not in given:
-        raise ValueError(f"there is no split {split!r}; {name} has {', '.join(raw)}.")
-    first = given.get("train", given[split])
-    columns = (
-        find_column(raw[first], image_column, IMAGE_COLUMNS, "image"),
-        find_column(raw[first], label_column, LABEL_COLUMNS, "label"),
-    )
-    class_names = _class_names(raw[first], columns[1], first)
-    records, class_names = check_split(raw[given[split]], columns, class_names, given[split])
-    if max_samples is not None and max_samples < len(records):
-        records = records.select(_drawn(len(records), max_samples, seed))
-    return records, class_names
-
-
-def _drawn(count: int, limit: int, seed: int) -> np.ndarray:
-    """`limit` of `count` indices, in order."""
-    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
+    return _limited(records, {"train": max_train_samples, "validation": max_eval_samples}, seed)
 
 
 def check_split(
@@ -449,7 +572,7 @@ def check_split(
     """
     image_column, label_column = columns
     _check_columns(dataset, columns, split)
-    class_names = class_names or _class_names(dataset, label_column, split)
+    class_names = class_names or find_class_names(dataset, label_column, split)
     labels = _labels(dataset, label_column, class_names, split)
     return _records(dataset, image_column, labels, split), class_names
 
@@ -471,27 +594,53 @@ def _records(dataset: datasets.Dataset, image_column: str, labels: np.ndarray, s
 
 
 def decode(records: Records, processor, num_channels: int) -> DecodedImages | None:
-    """Decode a split into memory, in parallel; None if its pictures differ in size or do not fit."""
+    """Decode a split into memory, in parallel; None if its images differ in size or do not fit.
+
+    Raises:
+        BadImages: Some cannot be used; all of those that were looked at.
+    """
     height, width = processor.size["height"], processor.size["width"]
     if len(records) * num_channels * height * width > MAX_DECODED_BYTES:
         return None
     images = torch.empty(len(records), num_channels, height, width, dtype=torch.uint8)
-    first = records.image(0, num_channels).size
     chunks = [range(start, min(start + 256, len(records))) for start in range(0, len(records), 256)]
+    sizes, bad = set(), []
 
-    def fill(chunk: range) -> bool:
-        for index, image in zip(chunk, records.images(chunk, num_channels), strict=True):
-            if image.size != first:
-                return False
+    def fill(chunk: range) -> tuple[set, list[tuple[str, str]]]:
+        found, wrong = records.readable(chunk, num_channels)
+        found = [(index, image) for index, image in zip(chunk, found, strict=True) if image is not None]
+        different = {image.size for _, image in found}
+        for index, image in found if len(different) == 1 else ():
             images[index] = to_tensor(image, processor)
-        return True
+        return different, wrong
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(records), f"Decoding {records.split}") as bar:
-        for chunk, same_size in zip(chunks, bounded_map(pool, fill, chunks), strict=False):
-            if not same_size:
-                return None
+        for chunk, (different, wrong) in zip(chunks, bounded_map(pool, fill, chunks), strict=True):
+            sizes |= different
+            bad += wrong
+            if len(sizes) > 1:
+                break
             bar.update(len(chunk))
-    return DecodedImages(images, torch.from_numpy(records.labels))
+    if bad:
+        raise BadImages(bad)
+    return DecodedImages(images, torch.from_numpy(records.labels)) if len(sizes) == 1 else None
+
+
+def decode_all(splits: dict[str, Records], processor, num_channels: int) -> dict[str, DecodedImages | None]:
+    """Each split through `decode`.
+
+    Raises:
+        BadImages: Of all splits.
+    """
+    decoded, bad = {}, []
+    for split, records in splits.items():
+        try:
+            decoded[split] = decode(records, processor, num_channels)
+        except BadImages as error:
+            bad += error.found
+    if bad:
+        raise BadImages(bad)
+    return decoded
 
 
 def bounded_map(pool: ThreadPoolExecutor, function, items: list) -> Iterator:
@@ -552,8 +701,9 @@ def load_splits(
         num_channels: 1 or 3.
         image_column: Name of the picture column; found if None.
         label_column: Name of the label column; found if None.
-        train_val_split: Share in (0, 1) of train that becomes validation where the dataset has none.
-        max_train_samples: Train on so many pictures only, drawn with `seed`.
+        train_val_split: Share in (0, 1) of train that becomes validation where the dataset has none: the same share of
+            each class, or, of images without labels, any.
+        max_train_samples: Train on so many images only, drawn with `seed`, the same share of each class (`draw`).
         max_eval_samples: Likewise for validation and test.
         crop_scale: For training images that are decoded one by one: see `LazyImages`.
         crop_all: Whether training images are decoded one by one, and so cropped, even if they are of one size.
@@ -575,11 +725,13 @@ def load_splits(
     raw = load_raw(name, config_name, data_files, cache_dir, token, size, labelled=labelled)
     limits = train_val_split, max_train_samples, max_eval_samples, seed
     if labelled:
-        records, class_names = load_records(raw, image_column, label_column, *limits)
+        columns = find_columns(_train_of(raw), image_column, label_column)
+        records, class_names = load_records(raw, *columns, *limits)
     else:
-        records, class_names = load_pictures(raw, image_column, *limits), []
+        columns = find_column(_train_of(raw), image_column, IMAGE_COLUMNS, "image"), None
+        records, class_names = load_pictures(raw, columns[0], *limits), []
     at_once = {split: part for split, part in records.items() if not (crop_all and split == "train")}
-    splits = dict.fromkeys(records) | {split: decode(part, processor, num_channels) for split, part in at_once.items()}
+    splits = dict.fromkeys(records) | decode_all(at_once, processor, num_channels)
     if splits["train"] is None:
         sample = np.linspace(0, len(records["train"]) - 1, min(len(records["train"]), 512)).astype(int)
         images = LazyImages(records["train"], processor, num_channels)
@@ -591,4 +743,8 @@ def load_splits(
         if splits[split] is None:
             scale = crop_scale if split == "train" else None
             splits[split] = LazyImages(part, processor, num_channels, scale, seed)
-    return ImageSplits(name, splits["train"], splits["validation"], splits.get("test"), class_names, mean, std, records)
+    given = any(split in raw for split in VALIDATION_SPLITS)
+    method = "given" if given else "stratified" if labelled else "random"
+    cut = Cut(method, None if given else float(train_val_split), seed, max_train_samples, max_eval_samples)
+    parts = splits["train"], splits["validation"], splits.get("test")
+    return ImageSplits(name, *parts, class_names, mean, std, records, columns, cut)

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .conversion import convert_checkpoint, image_processor_for
+from .conversion import convert_checkpoint, image_processor_for, own_folder
+from .cuts import RunRecord, read_record
 from .data import Records, bounded_map, pictures_below, progress_bar, to_tensor
 from .metrics import (
     ImageClassificationMetrics,
@@ -113,6 +114,17 @@ class Predictor:
         """The image processor; found when it is first needed: a model without one can still be drawn."""
         return image_processor_for(self.name, self.model, **self.where)
 
+    @cached_property
+    def record(self) -> RunRecord | None:
+        """What the run that trained the model wrote of its data; None for a model of another library."""
+        folder = own_folder(self.name, revision=self.where.get("revision"))
+        return None if folder is None else read_record(folder)
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Pixels (height, width) of the images that it takes."""
+        return self.config.image_hw
+
     @property
     def class_names(self) -> list[str]:
         """The name of each class, or its index where it has none."""
@@ -172,7 +184,7 @@ class Predictor:
         """Go through a split; pictures are read in threads meanwhile.
 
         Args:
-            records: The pictures and labels, from `load_split`.
+            records: The images and labels, from `load_split`.
             class_names: Of the labels; each must be a class of the model, if it classifies.
             batch_size: Pictures at once.
             flip: Whether to look at mirror images too, which takes twice as long.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,7 +34,14 @@ ALIKE = 0.2
 SHOWN = 5
 
 
-def fingerprint(splits: ImageSplits) -> str:
+class HasRecords(Protocol):
+    """What a fingerprint is made of: `ImageSplits`, or splits that are not decoded."""
+
+    records: dict[str, Records]
+    class_names: list[str]
+
+
+def fingerprint(splits: HasRecords) -> str:
     """32 hexadecimal digits that tell a dataset, as it is split here, from any other.
 
     A BLAKE2b digest over the class names, and for train, validation and test in this order, as far as they exist: the

@@ -201,7 +201,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     trainer.save_model()
     metrics = {
         "task": MASKED,
-        "dataset": {"name": facts["dataset"], "fingerprint": facts["fingerprint"], "splits": split_sizes(splits)},
+        "dataset": {"name": facts["dataset"], "fingerprint": facts["fingerprint"], "cut": facts["cut"]}
+        | {"splits": split_sizes(splits)},
         "model": {"parameters": model.num_parameters()},
         "training": describe_training(trainer, steps, data_args, None)
         | {"mask_ratio": data_args.mask_ratio, "mask_patch_size": list(mask_hw)},

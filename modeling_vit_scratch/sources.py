@@ -148,6 +148,11 @@ def _refuse_configuration(config_name: str | None, name: str):
         raise ValueError(f"dataset_config_name ({config_name!r}): {name} has no configurations; leave it out.")
 
 
+def public_name(name: str) -> str:
+    """A dataset's or model's name as others may see it: no path of this machine."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def _is_image_folder(folder: Path) -> bool:
     if any((folder / f"metadata{suffix}").exists() for suffix in (".csv", ".jsonl")) or not any(folder.iterdir()):
         return False

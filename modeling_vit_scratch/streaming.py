@@ -8,7 +8,9 @@ memory.
 import functools
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import datasets
 import torch
@@ -16,22 +18,27 @@ from datasets.distributed import split_dataset_by_node
 
 from .augmentation import crop_box
 from .data import (
-    IMAGE_COLUMNS,
-    LABEL_COLUMNS,
+    Cut,
     ImageSplits,
     LazyImages,
+    Records,
+    all_hidden,
     check_split,
-    decode,
-    find_column,
+    decode_all,
+    find_columns,
     pixel_statistics,
     to_tensor,
 )
 from .sources import VALIDATION_SPLITS, load_image, load_raw
 
+logger = logging.getLogger(__name__)
+
 # Training pictures that are read at the start: for mean and standard deviation, the fingerprint, and the doctor.
 HEAD_IMAGES = 512
 # Validation pictures that are held out of train where the dataset has none of its own, if nobody says how many.
 MAX_HELD_OUT = 5_000
+# Test labels that tell whether all of them are hidden.
+FIRST_LABELS = 16
 # Files for each process below which files are split further, so that worker processes share them.
 MIN_SHARDS = 8
 
@@ -177,6 +184,77 @@ def label_index(value, class_names: list[str], feature, where: str) -> int:
     return class_names.index(str(value))
 
 
+@dataclass
+class Streams:
+    """A dataset whose train is a stream, and whose other splits were read.
+
+    Args:
+        train: Encoded images and labels, also those that are held out.
+        records: Of train its first images; of validation and test, where their labels are not hidden, all that is used.
+        class_names: By label.
+        columns: Names of (image, label).
+        cut: How the splits were made.
+    """
+
+    train: datasets.IterableDataset
+    records: dict[str, Records]
+    class_names: list[str]
+    columns: tuple[str, str]
+    cut: Cut
+
+
+def open_streams(
+    name: str,
+    image_size: tuple[int, int],
+    config_name: str | None = None,
+    data_files: dict[str, str] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_val_split: float = 0.1,
+    max_eval_samples: int | None = None,
+    seed: int = 42,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> Streams:
+    """What `load_streaming` gives, not decoded; arguments as there, and (height, width) at which digits are drawn."""
+    raw = load_raw(name, config_name, data_files, cache_dir, token, image_size, streaming=True)
+    if "train" not in raw:
+        raise ValueError(f"there is no 'train' split; the dataset has {', '.join(raw) or 'none'}.")
+    streams = {split: _as_stream(raw[split], split) for split in raw}
+    columns = find_columns(streams["train"], image_column, label_column)
+    given = next((split for split in VALIDATION_SPLITS if split in streams), None)
+    used = ["train", *filter(None, [given]), *(["test"] if "test" in streams else [])]
+    streams = {split: _undecoded(streams[split], columns, split) for split in used}
+    if "test" in streams:
+        first = [example[columns[1]] for example in itertools.islice(streams["test"], FIRST_LABELS)]
+        hidden = all_hidden(first)
+        if hidden:
+            del streams["test"]
+            logger.warning(
+                "Split 'test' is not measured: its labels are hidden (%s in the first %d).", hidden, len(first)
+            )
+    if given:
+        cut = Cut("given", None, seed, None, max_eval_samples)
+    else:
+        cut = Cut("by content", float(train_val_split), seed, None, max_eval_samples)
+    held = functools.partial(is_held_out, share=cut.train_val_split or 0.0)
+    tables = {
+        "train": _read(streams["train"], columns, HEAD_IMAGES, seed, lambda encoded: not held(encoded)),
+        "validation": _read(streams[given], columns, max_eval_samples, seed)
+        if given
+        else _read(streams["train"], columns, max_eval_samples or MAX_HELD_OUT, seed, held),
+    }
+    if "test" in streams:
+        tables["test"] = _read(streams["test"], columns, max_eval_samples, seed)
+    # Of classes that are no ClassLabel, validation is more likely to have them all than the first of train.
+    _, class_names = check_split(tables["validation"], columns, None, given or "train")
+    if len(class_names) < 2:
+        raise ValueError(f"there is only one class ({class_names[0]!r}); classification needs at least two.")
+    names = {"train": "train, the first of the stream", "validation": given or "train, held out", "test": "test"}
+    records = {split: check_split(table, columns, class_names, names[split])[0] for split, table in tables.items()}
+    return Streams(streams["train"], records, class_names, columns, cut)
+
+
 def load_streaming(
     name: str,
     processor,
@@ -197,10 +275,10 @@ def load_streaming(
 ) -> ImageSplits:
     """Like `data.load_splits`, for a dataset that is read over the network while it is trained on.
 
-    Validation and test are read whole, or their first `max_eval_samples` pictures. Where there is no validation split,
-    pictures of train are held out by a digest of their bytes, `train_val_split` of them, and the first
-    `max_eval_samples` (5,000 if None) of these are validated on. Mean and standard deviation are those of the first
-    512 training pictures.
+    Validation and test are read whole, or `max_eval_samples` of their first images. Where there is no validation split,
+    images of train are held out by a digest of their bytes, about `train_val_split` of them, and `max_eval_samples`
+    (5,000 if None) of the first of these are validated on. Neither looks at labels: classes give the same share by
+    chance only. Mean and standard deviation are those of the first 512 training images.
 
     Args:
         rank: Of this process.
@@ -214,48 +292,28 @@ def load_streaming(
     if not 0 < train_val_split < 1:
         raise ValueError(f"train_val_split ({train_val_split}) must be in (0, 1), e.g. 0.1.")
     size = processor.size["height"], processor.size["width"]
-    raw = load_raw(name, config_name, data_files, cache_dir, token, size, streaming=True)
-    if "train" not in raw:
-        raise ValueError(f"there is no 'train' split; the dataset has {', '.join(raw) or 'none'}.")
-    streams = {split: _as_stream(raw[split], split) for split in raw}
-    columns = (
-        find_column(streams["train"], image_column, IMAGE_COLUMNS, "image"),
-        find_column(streams["train"], label_column, LABEL_COLUMNS, "label"),
-    )
-    given = next((split for split in VALIDATION_SPLITS if split in streams), None)
-    used = ["train", *filter(None, [given]), *(["test"] if "test" in streams else [])]
-    streams = {split: _undecoded(streams[split], columns, split) for split in used}
-    held_out = 0.0 if given else train_val_split
-    held = functools.partial(is_held_out, share=held_out)
-    tables = {
-        "train": _read(streams["train"], columns, HEAD_IMAGES, seed, lambda encoded: not held(encoded)),
-        "validation": _read(streams[given], columns, max_eval_samples, seed)
-        if given
-        else _read(streams["train"], columns, max_eval_samples or MAX_HELD_OUT, seed, held),
-    }
-    if "test" in streams:
-        tables["test"] = _read(streams["test"], columns, max_eval_samples, seed)
-    # Of classes that are no ClassLabel, validation is more likely to have them all than the first of train.
-    _, class_names = check_split(tables["validation"], columns, None, given or "train")
-    if len(class_names) < 2:
-        raise ValueError(f"there is only one class ({class_names[0]!r}); classification needs at least two.")
-    names = {"train": "train, the first of the stream", "validation": given or "train, held out", "test": "test"}
-    records = {split: check_split(table, columns, class_names, names[split])[0] for split, table in tables.items()}
+    opened = open_streams(
+        name, size, config_name, data_files, image_column, label_column,
+        train_val_split, max_eval_samples, seed, cache_dir, token,
+    )  # fmt: skip
+    records, class_names, cut = opened.records, opened.class_names, opened.cut
     head = LazyImages(records["train"], processor, num_channels)
     mean, std = pixel_statistics(torch.stack([head[index]["pixel_values"] for index in range(len(head))]))
+    measured = {split: part for split, part in records.items() if split != "train"}
     parts = {
-        split: decode(part, processor, num_channels) or LazyImages(part, processor, num_channels)
-        for split, part in records.items()
-        if split != "train"
+        split: images or LazyImages(measured[split], processor, num_channels)
+        for split, images in decode_all(measured, processor, num_channels).items()
     }
-    train = streams["train"]
+    train = opened.train
     if train.num_shards < MIN_SHARDS * world_size:
         train = train.reshard()
     images = StreamedImages(
         train,
-        columns, class_names, processor, num_channels, crop_scale, seed, rank, world_size, buffer_size, held_out,
+        opened.columns, class_names, processor, num_channels, crop_scale, seed, rank, world_size, buffer_size,
+        cut.train_val_split or 0.0,
     )  # fmt: skip
-    return ImageSplits(name, images, parts["validation"], parts.get("test"), class_names, mean, std, records)
+    parts = images, parts["validation"], parts.get("test")
+    return ImageSplits(name, *parts, class_names, mean, std, records, opened.columns, cut)
 
 
 def _as_stream(dataset: datasets.Dataset | datasets.IterableDataset, split: str) -> datasets.IterableDataset:

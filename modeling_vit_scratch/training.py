@@ -19,6 +19,7 @@ import shutil
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import accelerate
@@ -42,7 +43,7 @@ from .arguments import (
 )
 from .augmentation import Augmentation, check_padding, parse_until
 from .configuration_vit_scratch import ViTScratchConfig
-from .data import DIGITS, DecodedImages, ImageSplits, load_splits
+from .data import DIGITS, DecodedImages, ImageSplits, load_splits, public_name
 from .inspection import fingerprint, inspect_splits, sample_sheet
 from .metrics import ImageClassificationMetrics
 from .modeling_vit_scratch import ViTScratchForImageClassification
@@ -270,7 +271,8 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
         f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}",
         "parameters": f"{trainer.model.num_parameters():,}{_frozen(trainer.model)}",
         "FLOPs per image": f"{flops_per_image(trainer.model):,} (forward)",
-        "data": f"{splits.name}: {', '.join(sizes)} images, {classes}{height}x{width} px",
+        "data": f"{splits.name}: {', '.join(sizes)} images, {classes}{height}x{width} px, "
+        f"column{'s' * (splits.columns[1] is not None)} {' and '.join(filter(None, splits.columns))}",
         "global batch": f"{global_batch} = {args.per_device_train_batch_size} per device x {args.world_size} "
         f"process{'es' * (args.world_size > 1)} x {args.gradient_accumulation_steps} accumulated",
         "steps": f"{steps:,}{epochs}",
@@ -284,11 +286,6 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
         options = (f"{name} {values[0]} -> {values[1]}" for name, values in change.items() if name != "step")
         rows[f"from step {change['step']:,}"] = ", ".join(options)
     return table(rows)
-
-
-def _public_name(name: str) -> str:
-    """A data set's name as others may see it: no path of this machine."""
-    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _frozen(model: ViTScratchForImageClassification) -> str:
@@ -398,13 +395,14 @@ def run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTraining
         options = options | {"stream_workers": args.dataloader_num_workers}
     return {
         **{name: getattr(config, name) for name in ViTScratchConfig.__annotations__},
-        "dataset": _public_name(splits.name),
+        "dataset": public_name(splits.name),
         "classes": splits.class_names,
         "images": split_sizes(splits),
         "processes": args.world_size,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         **options,
+        "cut": asdict(splits.cut),
         "fingerprint": fingerprint(splits),  # last: what else differs says more
         "changeable": args.changeable,
         "changes": [],
@@ -699,7 +697,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         model.vit.requires_grad_(False)
     adapter = None
     if model_args.lora_rank is not None:
-        adapter = lora.add_adapter(model, model_args.lora_rank, _public_name(model_args.model_name_or_path))
+        adapter = lora.add_adapter(model, model_args.lora_rank, public_name(model_args.model_name_or_path))
     augmentation = make_augmentation(data_args, args, processor, splits)
     suit_device(args, model, splits)
     stop = StopOnSignal()
@@ -712,7 +710,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             hub.prepare_repo(pushes.repo_id, pushes.private, pushes.token)
     facts = run_facts(model.config, splits, args)
     if adapter is not None:  # a checkpoint has the adapter, and the base comes from where it came from
-        facts = {"lora": [model_args.lora_rank, _public_name(model_args.model_name_or_path)], **facts}
+        facts = {"lora": [model_args.lora_rank, public_name(model_args.model_name_or_path)], **facts}
     check_resuming(args, facts)
     if args.resume_from_checkpoint and data_args.streaming:  # what was trained on before is read, but not decoded
         step = _trainer_state(args.resume_from_checkpoint)["global_step"]
@@ -757,6 +755,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         "dataset": {
             "name": facts["dataset"],
             "fingerprint": facts["fingerprint"],
+            "cut": facts["cut"],
             "splits": split_sizes(splits),
             "class_names": splits.class_names,
         },

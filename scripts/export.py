@@ -251,11 +251,12 @@ def export(arguments: argparse.Namespace) -> int:
     config = predictor.config
     if config.num_labels:
         predictor.require_classifier()
-    records = labels = None
+    split = records = labels = None
     if arguments.dataset is not None:
         predictor.require_classifier()
-        records, class_names = cli.read_split(arguments, config.image_hw)
-        labels = torch.from_numpy(match_classes(class_names, predictor.class_names)[records.labels])
+        split = cli.read_split(PROGRAM, arguments, [predictor])
+        records = split.records
+        labels = torch.from_numpy(match_classes(split.class_names, predictor.class_names)[records.labels])
 
     module = Logits(predictor.model)
     out.mkdir(parents=True, exist_ok=True)
@@ -287,7 +288,7 @@ def export(arguments: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "batch_size": arguments.batch_size,
         "repeats": arguments.repeats,
-        **({} if records is None else {"dataset": arguments.dataset, "split": records.split, "examples": len(records)}),
+        **({} if records is None else {"dataset": arguments.dataset, **split.to_dict(), "examples": len(records)}),
         "rows": rows,
     }
     if arguments.json:

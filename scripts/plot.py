@@ -74,7 +74,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--max_pictures", type=cli.at_least_one, default=4, metavar="N", help="of patches, rollout, heads; default: 4"
     )
-    group.add_argument("--seed", type=int, default=0, help="of features: which pictures, and t-SNE; default: 0")
+    group.add_argument(
+        "--features_seed", type=int, default=0, metavar="N", help="of features: which images, and t-SNE; default: 0"
+    )
     group = options.add_argument_group("output")
     group.add_argument("--output", type=Path, metavar="DIR", help="default: plots")
     group.add_argument("--batch_size", type=cli.at_least_one, default=64, metavar="N", help="default: 64")
@@ -126,7 +128,8 @@ class Sight:
         self.config, self.model = self.predictor.config, self.predictor.model
         self.records, self.pictures, self.titles, self._answers = None, [], [], None
         if args.dataset:
-            self.records, self.data_names = cli.read_split(args, self.config.image_hw)
+            split = cli.read_split(PROGRAM, args, [self.predictor])
+            self.records, self.data_names = split.records, split.class_names
             some = self.records.select(evenly(len(self.records), args.max_pictures))  # folders are sorted by class
             self.pictures = list(self.predictor.pixels(some.images(range(len(some)), self.config.num_channels)))
             self.titles = [self.data_names[label] for label in some.labels]
@@ -235,7 +238,7 @@ def draw(kind: str, args: argparse.Namespace, sight: Sight | None) -> dict[str, 
         return {name: plots.plot_attention_distance(sight.distance(), uniform=even)}
     if kind == "features":
         answers = sight.answers()
-        figure = plots.plot_features(answers.features, answers.labels, sight.class_names, seed=args.seed)
+        figure = plots.plot_features(answers.features, answers.labels, sight.class_names, seed=args.features_seed)
         return {name: figure}
     if kind == "reliability":
         return {name: plots.plot_reliability(*sight.judgements())}

@@ -9,6 +9,8 @@ DATASET is a Hub id, a folder with one directory per class, or 'digits'; its
 classes are found among the model's by name. Intervals are of 95 % (Wilson's; of
 a difference, Tango's); two models are compared on the same pictures (McNemar's
 exact test).
+--split validation is what the model's run held out of train, where its folder
+tells and the data are the same; a line says what was taken.
 
 Exit status: 0; 1 if a picture cannot be read; 2 if the model, the dataset or
 an option is wrong.
@@ -166,22 +168,22 @@ def print_comparison(test: dict):
 
 def validate(arguments: argparse.Namespace) -> int:
     predictors = [cli.load_predictor(arguments, model) for model in arguments.models]
-    records, class_names = cli.read_split(arguments, predictors[0].config.image_hw)
+    split = cli.read_split(PROGRAM, arguments, predictors)
     for predictor in predictors:  # before the first of them starts
         predictor.require_classifier()
         if predictor.config.problem_type == "multi_label_classification":
             raise ValueError(f"{predictor.name} gives a picture several classes; top-1 says nothing of it.")
-        match_classes(class_names, predictor.class_names)
+        match_classes(split.class_names, predictor.class_names)
 
     results, answers = [], []
     for predictor in predictors:
         try:
-            answers.append(predictor.answers(records, class_names, arguments.batch_size, arguments.flip))
+            answers.append(predictor.answers(split.records, split.class_names, arguments.batch_size, arguments.flip))
         except ValueError as error:
             cli.say(PROGRAM, str(error))
             return 1
         results.append(result_of(predictor, answers[-1], arguments.batch_size))
-    report = {"dataset": arguments.dataset, "split": records.split, "models": results}
+    report = {"dataset": arguments.dataset, **split.to_dict(), "models": results}
     if len(predictors) > 1:
         report["comparison"] = compare(*answers)
     if arguments.json:

@@ -236,6 +236,40 @@ def test_bad_pictures_are_refused_by_name(name, tmp_path):
     assert str(caught.value).endswith("repair or remove it.")
 
 
+@pytest.mark.parametrize(("count", "more"), [(2, ""), (10, ""), (13, "\n  and 3 more")])
+def test_all_bad_images_of_a_folder_are_named_at_once(count, more, tmp_path):
+    """Of train, of what is cut from it, and of test; in the order of the splits, up to ten by name."""
+    for split, good in (("train", 8), ("test", 300)):
+        for label in ("cat", "dog"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(good):
+                (tmp_path / split / label / f"{i:03}.png").write_bytes(encode(PHOTO[i % 9 : i % 9 + 20, :20]))
+    files = [*sorted((tmp_path / "train").rglob("*.png"))[1:16:3], *sorted((tmp_path / "test").rglob("*.png"))[3::67]]
+    for path in files[:count]:
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=f"^{count} images cannot be used; repair or remove them:\n  row ") as caught:
+        load_splits(str(tmp_path), PROCESSOR, train_val_split=0.5)
+    text = str(caught.value)
+    named = [path for path in files if str(path) in text]
+    assert len(named) == min(count, 10) == text.count("unreadable image") and text.endswith(more or ")")
+    assert set(named) <= set(files[:count])
+
+
+def test_bad_images_are_named_though_all_are_bad():
+    with pytest.raises(ValueError, match=r"^12 images cannot be used"):
+        load(make_table([b"nothing"] * 12))
+
+
+def test_bad_images_in_several_places_of_a_table_are_named():
+    rows = [encode(PHOTO[:8, :8])] * 600
+    rows[0] = rows[300] = b"no image"
+    rows[599] = None
+    with pytest.raises(ValueError, match=r"^3 images cannot be used") as caught:
+        load(make_table(), test=make_table(rows))
+    for row in (0, 300, 599):
+        assert f"row {row} of split 'test'" in str(caught.value)
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_a_bad_picture_in_a_table_is_refused_by_row(lazy, monkeypatch):
     if lazy:
@@ -408,7 +442,11 @@ BAD_TABLES = {
     ),
     "image missing": (
         lambda: load(make_table([encode(PHOTO[:8, :8])] * 5 + [None] * 3, n=8)),
-        "row . of split 'train': there is no image; remove the row",
+        "3 images cannot be used; repair or remove them:\n  row . of split 'train': there is no image",
+    ),
+    "one image missing": (
+        lambda: load(make_table([encode(PHOTO[:8, :8])] * 7 + [None], n=8)),
+        "row 7 of split 'train': there is no image; remove the row",
     ),
     # splits
     "no train": (

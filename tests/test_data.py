@@ -404,6 +404,58 @@ def test_usual_columns_come_before_others_of_their_type():
     assert np.array_equal(records["train"].image(0, 3), make_image(500 + int(records["train"].rows[0])))
 
 
+def with_columns(**columns) -> datasets.DatasetDict:
+    """Twelve images, without their label, and these columns: values, in turn, and their feature."""
+    part = make_dataset(12).remove_columns("label")
+    for name, (values, feature) in columns.items():
+        part = part.add_column(name, [values[i % len(values)] for i in range(12)], feature=feature)
+    return datasets.DatasetDict(train=part)
+
+
+DOMAINS = ([0, 1, 2], datasets.ClassLabel(names=["photo", "sketch", "painting"]))
+NAMED = (["x", "y"], datasets.Value("string"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [
+        ({"domain": DOMAINS, "label": NAMED}, ["x", "y"]),
+        ({"domain": DOMAINS, "target": ([3, 4], datasets.Value("int64"))}, ["3", "4"]),
+        ({"label": ([0.5, 1.5], datasets.Value("float32")), "domain": DOMAINS}, DOMAINS[1].names),  # a score
+        ({"caption": NAMED, "domain": DOMAINS}, DOMAINS[1].names),
+    ],
+    ids=["names called label", "numbers called target", "a label that is none", "no usual name"],
+)
+def test_a_usual_name_wins(columns, names):
+    assert load_records(with_columns(**columns), train_val_split=0.25)[1] == names
+
+
+def test_a_file_name_called_image_is_no_image(tmp_path):
+    part = make_dataset(12, image="scan").add_column("image", ["a.png"] * 12)
+    splits = load_splits(write_hub_layout(tmp_path, train=part), make_processor(), train_val_split=0.25)
+    assert splits.columns == ("scan", "label")
+
+
+def test_several_columns_of_no_usual_name_are_refused():
+    with pytest.raises(ValueError, match=r"columns a, b could each be the labels; name one with --label_column_name\."):
+        load_records(with_columns(a=DOMAINS, b=DOMAINS))
+    assert load_records(with_columns(a=DOMAINS, b=DOMAINS), label_column="b", train_val_split=0.25)[1]
+    scans = list(make_dataset(12).cast_column("image", datasets.Image(decode=False))["image"])
+    part = make_dataset(12, image="left").add_column("right", scans, feature=datasets.Image())
+    with pytest.raises(ValueError, match=r"left, right could each be the images; name one with --image_column_name\."):
+        load_records(datasets.DatasetDict(train=part))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_columns_are_told(tmp_path, monkeypatch, lazy):
+    if lazy:
+        monkeypatch.setattr(data, "MAX_DECODED_BYTES", 0)
+    folder = write_hub_layout(tmp_path, train=make_dataset(12, image="scan", label="kind"))
+    assert load_splits(folder, make_processor(), train_val_split=0.25).columns == ("scan", "kind")
+    unlabelled = load_splits(folder, make_processor(), train_val_split=0.25, labelled=False)
+    assert unlabelled.columns == ("scan", None)
+
+
 @pytest.mark.parametrize(
     ("values", "names"),
     [
@@ -421,6 +473,47 @@ def test_classes_from_plain_values(values, names):
     records, found = load_records(datasets.DatasetDict(train=part(12), test=part(5)), train_val_split=0.25)
     assert found == names
     assert [names[label] for label in records["test"].labels] == [str(values[i % 3]) for i in range(5)]
+
+
+HIDDEN = {
+    "-1 of class labels": ([-1], datasets.ClassLabel(names=CLASSES), "-1"),
+    "-1 of numbers": ([-1], datasets.Value("int64"), "-1"),
+    "none of class labels": ([None], datasets.ClassLabel(names=CLASSES), "None"),
+    "none of names": ([None], datasets.Value("string"), "None"),
+    "none of nothing": ([None], datasets.Value("null"), "None"),
+}
+
+
+def with_labels(n: int, values: list, feature) -> datasets.Dataset:
+    part = make_dataset(n, (8, 8)).remove_columns("label")
+    return part.add_column("label", [values[i % len(values)] for i in range(n)], feature=feature)
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_test_split_whose_labels_are_hidden_is_not_measured(name, caplog):
+    """As ImageNet-1k's on the Hub."""
+    values, feature, said = HIDDEN[name]
+    train = with_labels(12, CLASSES, datasets.Value("string")) if "names" in name else make_dataset(12, (8, 8))
+    train = with_labels(12, [3, 4], feature) if "numbers" in name else train
+    raw = datasets.DatasetDict(train=train, test=with_labels(6, values, feature))
+    records, _ = load_records(raw, train_val_split=0.25)
+    assert set(records) == {"train", "validation"}
+    assert caplog.messages == [f"Split 'test' is not measured: its labels are hidden ({said} everywhere)."]
+
+
+@pytest.mark.parametrize("values", [[-1, 0], [0, -1, 1], [None, 2]])
+def test_labels_that_are_hidden_in_part_are_an_error(values):
+    raw = datasets.DatasetDict(train=make_dataset(12), test=with_labels(6, values, datasets.ClassLabel(names=CLASSES)))
+    with pytest.raises(ValueError, match=r"row \d of split 'test'.*(label -1 is none of|has no label)"):
+        load_records(raw, train_val_split=0.25)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_hidden_labels_of_other_splits_are_an_error(split):
+    parts = {"train": make_dataset(12), "validation": make_dataset(6)}
+    parts[split] = with_labels(6, [-1], datasets.ClassLabel(names=CLASSES))
+    with pytest.raises(ValueError, match=f"row 0 of split '{split}': label -1 is none of"):
+        load_records(datasets.DatasetDict(parts))
 
 
 @pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
@@ -458,6 +551,47 @@ def test_samples_are_drawn_by_seed():
     assert drawn != rows(1, max_train_samples=10, max_eval_samples=5)
     assert set(drawn["train"]) <= set(rows(0)["train"])
     assert rows(0, max_train_samples=1000) == rows(0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit", "expected"),
+    [
+        ([500, 500, 500, 500], 40, [10, 10, 10, 10]),
+        ([400, 200, 100, 40], 74, [40, 20, 10, 4]),
+        ([300, 100], 7, [5, 2]),
+        ([1000, 10, 5], 30, [28, 1, 1]),  # at least one of each
+        ([1000, 1, 0, 1], 3, [1, 1, 0, 1]),
+        ([50, 3], 100, [50, 3]),
+    ],
+)
+def test_samples_are_drawn_alike_from_each_class(counts, limit, expected):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    np.random.default_rng(0).shuffle(labels)
+    drawn = data.draw(labels, limit, 0)
+    assert np.bincount(labels[drawn], minlength=len(counts)).tolist() == expected
+    assert np.array_equal(drawn, np.unique(drawn)) and len(drawn) == min(limit, len(labels))
+    assert np.array_equal(data.draw(labels, limit, 0), drawn)
+
+
+def test_whole_images_go_round_by_chance():
+    """Of what cannot be shared alike, no class gets more over many draws, and no image either."""
+    labels = np.repeat(np.arange(4), 5)
+    drawn = np.concatenate([data.draw(labels, 2, seed) for seed in range(2000)])
+    classes, images = np.bincount(labels[drawn]), np.bincount(drawn, minlength=20)
+    assert abs(classes - 1000).max() < 4.5 * 1000**0.5 and abs(images - 200).max() < 4.5 * 200**0.5
+    assert all(len(set(labels[data.draw(labels, 2, seed)])) == 2 for seed in range(20))
+
+
+def test_limits_of_a_run_are_shared_alike():
+    raw = datasets.DatasetDict(train=make_dataset(600, (4, 4)), test=make_dataset(300, (4, 4)))
+    records, _ = load_records(raw, max_train_samples=90, max_eval_samples=30)
+    shares = {split: np.bincount(part.labels).tolist() for split, part in records.items()}
+    assert shares == {"train": [30] * 3, "validation": [10] * 3, "test": [10] * 3}
+    with pytest.raises(
+        ValueError, match=r"max_train_samples \(2\) must be at least the number of classes \(3\).*use 3"
+    ):
+        load_records(raw, max_train_samples=2)
+    assert len(load_records(raw, max_eval_samples=2)[0]["validation"]) == 2
 
 
 def test_mean_and_std():

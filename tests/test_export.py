@@ -8,7 +8,7 @@ from runs import load_script
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.data import load_split
+from modeling_vit_scratch.cuts import load_split
 
 script = load_script("export")
 FIELDS = {
@@ -116,7 +116,7 @@ def test_table_of_every_format_with_accuracy(trained, tmp_path, capsys):
     assert list(rows) == ["PyTorch", "ONNX", "torch.export", "ONNX int8"]
     assert (report["opset"], report["examples"], rows["PyTorch"]["ratio"]) == (20, 90, 1)
 
-    records, _ = load_split("digits", "test", max_samples=90, image_size=(16, 16))
+    records = load_split("digits", "test", max_samples=90, image_size=(16, 16)).records
     processor = ViTImageProcessorPil.from_pretrained(folder)
     pixels = processor(records.images(range(90), 1), return_tensors="pt")["pixel_values"]
     right = (model(pixels).logits.argmax(1).numpy() == records.labels).mean()

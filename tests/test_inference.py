@@ -12,7 +12,8 @@ from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.data import load_image, load_split, load_splits
+from modeling_vit_scratch.cuts import load_split
+from modeling_vit_scratch.data import load_image, load_splits
 from modeling_vit_scratch.inference import Predictor, compare, find_device, match_classes, measure
 from modeling_vit_scratch.metrics import paired_difference_interval, wilson_interval
 
@@ -107,11 +108,11 @@ def rows(records) -> list[int]:
 def test_splits_are_those_of_training():
     splits = load_splits("digits", processor())
     for split in ("train", "validation"):
-        records, names = load_split("digits", split)
-        assert rows(records) == rows(splits.records[split])
-        assert names == splits.class_names
-    assert rows(load_split("digits")[0]) == rows(splits.records["test"])
-    few = load_split("digits", max_samples=5)[0]
+        found = load_split("digits", split)
+        assert rows(found.records) == rows(splits.records[split])
+        assert found.class_names == splits.class_names and found.cut == splits.cut
+    assert rows(load_split("digits").records) == rows(splits.records["test"])
+    few = load_split("digits", max_samples=5).records
     assert len(few) == 5 and set(rows(few)) <= set(rows(splits.records["test"]))
     assert (few.labels == splits.records["test"].labels[rows(few)]).all()
     with pytest.raises(ValueError, match="no split 'dev'; digits has train, test"):
@@ -120,11 +121,11 @@ def test_splits_are_those_of_training():
 
 def test_a_dataset_needs_no_other_split(tmp_path):
     classes = {"blue": [BLUE] * 3, "red": [RED] * 9}
-    whole, names = load_split(paint_folder(tmp_path / "whole", **classes))
-    assert (len(whole), names) == (12, ["blue", "red"])
+    whole = load_split(paint_folder(tmp_path / "whole", **classes))
+    assert (len(whole.records), whole.class_names) == (12, ["blue", "red"])
     only_test = paint_folder(tmp_path / "only" / "test", **classes)
-    assert len(load_split(str(tmp_path / "only"))[0]) == 12
-    assert len(load_split(str(tmp_path / "only"), "test")[0]) == 12
+    assert len(load_split(str(tmp_path / "only")).records) == 12
+    assert len(load_split(str(tmp_path / "only"), "test").records) == 12
     with pytest.raises(ValueError, match="no split 'train'"):
         load_split(str(tmp_path / "only"), "train")
     assert only_test.endswith("test")
@@ -133,9 +134,9 @@ def test_a_dataset_needs_no_other_split(tmp_path):
 def test_classes_of_a_split_are_those_of_train(tmp_path):
     paint_folder(tmp_path / "train", blue=[BLUE], green=[GREEN], red=[RED])
     paint_folder(tmp_path / "val", blue=[BLUE], green=[GREEN], red=[RED, RED])
-    records, names = load_split(str(tmp_path), "validation")
-    assert names == ["blue", "green", "red"] and records.labels.tolist() == [0, 1, 2, 2]
-    assert rows(load_split(str(tmp_path))[0]) == rows(records)  # there is no test
+    found = load_split(str(tmp_path), "validation")
+    assert found.class_names == ["blue", "green", "red"] and found.records.labels.tolist() == [0, 1, 2, 2]
+    assert rows(load_split(str(tmp_path)).records) == rows(found.records)  # there is no test
 
 
 def test_names_as_labels_are_those_of_train(tmp_path):
@@ -144,8 +145,8 @@ def test_names_as_labels_are_those_of_train(tmp_path):
         images = [{"bytes": encode(paint(RED)), "path": None} for _ in names]
         table = datasets.Dataset.from_dict({"image": images, "label": names})
         table.cast_column("image", datasets.Image()).to_parquet(tmp_path / f"{split}.parquet")
-    records, names = load_split(str(tmp_path))
-    assert names == ["blue", "green", "red"] and records.labels.tolist() == [2, 1]
+    found = load_split(str(tmp_path))
+    assert found.class_names == ["blue", "green", "red"] and found.records.labels.tolist() == [2, 1]
 
 
 # -- classes -----------------------------------------------------------------------------------------------------------
@@ -172,13 +173,19 @@ def test_names_of_classes(tmp_path):
     assert named.class_names == ["x", "y", "z"]
 
 
+def images_of(folder: str):
+    """The records and class names of a folder's only split."""
+    split = load_split(folder)
+    return split.records, split.class_names
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
 def test_answers_of_a_split(predictor, tmp_path):
     """Labels are turned into the model's, whatever the order of the data's classes."""
     folder = paint_folder(tmp_path, blue=[BLUE, GREEN], red=[RED])
-    records, names = load_split(folder)
+    records, names = images_of(folder)
     answers = predictor.answers(records, names, batch_size=2)
     assert answers.labels.tolist() == [2, 2, 0]
     assert answers.probabilities.argmax(1).tolist() == [2, 1, 0]
@@ -198,7 +205,7 @@ def test_mirror_images(tmp_path):
     images = [noise(i, (16, 16)) for i in range(4)]
     for i, image in enumerate(images):
         image.save(tmp_path / "data" / ("blue", "red")[i // 2] / f"{i}.png")
-    answers = own.answers(*load_split(str(tmp_path / "data")), flip=True)
+    answers = own.answers(*images_of(str(tmp_path / "data")), flip=True)
     pixels = processor()(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         plain, mirrored = (model(x).logits for x in (pixels, pixels.flip(3)))
@@ -212,7 +219,7 @@ def test_an_encoder_has_features_only(tmp_path):
     own = save(colour_model().vit, tmp_path / "encoder")
     with pytest.raises(ValueError, match="no trained classifier"):
         own.require_classifier()
-    answers = own.answers(*load_split(paint_folder(tmp_path / "data", cat=[RED], dog=[BLUE])))
+    answers = own.answers(*images_of(paint_folder(tmp_path / "data", cat=[RED], dog=[BLUE])))
     assert answers.probabilities is None and answers.features.shape == (2, 4)
 
 
@@ -258,7 +265,7 @@ def test_compare_by_hand(predictor, tmp_path):
     with torch.no_grad():
         biased.classifier.bias[0] = 1000
     other = save(biased, tmp_path / "biased")
-    split = load_split(paint_folder(tmp_path / "data", red=[RED, RED, RED, BLUE], green=[GREEN] * 3, blue=[BLUE] * 3))
+    split = images_of(paint_folder(tmp_path / "data", red=[RED, RED, RED, BLUE], green=[GREEN] * 3, blue=[BLUE] * 3))
     test = compare(predictor.answers(*split), other.answers(*split))
     assert {key: test[key] for key in ("only_a", "only_b", "examples")} == {"only_a": 6, "only_b": 1, "examples": 10}
     assert test["p_value"] == pytest.approx(2 * (1 + 7) / 2**7)

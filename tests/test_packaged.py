@@ -29,7 +29,7 @@ def test_it_is_small_and_in_half_precision(packaged):
     assert model.num_parameters() <= 847_626 and model.dtype == torch.float32
     assert list(model.config.id2label.values()) == CLASSES
     assert {path.name for path in PACKAGED_MODEL.iterdir()} == {
-        "config.json", "model.safetensors", "preprocessor_config.json",
+        "config.json", "metrics.json", "model.safetensors", "preprocessor_config.json",
     }  # fmt: skip
 
 

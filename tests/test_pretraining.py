@@ -81,6 +81,9 @@ def test_folder_holds_a_masked_image_model_and_its_numbers(run, pictures):
     folder, _ = run
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["dataset"]["splits"] == {"train": 120, "validation": 30}
+    assert metrics["dataset"]["cut"] == {
+        "method": "random", "train_val_split": 0.2, "seed": 42, "max_train_samples": None, "max_eval_samples": None,
+    }  # fmt: skip
     assert metrics["training"]["mask_ratio"] == 0.6 and metrics["training"]["mask_patch_size"] == [8, 8]
     assert {path.name for path in (folder / "plots").iterdir()} == {"reconstructions.png", "training_curves.png"}
     assert "without labels" in (folder / "README.md").read_text()
@@ -147,7 +150,7 @@ def test_accumulated_gradients_equal_those_of_one_batch(pictures, tmp_path):
 def test_a_dry_run_tries_a_batch(pictures, tmp_path, capsys):
     assert finetune.main(settings(tmp_path, pictures, dry_run=True)) == 0
     text = capsys.readouterr().out
-    assert "120 train, 30 validation images, 32x32 px" in text and "in order" in text
+    assert "120 train, 30 validation images, 32x32 px, column image\n" in text and "in order" in text
 
 
 def test_a_trained_encoder_is_gone_on_with(run):

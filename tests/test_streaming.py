@@ -260,6 +260,7 @@ def test_given_splits_are_read_whole(tmp_path):
     assert sorted(number_of(image) for image in splits.validation.images) == list(range(10_000, 10_012))
     assert sorted(number_of(image) for image in splits.test.images) == list(range(20_000, 20_009))
     assert splits.class_names == CLASSES
+    assert splits.columns == ("img", "label")
     mean, std = data.pixel_statistics(torch.stack([sample_pixels(n) for n in range(40)]))
     np.testing.assert_allclose(splits.mean, mean, atol=1e-4)  # fewer than 512: all of them
     np.testing.assert_allclose(splits.std, std, atol=1e-4)
@@ -288,6 +289,27 @@ def test_validation_is_held_out_of_train(tmp_path):
     few = load_streaming(folder, PROCESSOR, train_val_split=0.2, max_eval_samples=10)
     assert {number_of(image) for image in few.validation.images} < held
     assert len(few.validation) == 10
+
+
+@pytest.mark.parametrize("label", [-1, None])
+def test_a_test_split_whose_labels_are_hidden_is_not_read(tmp_path, monkeypatch, caplog, label):
+    """A look at the first of them tells: it may be large."""
+    folder = write(tmp_path, 60, 2, test=0)
+    table(range(20_000, 20_200), labels=[label] * 200).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    read, with_bytes = [], streaming._with_bytes
+    monkeypatch.setattr(streaming, "_with_bytes", lambda value: read.append(value) or with_bytes(value))
+    splits = load_streaming(folder, PROCESSOR)
+    assert splits.test is None and set(splits.records) == {"train", "validation"}
+    assert len(read) == 60 + 12, "train and validation"
+    assert caplog.messages == [f"Split 'test' is not measured: its labels are hidden ({label} in the first 16)."]
+
+
+def test_labels_of_a_stream_that_are_hidden_in_part_are_an_error(tmp_path):
+    folder = write(tmp_path, 60, 2, test=0)
+    labels = [-1] * 3 + [1] * 17
+    table(range(20_000, 20_020), labels=labels).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="row 0 of split 'test': label -1 is none of"):
+        load_streaming(folder, PROCESSOR)
 
 
 def test_held_out_by_frequency():

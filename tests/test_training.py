@@ -267,6 +267,7 @@ def test_dry_run_checks_the_data_and_draws_samples(tmp_path, capsys):
         "27,268,096",
         "fingerprint",
         "320 train, 64 validation, 64 test",
+        "columns image and label",
         "64 = 64 per device x 1 process x 1",
     ):
         assert words in text
