@@ -70,6 +70,12 @@ def recover(folder: Path):
             _sync(folder)
 
 
+def open_to_others(folder: Path):
+    """Give files of weights the mode of the config.json beside them: safetensors makes them their owner's alone."""
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(next(folder.glob("*config.json")), path)
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, naming the first, or None if all are as they were written."""
     try:

@@ -41,6 +41,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, BitImageProcessorPil, ViTImageProcessorPil
 
+from .checkpoints import open_to_others
 from .configuration_vit_scratch import ViTScratchConfig
 from .layouts import (
     CONFIG_FIELDS,
@@ -1289,6 +1290,7 @@ def _write(tensors: dict, model: ViTScratchForImageClassification, target: str, 
         theirs = _transformers_config(config, config_class)
         theirs.architectures = [model_class.__name__]
         theirs.save_pretrained(folder)
+        open_to_others(folder)
         return
     fields = {name: getattr(config, name) for name in CONFIG_FIELDS}
     if target == "timm":
@@ -1324,6 +1326,7 @@ def _write(tensors: dict, model: ViTScratchForImageClassification, target: str, 
     else:
         fields["id2label"] = config.id2label
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    open_to_others(folder)
 
 
 # --- The proof -------------------------------------------------------------------------------------------------------

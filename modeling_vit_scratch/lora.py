@@ -6,6 +6,7 @@ A run keeps two things: the adapter, A, B and the trained head in PEFT's format,
 import copy
 from pathlib import Path
 
+from .checkpoints import open_to_others
 from .modeling_vit_scratch import ViTScratchForImageClassification
 
 # The adapter's folder, in each folder that holds the merged model.
@@ -45,6 +46,7 @@ def add_adapter(model: ViTScratchForImageClassification, rank: int, base: str):
 def save_adapter(adapter, folder: Path):
     """Write the trained matrices and head; `peft.PeftModel.from_pretrained(base_model, folder)` reads them."""
     adapter.save_pretrained(str(folder), save_embedding_layers=False)  # else it asks the Hub about the base model
+    open_to_others(folder)
 
 
 def load_adapter(adapter, folder: Path):

@@ -179,6 +179,7 @@ class ImageTrainer(Trainer):
             lora.save_adapter(self.adapter, folder / lora.FOLDER)
             state_dict = lora.merged_weights(self.adapter)
         super()._save(output_dir, state_dict)
+        checkpoints.open_to_others(folder)
         # A pickle of the arguments, the Hub token among them, that nothing reads back.
         (folder / "training_args.bin").unlink(missing_ok=True)
 
@@ -197,6 +198,7 @@ class ImageTrainer(Trainer):
             self.args.output_dir = str(folder)
         if self.average is not None and self.args.should_save:
             save_file(self.average.trained(), staging / name / TRAINED_WEIGHTS)
+            checkpoints.open_to_others(staging / name)
         pending = {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
         (staging / name / f"pending_loss_{self.args.process_index}.json").write_text(json.dumps(pending))
         if self.state.best_global_step:

@@ -30,8 +30,8 @@ ARROWS = {
     "model_card": set(),
     "hub": {"model_card", *MODEL},
     "layouts": set(),
-    "conversion": {"layouts", *MODEL},
-    "lora": MODEL,
+    "conversion": {"checkpoints", "layouts", *MODEL},
+    "lora": {"checkpoints", *MODEL},
     "pretraining": {
         "arguments", "augmentation", "checkpoints", "data", "model_card", "plots", "trainer", "training", *MODEL,
     },
