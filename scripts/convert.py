@@ -16,6 +16,7 @@ the checkpoint or an option is wrong.
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from modeling_vit_scratch import cli
@@ -82,6 +83,13 @@ def print_table(proof: Verification):
     print(f"\n{verdict}: {proof.largest:.1e}, where {TOLERANCE:g} is allowed\n")
 
 
+def verify_export(model, target: str, num_images: int) -> Verification:
+    """What `target`'s library computes of the files that `export_checkpoint` writes, compared with the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        export_checkpoint(model, target, folder)
+        return verify_checkpoint(folder, model=model, num_images=num_images)
+
+
 def convert(arguments: argparse.Namespace) -> int:
     out, checkpoint = arguments.out, arguments.checkpoint
     if out.exists() and not out.is_dir():
@@ -126,14 +134,7 @@ def convert(arguments: argparse.Namespace) -> int:
             )
         )
     if arguments.verify and arguments.to:
-        proofs.append(
-            lambda: verify_checkpoint(
-                export_checkpoint(model, arguments.to),
-                model=model,
-                num_images=arguments.num_images,
-                grid_size=model.config.grid_hw,
-            )
-        )
+        proofs.append(lambda: verify_export(model, arguments.to, arguments.num_images))
     if arguments.verify and not proofs:
         raise ValueError(f"{checkpoint} is this package's own: there is nothing to verify without --to.")
     for prove in proofs:
