@@ -4,6 +4,7 @@
     processor = image_processor_for("google/vit-base-patch16-224", model)
     tensors = export_checkpoint(model, "timm")
     verify_checkpoint("google/vit-base-patch16-224").passed         # runs the source library's own model
+    verify_export(model, "timm").passed                             # or the target's
 
 A conversion is exact or it is refused: every tensor must have a name in the table, the right shape and finite values.
 What was recognised, assumed, left out, resized or made anew is said in one line each, as warnings of this module's
@@ -1446,6 +1447,25 @@ def verify_checkpoint(
         agree = ours["logits"].topk(k).indices == theirs["logits"].topk(k).indices
         top5 = int(agree.all(dim=1).sum())
     return Verification(title, differences, top5, num_images)
+
+
+def verify_export(model: ViTScratchForImageClassification, target: str, *, num_images: int = 2) -> Verification:
+    """Export the model to a folder for the while, and run what the target's library makes of it as the reference.
+
+    Args:
+        model: Ours.
+        target: As for `export_checkpoint`, which says what differs; this does not repeat it.
+        num_images: Random images.
+
+    Raises:
+        ImportError: The target's library cannot be imported here.
+        NotImplementedError: No library has a model that computes this.
+        ValueError: As `export_checkpoint`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with _silent(logger):
+            export_checkpoint(model, target, folder)
+        return verify_checkpoint(folder, model=model, num_images=num_images)
 
 
 @dataclass

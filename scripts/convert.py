@@ -16,7 +16,6 @@ the checkpoint or an option is wrong.
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 from modeling_vit_scratch import cli
@@ -29,6 +28,7 @@ from modeling_vit_scratch.conversion import (
     is_own,
     read_labels,
     verify_checkpoint,
+    verify_export,
 )
 from modeling_vit_scratch.layouts import TARGETS, WEIGHT_FILES
 
@@ -45,7 +45,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     untold = parser.add_argument_group("what the tensors do not tell (default: config.json, then the published value)")
     untold.add_argument("--num_attention_heads", type=int, metavar="N", help="default: 64 channels each")
     untold.add_argument("--layer_norm_eps", type=float, metavar="EPSILON", help="of the LayerNorms")
-    untold.add_argument("--hidden_act", metavar="NAME", help="'gelu', or 'gelu_pytorch_tanh' as in Google's code")
+    untold.add_argument(
+        "--hidden_act", metavar="NAME", help="default: 'gelu'; of .npz files 'gelu_pytorch_tanh', as Google's"
+    )
     untold.add_argument("--pooling", choices=("cls", "mean"), help="what the classifier sees")
     untold.add_argument(
         "--grid_size", type=int, nargs=2, metavar=("DOWN", "ACROSS"), help="patches, where they are no square"
@@ -81,13 +83,6 @@ def print_table(proof: Verification):
         print(f"{'top-5':{width}}  no classifier to compare")
     verdict = "the same function" if proof.passed else "NOT the same function"
     print(f"\n{verdict}: {proof.largest:.1e}, where {TOLERANCE:g} is allowed\n")
-
-
-def verify_export(model, target: str, num_images: int) -> Verification:
-    """What `target`'s library computes of the files that `export_checkpoint` writes, compared with the model."""
-    with tempfile.TemporaryDirectory() as folder:
-        export_checkpoint(model, target, folder)
-        return verify_checkpoint(folder, model=model, num_images=num_images)
 
 
 def convert(arguments: argparse.Namespace) -> int:
@@ -134,7 +129,7 @@ def convert(arguments: argparse.Namespace) -> int:
             )
         )
     if arguments.verify and arguments.to:
-        proofs.append(lambda: verify_export(model, arguments.to, arguments.num_images))
+        proofs.append(lambda: verify_export(model, arguments.to, num_images=arguments.num_images))
     if arguments.verify and not proofs:
         raise ValueError(f"{checkpoint} is this package's own: there is nothing to verify without --to.")
     for prove in proofs:

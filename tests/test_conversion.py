@@ -38,6 +38,7 @@ from modeling_vit_scratch.conversion import (
     image_processor_for,
     read_labels,
     verify_checkpoint,
+    verify_export,
 )
 
 torchvision, timm = MODULES.get("torchvision"), MODULES.get("timm")
@@ -1809,14 +1810,13 @@ def test_verify_notices_a_wrong_assumption(bare, wrong):
     [pytest.param(case, marks=READERS.get(case.split(",")[0], ())) for case in EXPORTS if case != "jax, tanh layer"],
 )
 @pytest.mark.parametrize("where", ["memory", "folder"])
-def test_verify_exports(case, where, tmp_path):
+def test_verify_exports(case, where):
     """No library has a model for "jax, tanh layer"; in memory, what tensors cannot tell has to be told."""
     target, model = to_export(case)
-    exported = export_checkpoint(model, target, tmp_path)
     if where == "memory":
-        assert verify_checkpoint(exported, model=model, **hints_for(model.config)).passed
+        assert verify_checkpoint(export_checkpoint(model, target), model=model, **hints_for(model.config)).passed
     else:
-        assert verify_checkpoint(tmp_path, model=model).passed
+        assert verify_export(model, target).passed
 
 
 def test_verify_says_that_it_cannot(monkeypatch):
@@ -1875,6 +1875,22 @@ def test_convert_script(script, vit_folder, tmp_path, capsys, caplog):
     assert_same(ours, theirs)
     assert transformers.ViTImageProcessorPil.from_pretrained(tmp_path / "out").size["height"] == 24
     assert (tmp_path / "out" / "modeling_vit_scratch.py").is_file()
+
+
+@needs_timm
+@pytest.mark.parametrize("target", [None, "timm", "jax"])
+def test_convert_script_says_everything_once(script, target, tmp_path, caplog):
+    """With a proof of what comes in and one of what goes out."""
+    tensors = timm_tensors(D=64, classes=None) | {"mask_token": torch.ones(1, 1, 8)}
+    decoder = {"decoder_embed.weight": torch.ones(8, 64), "decoder_pos_embed": torch.ones(1, 10, 8)}
+    torch.save({"model": tensors | decoder, "epoch": 3}, tmp_path / "mae.pth")
+    argv = [str(tmp_path / "mae.pth"), str(tmp_path / "out"), "--verify", "--num_labels", "3", "--image_size", "32"]
+    assert script.main([*argv, *(["--to", target] if target else [])]) == 0
+    said = [record.getMessage() for record in caplog.records if record.name == conversion.logger.name]
+    assert len(said) == len(set(said))
+    for beginning in ("Took 'model'", "Recognised timm's names (mae)", "Assumed 1 heads", "Left out the pre-training"):
+        assert sum(line.startswith(beginning) for line in said) == 1, said
+    assert ("Google's code has" in "".join(said)) == (target == "jax")
 
 
 def test_convert_script_fails_where_the_proof_does(script, vit_folder, tmp_path, capsys):
