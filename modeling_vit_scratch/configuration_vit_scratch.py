@@ -38,6 +38,9 @@ PRESETS = {
 
 POOLINGS = ("cls", "mean")
 POSITION_EMBEDDING_TYPES = ("learned", "sincos")
+POSITION_INTERPOLATIONS = (
+    "bicubic", "bicubic_antialias", "bicubic_align_corners", "bicubic_offset", "bilinear", "bilinear_align_corners",
+)  # fmt: skip
 
 # Keywords that are no field of ours, yet legitimate: transformers writes them to config.json or takes them on load.
 TRANSFORMERS_KEYWORDS = {
@@ -79,6 +82,11 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         norm_after_pooling: Whether that LayerNorm follows the pooling instead, so that `last_hidden_state` is not
             normalised (He et al., 2022, fine-tuning; timm's `fc_norm`).
         position_embedding_type: "learned" (ViT, eq. 1), or "sincos": fixed, 2-D (MoCo v3; MAE).
+        position_interpolation: How positions are resized to images of another size (ViT, sec. 3.2): "bicubic" (as
+            transformers, DeiT and MAE do), "bicubic_antialias" (timm; DINOv2 with registers), "bicubic_align_corners"
+            (torchvision), "bicubic_offset" (DINO's and DINOv2's own code, which adds 0.1 patches to the new height and
+            width before it divides by the old ones), "bilinear_align_corners" (Google's code), or "bilinear" (timm's
+            FlexiViT).
         representation_size: Width of the pre-training head's linear + tanh before the classifier (ViT, sec. 3.1), or
             None for a single linear layer.
         layerscale_value: Starting value of LayerScale (Touvron et al., 2021b), or None for none.
@@ -117,6 +125,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     use_final_norm: bool = True
     norm_after_pooling: bool = False
     position_embedding_type: str = "learned"
+    position_interpolation: str = "bicubic"
     representation_size: int | None = None
     layerscale_value: float | int | None = None
 
@@ -305,6 +314,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         _require_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
         _require_choice("pooling", self.pooling, POOLINGS)
         _require_choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
+        _require_choice("position_interpolation", self.position_interpolation, POSITION_INTERPOLATIONS)
         self._validate_geometry()
         self._validate_stages()
 

@@ -4,6 +4,7 @@
     processor = image_processor_for("google/vit-base-patch16-224", model)
     tensors = export_checkpoint(model, "timm")
     verify_checkpoint("google/vit-base-patch16-224").passed         # runs the source library's own model
+    verify_export(model, "timm").passed                             # or the target's
 
 A conversion is exact or it is refused: every tensor must have a name in the table, the right shape and finite values.
 What was recognised, assumed, left out, resized or made anew is said in one line each, as warnings of this module's
@@ -58,6 +59,7 @@ from .layouts import (
     TIMM_ACTIVATIONS,
     TIMM_ARCHITECTURES,
     TIMM_ARGUMENTS,
+    TIMM_INTERPOLATIONS,
     TIMM_POOLINGS,
     TIMM_REFUSED,
     TIMM_RESAMPLE,
@@ -69,7 +71,7 @@ from .layouts import (
     Layout,
     spellings_of,
 )
-from .modeling_vit_scratch import ViTScratchForImageClassification
+from .modeling_vit_scratch import ViTScratchForImageClassification, resize_positions
 
 logger = logging.getLogger(__name__)
 
@@ -490,14 +492,13 @@ def convert_checkpoint(
     own = None if source is not None else _own_folder(located)
     if own is not None:
         model, headless = _load_own(own, {"return_dict": True, **hints})
-        antialias = False
     else:
         opened = _open(located, str(checkpoint))
         family, named = _recognise(opened, source)
         named.consume = opened.path is not None and isinstance(opened.tensors, dict)
-        model, headless = _convert(opened, family, named, hints, replace_head or num_labels is not None)
-        antialias = FAMILIES[family].antialias
-    return _change(model, headless, image_size, num_labels, id2label, antialias)
+        plan = _plan(opened, family, named, hints, replace_head or num_labels is not None)
+        model, headless = _convert(opened, family, named, plan)
+    return _change(model, headless, image_size, num_labels, id2label)
 
 
 def is_own(checkpoint, **hub) -> bool:
@@ -523,19 +524,22 @@ def _own_folder(located) -> Path | None:
     return None
 
 
+# Whose table of missing and left-over tensors is not printed: we say it our way.
+REPORT = logging.getLogger("transformers.modeling_utils")
+
+
 @contextmanager
-def _without_report():
-    """Within it transformers does not print its table of missing and left-over tensors: we say it our way."""
-    report = logging.getLogger("transformers.modeling_utils")
+def _silent(log: logging.Logger):
+    """Within it the logger says nothing."""
 
     def drop(record: logging.LogRecord) -> bool:
         return False
 
-    report.addFilter(drop)  # its level, if raised, makes transformers warn of something else
+    log.addFilter(drop)  # its level, if raised, makes transformers warn of something else
     try:
         yield
     finally:
-        report.removeFilter(drop)
+        log.removeFilter(drop)
 
 
 def _load_own(folder: Path, hints: dict) -> tuple[ViTScratchForImageClassification, bool]:
@@ -544,7 +548,7 @@ def _load_own(folder: Path, hints: dict) -> tuple[ViTScratchForImageClassificati
     if unknown:
         ViTScratchConfig(**unknown)  # says which is no field
     try:
-        with _without_report():
+        with _silent(REPORT):
             model, report = ViTScratchForImageClassification.from_pretrained(
                 folder,
                 config=config,
@@ -589,19 +593,20 @@ class _Plan:
         tensors: Ours that are more than a tensor of theirs under another name.
         left_out: Their name -> what it is.
         classes: Of the head that is taken over, or None.
+        told: The fields that tensors, config.json or hints tell; the others are the published values.
     """
 
     fields: dict
     tensors: dict[str, torch.Tensor]
     left_out: dict[str, str]
     classes: int | None
+    told: set[str] = field(default_factory=set)
 
 
 def _convert(
-    opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head: bool
+    opened: _Checkpoint, family: str, named: _Named, plan: _Plan
 ) -> tuple[ViTScratchForImageClassification, bool]:
     """The exact conversion, at the checkpoint's resolution, and whether its head is new."""
-    plan = _plan(opened, family, named, hints, new_head)
     model = _meta_model(ViTScratchConfig(**plan.fields))
     state = _fill(model, opened.title, named, plan)
     config = model.config
@@ -681,13 +686,19 @@ def _plan(opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head
         "pooling": "mean" if measured["norm_after_pooling"] or not measured["use_cls_token"] else "cls",
         "layer_norm_eps": 1e-6 if family.startswith("dinov2") else named.layout.layer_norm_eps,
         "layerscale_value": float(opened.config.get("layerscale_value") or 1e-5) if scaled else None,
+        "position_interpolation": _interpolation(opened, family, named.layout),
+        "hidden_act": named.layout.hidden_act,
     }
-    fields = {**defaults, **claims, **({"pooling": pooling} if pooling else {}), **hints, **measured}
+    fields = {**claims, **({"pooling": pooling} if pooling else {}), **hints, **measured}
+    plan.told = set(fields) | ({"pooling"} if defaults["pooling"] == "mean" else set())
+    fields = {**defaults, **fields}
     if "num_attention_heads" not in fields:
         if D not in PUBLISHED_HEADS and D % 64:
             raise ValueError(f"the heads cannot be told: width {D} is no multiple of 64; pass num_attention_heads=.")
         fields["num_attention_heads"] = heads = PUBLISHED_HEADS.get(D, D // 64)
         logger.warning("Assumed %d heads of %d channels; num_attention_heads= says otherwise.", heads, D // heads)
+    if named.layout.jax and "hidden_act" not in plan.told:
+        logger.warning("Assumed the tanh form of GELU, as Google's code has; hidden_act='gelu' is the exact one.")
     labels = _label_names(opened.config)
     if labels and plan.classes in (None, len(labels)):
         fields |= {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
@@ -697,6 +708,15 @@ def _plan(opened: _Checkpoint, family: str, named: _Named, hints: dict, new_head
             logger.warning("config.json names %d classes, the head has %d: left out.", len(labels), plan.classes)
     plan.fields = fields
     return plan
+
+
+def _interpolation(opened: _Checkpoint, family: str, layout: Layout) -> str:
+    """How the code that the checkpoint comes from resizes positions."""
+    if layout in (TRANSFORMERS, DINOV2):
+        return FAMILIES[family].in_transformers
+    architecture = opened.config.get("architecture") or ""
+    special = (how for pattern, how in TIMM_INTERPOLATIONS.items() if re.fullmatch(pattern, architecture))
+    return next(special, FAMILIES[family].interpolation)
 
 
 def _num_blocks(named: _Named, title: str) -> int:
@@ -919,7 +939,6 @@ def _change(
     image_size: int | tuple[int, int] | None,
     num_labels: int | None,
     id2label: dict[int, str] | None,
-    antialias: bool,
 ) -> ViTScratchForImageClassification:
     """The model with its positions resized, and its head made anew where it has none or one for other classes."""
     config, state = copy.deepcopy(model.config), dict(model.state_dict())
@@ -938,7 +957,8 @@ def _change(
         config.validate()
         position = "vit.embeddings.position_embeddings"
         if position in state:
-            state[position] = _resize(state[position], model.config.grid_hw, config.grid_hw, antialias)
+            resized = model.config.grid_hw, config.grid_hw, config.position_interpolation
+            state[position] = resize_positions(state[position], *resized)
         logger.warning(
             "Resized the positions from %dx%d to %dx%d patches (images of %dx%d).", *model.config.grid_hw,
             *config.grid_hw, *config.image_hw,
@@ -953,14 +973,6 @@ def _change(
         config.id2label = {int(index): str(name) for index, name in id2label.items()}
         config.label2id = {name: index for index, name in config.id2label.items()}
     return _materialise(_meta_model(config), state)
-
-
-def _resize(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool) -> torch.Tensor:
-    """Positions of a grid for another: (1, 1 + N, D) or (1, N, D); bicubic, the class token's kept (ViT, sec. 3.2)."""
-    own, patches = positions.tensor_split([positions.shape[1] - old[0] * old[1]], dim=1)
-    patches = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
-    patches = nn.functional.interpolate(patches, size=new, mode="bicubic", align_corners=False, antialias=antialias)
-    return torch.cat([own, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 # --- The image processor and the labels ------------------------------------------------------------------------------
@@ -987,7 +999,8 @@ def image_processor_for(checkpoint, model: ViTScratchForImageClassification, sou
         folder = located if located.is_dir() else located.parent
     if folder is not None and (folder / "preprocessor_config.json").is_file():
         return _fit(_load_processor(folder, C), model.config.image_hw)
-    opened = _open(located, str(checkpoint), mmap=True)
+    with _silent(logger):  # `convert_checkpoint` has said what was taken
+        opened = _open(located, str(checkpoint), mmap=True)
     if source is None and opened.config.get("model_type") == ViTScratchConfig.model_type:
         raise ValueError(f"{checkpoint} has no preprocessor_config.json.")
     family = FAMILIES[_recognise(opened, source)[0]]
@@ -1137,9 +1150,30 @@ def export_checkpoint(
     if layout is DINOV2 and config.num_register_tokens:  # it has a mask token whether that is used or not
         name = "dinov2_with_registers.embeddings.mask_token"
         on_disk[name] = tensors[name] = torch.zeros(1, config.hidden_size)
+    _say_what_differs(config, target)
     if folder is not None:
         _write(on_disk, model, target, Path(folder), image_processor)
     return tensors
+
+
+def _say_what_differs(config: ViTScratchConfig, target: str):
+    """Warn of what the target's library computes by default, and not from the tensors, otherwise than the model."""
+    if target == "jax":
+        for name, theirs in (("hidden_act", JAX.hidden_act), ("layer_norm_eps", JAX.layer_norm_eps)):
+            if getattr(config, name) != theirs:
+                logger.warning(
+                    "Google's code has %s=%r, this model %r: it computes something else there; convert_checkpoint "
+                    "reads it from the config.json beside the arrays, or takes it as a hint.",
+                    name, theirs, getattr(config, name),
+                )  # fmt: skip
+    theirs = FAMILIES[target].interpolation
+    if target == "transformers":
+        theirs = FAMILIES[MODEL_TYPES[_transformers_classes(config)[2]]].in_transformers
+    if config.position_interpolation != theirs:
+        logger.warning(
+            "For images of another size %s resizes positions as %r, this model as %r.",
+            target, theirs, config.position_interpolation,
+        )  # fmt: skip
 
 
 def _obstacles(config: ViTScratchConfig) -> dict[str, dict[str, bool]]:
@@ -1189,6 +1223,7 @@ def _obstacles(config: ViTScratchConfig) -> dict[str, dict[str, bool]]:
                 what: there for what, there in plain.items() if not (gap and what in ("no class token", "mean pooling"))
             },
             "no bias of query, key and value": not config.qkv_bias,
+            f"the activation {config.hidden_act}": config.hidden_act not in ("gelu", JAX.hidden_act),
         },
     }
 
@@ -1232,11 +1267,11 @@ def _transformers_names(config: ViTScratchConfig):
     return names
 
 
-def _transformers_config(config: ViTScratchConfig, config_class: type):
-    """A config of transformers with the fields of ours that it has."""
-    fields = {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config_class, name)}
+def _transformers_config(config: ViTScratchConfig, config_class: type, names=CONFIG_FIELDS):
+    """A config of transformers with the fields of ours that it has, of those named."""
+    fields = {name: getattr(config, name) for name in names if hasattr(config_class, name)}
     if isinstance(config.initializer_range, str):  # "fan_in", which its configs do not know; of new weights only
-        del fields["initializer_range"]
+        fields.pop("initializer_range", None)
     fields |= {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
     if hasattr(config_class, "mlp_ratio"):
         fields |= {"mlp_ratio": config.intermediate_size // config.hidden_size}
@@ -1376,14 +1411,17 @@ def verify_checkpoint(
 ) -> Verification:
     """Run the source library's own model and ours on the same random images, in double precision.
 
-    The reference reads the checkpoint by its own library's code, so a mistake in our tables shows. What only hints or
-    published values tell (heads, epsilon, activation of a bare file) is the same on both sides. It is compared at the
-    checkpoint's resolution, and with the checkpoint's head if it has one that our model can express.
+    The reference reads the checkpoint by its own library's code, so a mistake in our tables shows. What tensors,
+    config.json and hints tell is the same on both sides; where nothing does (epsilon, activation and pooling of a bare
+    file), ours has what `convert_checkpoint` assumes, and the reference its library's own default. Only the heads,
+    of which no library has a default for every width, are then the same. It is compared at the checkpoint's resolution,
+    and with the checkpoint's head if it has one that our model can express. `convert_checkpoint` says what was
+    recognised and assumed; this does not repeat it.
 
     Args:
         checkpoint: As for `convert_checkpoint`.
         source: As for `convert_checkpoint`.
-        model: Ours; None converts the checkpoint.
+        model: Ours, which was made of the checkpoint or the checkpoint of it; None converts the checkpoint.
         num_images: Random images.
         revision: As for `convert_checkpoint`.
         num_labels: As for `convert_checkpoint`; only where the head cannot be expressed.
@@ -1397,14 +1435,17 @@ def verify_checkpoint(
     located = _locate(checkpoint, revision=revision)
     if source is None and _own_folder(located):
         raise ValueError(f"{checkpoint} is this package's own; there is nothing to compare it with.")
-    opened = _open(located, str(checkpoint))
-    family, named = _recognise(opened, source)
-    headless = False
-    if model is None:
-        model, headless = _convert(opened, family, named, hints, new_head=num_labels is not None)
-    model = copy.deepcopy(model).eval()
+    if model is not None:
+        hints = {"num_attention_heads": model.config.num_attention_heads, **hints}
+    with _silent(logger):
+        opened = _open(located, str(checkpoint))
+        family, named = _recognise(opened, source)
+        plan = _plan(opened, family, named, hints, new_head=num_labels is not None)
+        model = _convert(opened, family, named, plan)[0] if model is None else copy.deepcopy(model).eval()
+    headless = plan.classes is None
     make = {id(TIMM): _timm_reference, id(TORCHVISION): _torchvision_reference, id(JAX): _jax_reference}
-    reference = make.get(id(named.layout), _transformers_reference)(opened, family, named, model, headless, num_images)
+    told = _Told(ViTScratchConfig(**plan.fields), plan.told | {"num_attention_heads"})
+    reference = make.get(id(named.layout), _transformers_reference)(opened, family, named, told, headless, num_images)
     generator = torch.Generator().manual_seed(0)
     config = model.config
     images = torch.randn(num_images, config.num_channels, *config.image_hw, generator=generator, dtype=torch.float64)
@@ -1424,6 +1465,33 @@ def verify_checkpoint(
         agree = ours["logits"].topk(k).indices == theirs["logits"].topk(k).indices
         top5 = int(agree.all(dim=1).sum())
     return Verification(title, differences, top5, num_images)
+
+
+def verify_export(model: ViTScratchForImageClassification, target: str, *, num_images: int = 2) -> Verification:
+    """Export the model to a folder for the while, and run what the target's library makes of it as the reference.
+
+    Args:
+        model: Ours.
+        target: As for `export_checkpoint`, which says what differs; this does not repeat it.
+        num_images: Random images.
+
+    Raises:
+        ImportError: The target's library cannot be imported here.
+        NotImplementedError: No library has a model that computes this.
+        ValueError: As `export_checkpoint`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with _silent(logger):
+            export_checkpoint(model, target, folder)
+        return verify_checkpoint(folder, model=model, num_images=num_images)
+
+
+@dataclass
+class _Told:
+    """What a checkpoint and hints tell its own library: the fields of `config` that are in `names`."""
+
+    config: ViTScratchConfig
+    names: set[str]
 
 
 @dataclass
@@ -1462,7 +1530,7 @@ def _outputs(reference: _Reference, images: torch.Tensor, headless: bool) -> dic
     return outputs
 
 
-def _transformers_reference(opened, family, named, model, headless, num_images) -> _Reference:
+def _transformers_reference(opened, family, named, told, headless, num_images) -> _Reference:
     classes = {
         "transformers": ("ViTForImageClassification", "ViTModel", "vit"),
         "deit": ("DeiTForImageClassification", "DeiTModel", "deit"),
@@ -1479,16 +1547,16 @@ def _transformers_reference(opened, family, named, model, headless, num_images) 
     if "model_type" in opened.config:
         config = config_class.from_dict(opened.config)
     else:
-        config = _transformers_config(model.config, config_class)
+        config = _transformers_config(told.config, config_class, told.names)
     config.return_dict = True  # within its own forward, too
     arguments, keywords = {}, {}
     if family == "mae":
         config.mask_ratio = 0.0
-        arguments["noise"] = torch.arange(math.prod(model.config.grid_hw)).expand(num_images, -1)  # keeps the order
+        arguments["noise"] = torch.arange(math.prod(told.config.grid_hw)).expand(num_images, -1)  # keeps the order
     elif model_class.__name__ in ("ViTModel", "DeiTModel"):
-        keywords["add_pooling_layer"] = model.config.representation_size is not None
+        keywords["add_pooling_layer"] = told.config.representation_size is not None
     state = {name: named.raw(short).clone() for short, name in named.names.items()}
-    with _without_report():
+    with _silent(REPORT):
         loaded, report = model_class.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32, **keywords
         )
@@ -1509,20 +1577,27 @@ def _import_timm():
     return timm, timm_vit
 
 
-def _make_timm(opened: _Checkpoint, model: ViTScratchForImageClassification, headless: bool, no_embed_class: bool):
-    """timm's model: the one its config.json names, or one with the fields of ours."""
+def _make_timm(opened: _Checkpoint, told: _Told, headless: bool, no_embed_class: bool, act_layer: str | None = None):
+    """timm's model: the one its config.json names, or one with the fields that are told and timm's other defaults.
+
+    `act_layer` is the activation where none is told; None for timm's own.
+    """
     timm, timm_vit = _import_timm()
-    config = model.config
+    config = told.config
     if config.representation_size is not None:
         raise NotImplementedError("timm dropped the tanh layer before the classifier: there is no model to compare.")
     classes = 0 if headless else config.num_labels
-    norm = partial(timm.layers.LayerNorm, eps=config.layer_norm_eps)
+    norm = partial(timm.layers.LayerNorm, eps=config.layer_norm_eps) if "layer_norm_eps" in told.names else None
     if "architecture" in opened.config:
         arguments = {"global_pool": opened.config.get("global_pool"), **(opened.config.get("model_args") or {})}
         arguments |= {"norm_layer": norm} if "layer_norm_eps" in opened.config else {}
         arguments = {name: value for name, value in arguments.items() if value is not None}
         return timm.create_model(opened.config["architecture"], num_classes=classes, **arguments)
     arguments = {**_timm_arguments(config, no_embed_class), "num_classes": classes, "norm_layer": norm}
+    for theirs in ("act_layer", "global_pool", "final_norm"):
+        if TIMM_ARGUMENTS[theirs] not in told.names:
+            del arguments[theirs]
+    arguments = {"act_layer": act_layer, **arguments}
     if any(name.endswith("dist_token") for name in opened.tensors):
         if not headless:
             raise NotImplementedError("timm has no model with a distillation token and one head to compare.")
@@ -1530,11 +1605,11 @@ def _make_timm(opened: _Checkpoint, model: ViTScratchForImageClassification, hea
     return timm_vit.VisionTransformer(**arguments)
 
 
-def _timm_reference(opened, family, named, model, headless, num_images) -> _Reference:
+def _timm_reference(opened, family, named, told, headless, num_images) -> _Reference:
     state = {short: named.raw(short).clone() for short in named.names}
     registers = "register_tokens" in state
-    alone = state["pos_embed"].shape[1] == math.prod(model.config.grid_hw)
-    reference = _make_timm(opened, model, headless, no_embed_class=alone or registers)
+    alone = state["pos_embed"].shape[1] == math.prod(told.config.grid_hw)
+    reference = _make_timm(opened, told, headless, no_embed_class=alone or registers)
     for pattern in (*TIMM.unused, *REFUSED_HEADS):
         state = {name: tensor for name, tensor in state.items() if not re.fullmatch(pattern, name)}
     if headless:
@@ -1542,12 +1617,13 @@ def _timm_reference(opened, family, named, model, headless, num_images) -> _Refe
     if registers:
         state["mask_token"] = torch.zeros(1)  # by which timm recognises DINOv2
     reference.load_state_dict(_import_timm()[1].checkpoint_filter_fn(state, reference, adapt_layer_scale=True))
-    norm = reference.fc_norm if model.config.norm_after_pooling else reference.norm
+    norm = reference.fc_norm if told.config.norm_after_pooling else reference.norm
     return _Reference("timm's VisionTransformer", reference, reference.blocks, norm)
 
 
-def _jax_reference(opened, family, named, model, headless, num_images) -> _Reference:
-    reference = _make_timm(opened, model, headless, no_embed_class=False)
+def _jax_reference(opened, family, named, told, headless, num_images) -> _Reference:
+    # nn.gelu in vit_jax/models_vit.py and big_vision/models/vit.py: flax's default is the tanh form, timm's is not.
+    reference = _make_timm(opened, told, headless, no_embed_class=False, act_layer="gelu_tanh")
     with tempfile.TemporaryDirectory() as folder:
         path = opened.path
         if path is None:
@@ -1559,12 +1635,13 @@ def _jax_reference(opened, family, named, model, headless, num_images) -> _Refer
     )
 
 
-def _torchvision_reference(opened, family, named, model, headless, num_images) -> _Reference:
+def _torchvision_reference(opened, family, named, told, headless, num_images) -> _Reference:
     try:
         from torchvision.models import VisionTransformer
     except (ImportError, RuntimeError) as error:
         raise ImportError(f"torchvision cannot be imported here ({error}), so its own model was not run.") from error
-    config = model.config
+    config = told.config
+    told_norm = {"norm_layer": partial(nn.LayerNorm, eps=config.layer_norm_eps)}
     reference = VisionTransformer(
         image_size=config.image_hw[0],
         patch_size=config.patch_hw[0],
@@ -1574,7 +1651,7 @@ def _torchvision_reference(opened, family, named, model, headless, num_images) -
         mlp_dim=config.intermediate_size,
         num_classes=config.num_labels,
         representation_size=config.representation_size,
-        norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),
+        **(told_norm if "layer_norm_eps" in told.names else {}),
     )
     state = {short: named.raw(short).clone() for short in named.names}
     if headless:

@@ -22,6 +22,7 @@ class Layout:
         block_names: As `names`, inside a block.
         unused: Pattern of names that a classifier has no use for -> what they are.
         layer_norm_eps: The library's published epsilon.
+        hidden_act: The activation that the library's code has where nothing says another.
         positions: Which tokens before the patches have positions, in the order tried: "none", "cls", or "all", class
             token and registers.
         jax: Whether kernels are (in, out), the patch kernel (h, w, C, D), and heads have an axis of their own.
@@ -34,6 +35,7 @@ class Layout:
     block_names: dict[str, str | tuple[str, ...]]
     unused: dict[str, str] = field(default_factory=dict)
     layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu"
     positions: tuple[str, ...] = ("cls",)
     jax: bool = False
 
@@ -180,6 +182,7 @@ JAX = Layout(
         "mlp.fc2.bias": "MlpBlock_3/Dense_1/bias|MlpBlock_0/Dense_1/bias",
     },
     unused={r"opt/state/.*": "the optimizer's state"},
+    hidden_act="gelu_pytorch_tanh",  # flax's nn.gelu approximates unless told not to, and neither codebase tells it
     jax=True,
 )
 
@@ -196,7 +199,8 @@ class Family:
         mean, std: Of the image processor, per channel.
         resample: PIL's number of the interpolation.
         crop: Share of the resized picture's side that the central crop keeps, or None: resized without a crop.
-        antialias: Whether its own code antialiases when it resizes positions.
+        interpolation: How its authors' own code resizes positions, as the config's `position_interpolation`.
+        in_transformers: The same of transformers' class for it, whose tensors have other names.
     """
 
     layouts: tuple[Layout, ...]
@@ -204,18 +208,26 @@ class Family:
     std: tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD)
     resample: int = BICUBIC
     crop: float | None = 224 / 256
-    antialias: bool = False
+    interpolation: str = "bicubic"
+    in_transformers: str = "bicubic"
 
 
+# Positions are resized by interpolate_pos_encoding in transformers' classes and in vision_transformer.py of DINO and
+# DINOv2 (hub/backbones.py sets its offset and antialiasing), resample_abs_pos_embed in timm, interpolate_embeddings in
+# torchvision, load_pretrained in Google's vit_jax/checkpoint.py (scipy.ndimage.zoom of order 1, which aligns corners;
+# big_vision does the same), interpolate_pos_embed in MAE, main.py in DeiT. timm's reader of .npz files does not align
+# corners; what it reads is Google's, whose own code is followed.
 FAMILIES = {
     "transformers": Family((TRANSFORMERS,), HALF, HALF, BILINEAR, crop=None),
-    "timm": Family((TIMM,), HALF, HALF, BICUBIC, crop=0.9, antialias=True),
-    "torchvision": Family((TORCHVISION,), resample=BILINEAR),
-    "jax": Family((JAX,), HALF, HALF, BILINEAR, crop=None),
+    "timm": Family((TIMM,), HALF, HALF, BICUBIC, crop=0.9, interpolation="bicubic_antialias"),
+    "torchvision": Family((TORCHVISION,), resample=BILINEAR, interpolation="bicubic_align_corners"),
+    "jax": Family((JAX,), HALF, HALF, BILINEAR, crop=None, interpolation="bilinear_align_corners"),
     "deit": Family((TRANSFORMERS, TIMM)),
-    "dino": Family((TRANSFORMERS, TIMM)),
-    "dinov2": Family((DINOV2, TIMM)),
-    "dinov2_with_registers": Family((DINOV2, TIMM), antialias=True),
+    "dino": Family((TRANSFORMERS, TIMM), interpolation="bicubic_offset"),
+    "dinov2": Family((DINOV2, TIMM), interpolation="bicubic_offset"),
+    "dinov2_with_registers": Family(
+        (DINOV2, TIMM), interpolation="bicubic_antialias", in_transformers="bicubic_antialias"
+    ),
     "mae": Family((TRANSFORMERS, TIMM)),
 }
 TARGETS = {"transformers": TRANSFORMERS, "timm": TIMM, "torchvision": TORCHVISION, "jax": JAX}
@@ -260,6 +272,12 @@ TIMM_ARCHITECTURES = {
     },
     r"vit_intern300m_.*|vit_.*_radio_.*": {"final_norm": False},
 }
+# Architectures whose positions timm resizes another way than its others'.
+TIMM_INTERPOLATIONS = {
+    r".*flexi.*": "bilinear",
+    r".*(base|huge)_patch16_radio_v3.*": "bilinear_align_corners",
+    r".*radio.*": "bilinear",
+}
 # Architectures whose tensors have the names of a ViT, and which compute something else.
 TIMM_REFUSED = {r".*_rope_.*|eva.*|beit.*": "relative or rotary positions", r".*_rpn_.*": "norms after the branches"}
 TIMM_RESAMPLE = {kind.name.lower(): int(kind) for kind in PILImageResampling}
@@ -268,7 +286,7 @@ TIMM_RESAMPLE = {kind.name.lower(): int(kind) for kind in PILImageResampling}
 CONFIG_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "image_size",
     "patch_size", "num_channels", "qkv_bias", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob",
-    "initializer_range", "encoder_stride", "pooling", "problem_type",
+    "initializer_range", "encoder_stride", "pooling", "problem_type", "position_interpolation",
 )  # fmt: skip
 
 # Names of what the config cannot express -> what it is.

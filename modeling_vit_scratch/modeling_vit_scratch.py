@@ -82,6 +82,24 @@ def sincos_positions(config: ViTScratchConfig) -> torch.Tensor:
     return positions.unsqueeze(0).to(torch.get_default_dtype())
 
 
+def resize_positions(positions: torch.Tensor, old_hw, new_hw, how: str) -> torch.Tensor:
+    """Positions for another grid, as `position_interpolation` says: (1, 1 + N, D) -> (1, 1 + N', D). ViT, sec. 3.2."""
+    cls, patches = positions.tensor_split([positions.shape[1] - old_hw[0] * old_hw[1]], dim=1)
+    patches = patches.to(torch.promote_types(cls.dtype, torch.float32)).unflatten(1, old_hw).permute(0, 3, 1, 2)
+    if how == "bicubic_offset":
+        rows, columns = (torch.arange(side, dtype=patches.dtype, device=patches.device) for side in new_hw)
+        # DINO's way, unless the grid is the same; in tensors, so that an exported program decides it for each size.
+        offset = 0.1 * ((rows[-1] != old_hw[0] - 1) | (columns[-1] != old_hw[1] - 1)).to(patches.dtype)
+        y, x = (2 * (steps + 0.5) / (steps[-1] + 1 + offset) - 1 for steps in (rows, columns))  # edges at -1 and 1
+        points = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).unsqueeze(0)  # (1, h', w', 2)
+        patches = nn.functional.grid_sample(patches, points, "bicubic", padding_mode="border", align_corners=False)
+    else:
+        flags = {"align_corners": how.endswith("_align_corners"), "antialias": how.endswith("_antialias")}
+        patches = nn.functional.interpolate(patches, size=new_hw, mode=how.partition("_")[0], **flags)
+    # (1, D, h', w') -> (1, N', D); flatten(2).transpose(1, 2) would be computed wrongly by ExecuTorch at dynamic sizes
+    return torch.cat([cls, patches.to(cls.dtype).permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
 class ViTScratchEmbeddings(nn.Module):
     """Patches, positions, class token, registers: (B, C, H, W) -> (B, T, D). ViT, eq. 1.
 
@@ -93,6 +111,7 @@ class ViTScratchEmbeddings(nn.Module):
         D, R = config.hidden_size, config.num_register_tokens
         self.num_channels, self.num_cls_tokens = config.num_channels, int(config.use_cls_token)
         self.image_hw, self.patch_hw, self.grid_hw = config.image_hw, config.patch_hw, config.grid_hw
+        self.position_interpolation = config.position_interpolation
         self.patch_embeddings = ViTScratchPatchEmbeddings(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D)) if config.use_cls_token else None
         self.register_tokens = nn.Parameter(torch.empty(1, R, D)) if R else None
@@ -105,13 +124,10 @@ class ViTScratchEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def interpolate_pos_encoding(self, grid_hw: tuple[int, int]) -> torch.Tensor:
-        """Positions resized (bicubic) to another grid: (1, 1 + N, D) -> (1, 1 + N', D). ViT, sec. 3.2."""
+        """Positions for another grid, as the config says: (1, 1 + N, D) -> (1, 1 + N', D)."""
         if not torch.jit.is_tracing() and not torch.compiler.is_exporting() and grid_hw == self.grid_hw:
             return self.position_embeddings
-        cls, patches = self.position_embeddings.tensor_split([self.num_cls_tokens], dim=1)
-        patches = patches.unflatten(1, self.grid_hw).permute(0, 3, 1, 2)  # (1, D, h, w)
-        patches = nn.functional.interpolate(patches, size=grid_hw, mode="bicubic", align_corners=False)
-        return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+        return resize_positions(self.position_embeddings, self.grid_hw, grid_hw, self.position_interpolation)
 
     def forward(self, pixel_values: torch.Tensor, bool_masked_pos, interpolate_pos_encoding: bool) -> torch.Tensor:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
@@ -144,8 +160,7 @@ class ViTScratchEmbeddings(nn.Module):
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """softmax(q k^T * scaling) v: q, k, v (B, A, T, d) -> (B, T, A, d) and the maps (B, A, T, T). ViT, app. A."""
     scores = query @ key.transpose(-2, -1) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
+    scores = scores if attention_mask is None else scores + attention_mask
     maps = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     maps = nn.functional.dropout(maps, p=dropout, training=module.training)
     return (maps @ value).transpose(1, 2), maps
@@ -304,14 +319,9 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
             init.constant_(module.scale, self.config.layerscale_value)
         elif isinstance(module, ViTScratchEmbeddings):
             cut = 2.0 * max(p, 1.0)
-            for token in (module.cls_token, module.register_tokens):
-                if token is not None:
-                    init.trunc_normal_(token, std=p, a=-cut, b=cut)
-            if module.mask_token is not None:
-                init.zeros_(module.mask_token)
-            if self.config.position_embedding_type == "learned":
-                init.trunc_normal_(module.position_embeddings, std=p, a=-cut, b=cut)
-            else:
+            for name, tensor in module.named_parameters(recurse=False):  # tokens and, where they are learned, positions
+                init.zeros_(tensor) if name == "mask_token" else init.trunc_normal_(tensor, std=p, a=-cut, b=cut)
+            if self.config.position_embedding_type == "sincos":
                 init.copy_(module.position_embeddings, sincos_positions(self.config))
 
     def no_weight_decay(self) -> set[str]:
@@ -347,8 +357,7 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
     def patch_map(self, hidden_states: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """The patch tokens at their places in the picture: (B, T, D) -> (B, h, w, D)."""
         (H, W), (patch_height, patch_width) = pixel_values.shape[2:], self.config.patch_hw
-        patches = hidden_states[:, self.config.num_prefix_tokens :]  # (B, N, D)
-        return patches.unflatten(1, (H // patch_height, W // patch_width))
+        return hidden_states[:, self.config.num_prefix_tokens :].unflatten(1, (H // patch_height, W // patch_width))
 
     @can_return_tuple
     def forward(
@@ -396,12 +405,9 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
             all_maps.append(maps)
         hidden_states = self.norm(hidden_states)
         pooled = hidden_states if early else self.pool(hidden_states)  # (B, 1, D)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states,
-            pooler_output=self.pooled_norm(pooled[:, 0]) if self.add_pooling_layer else None,
-            hidden_states=tuple(all_states) if want_states else None,
-            attentions=tuple(all_maps) if want_maps else None,
-        )
+        pooled = self.pooled_norm(pooled[:, 0]) if self.add_pooling_layer else None  # (B, D)
+        states, maps = tuple(all_states) if want_states else None, tuple(all_maps) if want_maps else None
+        return BaseModelOutputWithPooling(hidden_states, pooled, states, maps)
 
 
 class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
@@ -442,9 +448,7 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         loss = None
         if labels is not None:
             loss = image_classification_loss(logits, labels, self.config, label_smoothing, num_items_in_batch)
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return ImageClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 def image_classification_loss(
@@ -531,9 +535,7 @@ class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
             error = nn.functional.avg_pool2d(error, patch_hw)  # (B, h, w)
             mask = bool_masked_pos.to(error.device).bool().reshape(error.shape)
             loss = (error * mask).sum() / mask.sum().clamp(min=1)
-        return MaskedImageModelingOutput(
-            loss, reconstruction, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return MaskedImageModelingOutput(loss, reconstruction, outputs.hidden_states, outputs.attentions)
 
 
 class ViTScratchBackbone(BackboneMixin, ViTScratchPreTrainedModel):
@@ -562,9 +564,6 @@ class ViTScratchBackbone(BackboneMixin, ViTScratchPreTrainedModel):
         kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True}
         outputs = self.vit(pixel_values, output_hidden_states=[*stages, *want_states], **kwargs)
         maps = [self.vit.patch_map(self.vit.norm(outputs.hidden_states[i]), pixel_values) for i in stages]
+        maps = tuple(feature_map.permute(0, 3, 1, 2) for feature_map in maps)  # (B, D, h, w) each
         states = tuple(state if i in want_states else None for i, state in enumerate(outputs.hidden_states))
-        return BackboneOutput(
-            feature_maps=tuple(feature_map.permute(0, 3, 1, 2) for feature_map in maps),  # (B, D, h, w) each
-            hidden_states=states if want_states else None,
-            attentions=outputs.attentions,
-        )
+        return BackboneOutput(maps, states if want_states else None, outputs.attentions)

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from modeling_vit_scratch import cli
+from modeling_vit_scratch.checkpoints import open_to_others
 from modeling_vit_scratch.conversion import (
     TOLERANCE,
     Verification,
@@ -28,6 +29,7 @@ from modeling_vit_scratch.conversion import (
     is_own,
     read_labels,
     verify_checkpoint,
+    verify_export,
 )
 from modeling_vit_scratch.layouts import TARGETS, WEIGHT_FILES
 
@@ -44,7 +46,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     untold = parser.add_argument_group("what the tensors do not tell (default: config.json, then the published value)")
     untold.add_argument("--num_attention_heads", type=int, metavar="N", help="default: 64 channels each")
     untold.add_argument("--layer_norm_eps", type=float, metavar="EPSILON", help="of the LayerNorms")
-    untold.add_argument("--hidden_act", metavar="NAME", help="'gelu', or 'gelu_pytorch_tanh' as in Google's code")
+    untold.add_argument(
+        "--hidden_act", metavar="NAME", help="default: 'gelu'; of .npz files 'gelu_pytorch_tanh', as Google's"
+    )
     untold.add_argument("--pooling", choices=("cls", "mean"), help="what the classifier sees")
     untold.add_argument(
         "--grid_size", type=int, nargs=2, metavar=("DOWN", "ACROSS"), help="patches, where they are no square"
@@ -126,14 +130,7 @@ def convert(arguments: argparse.Namespace) -> int:
             )
         )
     if arguments.verify and arguments.to:
-        proofs.append(
-            lambda: verify_checkpoint(
-                export_checkpoint(model, arguments.to),
-                model=model,
-                num_images=arguments.num_images,
-                grid_size=model.config.grid_hw,
-            )
-        )
+        proofs.append(lambda: verify_export(model, arguments.to, num_images=arguments.num_images))
     if arguments.verify and not proofs:
         raise ValueError(f"{checkpoint} is this package's own: there is nothing to verify without --to.")
     for prove in proofs:
@@ -151,6 +148,7 @@ def convert(arguments: argparse.Namespace) -> int:
         export_checkpoint(model, arguments.to, out, processor)
     else:
         model.save_pretrained(out)
+        open_to_others(out)
         if processor is not None:
             processor.save_pretrained(out)
     print(f"Wrote {out}.", file=sys.stderr)

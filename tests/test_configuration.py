@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, ViTConfig
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
-from modeling_vit_scratch.configuration_vit_scratch import AUTO_MAP, PRESETS, nearest
+from modeling_vit_scratch.configuration_vit_scratch import AUTO_MAP, POSITION_INTERPOLATIONS, PRESETS, nearest
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TINY |= {"image_size": 16, "patch_size": 4}
@@ -59,8 +60,17 @@ def test_additions_to_the_paper_are_off_by_default():
     assert (config.use_cls_token, config.pooling, config.use_final_norm) == (True, "cls", True)
     assert not config.norm_after_pooling
     assert (config.position_embedding_type, config.representation_size) == ("learned", None)
+    assert config.position_interpolation == "bicubic"
     assert (config.layerscale_value, config.drop_path_rate, config.num_register_tokens) == (None, 0.0, 0)
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.0, 0.0)
+
+
+def test_a_config_of_before_positions_had_a_choice_loads_as_it_was(tmp_path):
+    ViTScratchConfig(**TINY).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields.pop("position_interpolation") == "bicubic"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert ViTScratchConfig.from_pretrained(tmp_path).position_interpolation == "bicubic"
 
 
 def test_every_field_is_documented():
@@ -72,6 +82,11 @@ def test_every_field_is_documented():
     }
     assert own <= documented
     assert documented - own <= {"ValueError", "out_features", "out_indices"}
+
+
+def test_every_way_to_resize_positions_is_documented():
+    text = ViTScratchConfig.__doc__.split("position_interpolation:")[1].split("representation_size:")[0]
+    assert set(re.findall(r'"(\w+)"', text)) == set(POSITION_INTERPOLATIONS)
 
 
 # Round trips
@@ -96,6 +111,7 @@ ROUND_TRIPS = {
         "pooling": "mean",
         "use_final_norm": False,
         "position_embedding_type": "sincos",
+        "position_interpolation": "bilinear_align_corners",
         "representation_size": 8,
         "layerscale_value": 1e-4,
     },
@@ -276,6 +292,8 @@ REFUSALS = [
     ({"hidden_act": "gelo"}, ["hidden_act ('gelo')", "'gelu'"]),
     ({"pooling": "max"}, ["pooling ('max')", "cls, mean"]),
     ({"pooling": "means"}, ["pooling ('means')", "'mean'"]),
+    ({"position_interpolation": "bicubic_aa"}, ["position_interpolation ('bicubic_aa')", "bicubic_offset, bilinear"]),
+    ({"position_interpolation": None}, ["position_interpolation (None)", "Known: bicubic, bicubic_antialias"]),
     ({"position_embedding_type": "sincosine"}, ["position_embedding_type ('sincosine')", "'sincos'"]),
     ({"use_cls_token": False}, ["pooling='cls'", "use_cls_token=True", "pooling='mean'"]),
     ({"position_embedding_type": "sincos", "hidden_size": 30, "num_attention_heads": 3}, ["(30)", "by 4", "use 32"]),

@@ -9,10 +9,13 @@ import logging
 import math
 import os
 import pickle
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 import transformers
 from benchmarking.peers import MODULES
@@ -35,6 +38,7 @@ from modeling_vit_scratch.conversion import (
     image_processor_for,
     read_labels,
     verify_checkpoint,
+    verify_export,
 )
 
 torchvision, timm = MODULES.get("torchvision"), MODULES.get("timm")
@@ -398,8 +402,8 @@ def torchvision_logits(tensors: dict, image: np.ndarray, heads=4, eps=1e-6, gelu
     return t["heads.head.weight"] @ pooled + t["heads.head.bias"]
 
 
-def jax_logits(arrays: dict, image: np.ndarray, eps=1e-6, gelu=exact_gelu, big_vision=False):
-    """What Google's vision_transformer computes, kernel by kernel as flax applies them."""
+def jax_logits(arrays: dict, image: np.ndarray, eps=1e-6, gelu=tanh_gelu, big_vision=False):
+    """What Google's vision_transformer computes, kernel by kernel as flax applies them (nn.gelu: the tanh form)."""
     t = wide(arrays)
     attention, mlp, norm2 = (0, 0, 1) if big_vision else (1, 3, 2)
     pixels = patches_of(image).transpose(0, 2, 3, 1)  # channels last
@@ -508,13 +512,13 @@ def test_torchvision_reference_is_torchvision():
 @pytest.mark.parametrize("cls", [True, False])
 @pytest.mark.parametrize("big_vision", [True, False])
 @pytest.mark.parametrize("gelu", [exact_gelu, tanh_gelu])
-def test_jax(representation, cls, big_vision, gelu, tmp_path):
+def test_jax(representation, cls, big_vision, gelu, tmp_path, caplog):
     arrays = jax_arrays(representation=representation, cls=cls, big_vision=big_vision)
     np.savez(
         tmp_path / "vit.npz", **{f"params/{name}" if big_vision else name: array for name, array in arrays.items()}
     )
-    hints = {"hidden_act": "gelu_pytorch_tanh"} if gelu is tanh_gelu else {}
-    ours = convert_checkpoint(tmp_path / "vit.npz", **hints)
+    ours = convert_checkpoint(tmp_path / "vit.npz", **({} if gelu is tanh_gelu else {"hidden_act": "gelu"}))
+    assert ("Assumed the tanh form of GELU" in caplog.text) == (gelu is tanh_gelu)
     assert ours.config.num_attention_heads == 4  # read off the kernels
     assert_logits(ours, lambda image: jax_logits(arrays, image, gelu=gelu, big_vision=big_vision))
 
@@ -525,8 +529,9 @@ def test_jax_reference_is_what_timm_reads(big_vision, tmp_path):
     arrays = jax_arrays(big_vision=big_vision)
     np.savez(tmp_path / "vit.npz", **arrays)
     model = timm.models.vision_transformer.VisionTransformer(
-        img_size=24, patch_size=8, embed_dim=32, depth=3, num_heads=4, mlp_ratio=1.5, num_classes=CLASSES
-    )
+        img_size=24, patch_size=8, embed_dim=32, depth=3, num_heads=4, mlp_ratio=1.5, num_classes=CLASSES,
+        act_layer="gelu_tanh",
+    )  # fmt: skip
     model.load_pretrained(str(tmp_path / "vit.npz"))
     image = torch.randn(1, 3, 24, 24, dtype=torch.float64)
     expected = model.double().eval()(image)[0].detach().numpy()
@@ -945,6 +950,177 @@ def test_positions_are_resized_as_the_family_does(name, size, tmp_path, caplog):
         expected, actual = theirs(pixels, output_hidden_states=True, **extra), ours(pixels, output_hidden_states=True)
     for state, wanted in zip(actual.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(state, wanted, atol=1e-6, rtol=1e-4)
+
+
+def positions_of(kind: str, side: int = 6, D: int = 32) -> torch.Tensor:
+    """(1, 1 + side * side, D): a class token's, and those of a square grid, as in a trained model or of white noise."""
+    generator = torch.Generator().manual_seed(2)
+    positions = torch.randn(1, 1 + side * side, D, generator=generator)
+    if kind == "smooth":
+        y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        waves = torch.rand(2, D, 1, 1, generator=generator) / side * 3
+        positions[0, 1:] = torch.sin(waves[0] * x + waves[1] * y).flatten(1).T
+    return positions
+
+
+def resized_as_torch_does(positions: torch.Tensor, **how) -> torch.Tensor:
+    """As `torch.nn.functional.interpolate` does it, with what the library passes to it."""
+    side = math.isqrt(positions.shape[1] - 1)
+    patches = positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    patches = torch.nn.functional.interpolate(patches, mode="bicubic", **how)
+    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def resized_by_meta(positions: torch.Tensor, grid: tuple[int, int], offset: float, antialias: bool) -> torch.Tensor:
+    """The arithmetic of interpolate_pos_encoding in facebookresearch/dinov2, dinov2/models/vision_transformer.py.
+
+    hub/backbones.py makes the models with offset 0.1 and no antialiasing, those with registers with 0.0 and with it;
+    facebookresearch/dino, vision_transformer.py, has 0.1 written into it.
+    """
+    side = math.isqrt(positions.shape[1] - 1)
+    if not offset:
+        return resized_as_torch_does(positions, size=grid, antialias=antialias)
+    scales = tuple((count + offset) / side for count in grid)
+    return resized_as_torch_does(positions, scale_factor=scales, antialias=antialias)
+
+
+def resized_by_google(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """The call of load_pretrained in google-research/vision_transformer, vit_jax/checkpoint.py."""
+    side = math.isqrt(positions.shape[1] - 1)
+    patches = positions[0, 1:].numpy().reshape(side, side, -1)
+    patches = scipy.ndimage.zoom(patches, (grid[0] / side, grid[1] / side, 1), order=1)
+    return torch.cat([positions[:, :1], torch.from_numpy(patches).reshape(1, grid[0] * grid[1], -1)], dim=1)
+
+
+def resized_by_torchvision(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    state = {"encoder.pos_embedding": positions}
+    return torchvision.models.vision_transformer.interpolate_embeddings(8 * grid[0], 8, state)["encoder.pos_embedding"]
+
+
+def meta_tensors(registers: int, **changes) -> dict[str, torch.Tensor]:
+    tensors = timm_tensors(registers=registers, scale="ls{}.gamma", classes=None, register="register_tokens", **changes)
+    return {**tensors, "mask_token": torch.ones(1, 32)}
+
+
+# By source: a checkpoint of 6 x 6 patches, the name of its positions, and the library's own resizing.
+RESIZED = {
+    "timm": (timm_tensors, "pos_embed", lambda p, grid: timm.layers.resample_abs_pos_embed(p, list(grid))),
+    "torchvision": (torchvision_tensors, "encoder.pos_embedding", resized_by_torchvision),
+    "jax": (jax_arrays, "Transformer/posembed_input/pos_embedding", resized_by_google),
+    "dino": (partial(timm_tensors, classes=None), "pos_embed", partial(resized_by_meta, offset=0.1, antialias=False)),
+    "dinov2": (partial(meta_tensors, 0), "pos_embed", partial(resized_by_meta, offset=0.1, antialias=False)),
+    "dinov2_with_registers": (
+        partial(meta_tensors, 4), "pos_embed", partial(resized_by_meta, offset=0.0, antialias=True),
+    ),
+    # interpolate_pos_embed in facebookresearch/mae, util/pos_embed.py, and main.py of facebookresearch/deit
+    "mae": (timm_tensors, "pos_embed", lambda p, grid: resized_as_torch_does(p, size=grid, align_corners=False)),
+    "deit": (timm_tensors, "pos_embed", lambda p, grid: resized_as_torch_does(p, size=grid, align_corners=False)),
+}  # fmt: skip
+OWN_LIBRARY = {"timm": [needs_timm], "torchvision": [needs_torchvision]}
+
+
+@pytest.mark.parametrize("size", [32, 80, (24, 96), (48, 40)], ids=str)
+@pytest.mark.parametrize("kind", ["smooth", "random"])
+@pytest.mark.parametrize("source", [pytest.param(source, marks=OWN_LIBRARY.get(source, ())) for source in RESIZED])
+def test_positions_are_resized_by_the_library_of_the_source(source, kind, size):
+    """At load, and at run time, to the bit the same."""
+    if source == "torchvision" and isinstance(size, tuple):
+        size = 56  # its function knows squares alone
+    make, name, resize = RESIZED[source]
+    positions = positions_of(kind)
+    tensors = {**make(patches=36), name: positions}
+    if source == "jax":
+        tensors[name] = positions.numpy()
+    ours, resized = (convert_checkpoint(tensors, source, **HEADS, **more) for more in ({}, {"image_size": size}))
+    grid = resized.config.grid_hw
+    there = resized.vit.embeddings.position_embeddings
+    torch.testing.assert_close(there, resize(positions.clone(), grid), atol=2e-5, rtol=0)
+    assert torch.equal(ours.vit.embeddings.interpolate_pos_encoding(grid), there)
+    pixels = images(resized).float()
+    with torch.no_grad():
+        assert torch.equal(ours(pixels, interpolate_pos_encoding=True).logits, resized(pixels).logits)
+    assert ours.config.position_interpolation == resized.config.position_interpolation
+    others = {"bicubic", "bicubic_antialias", "bicubic_align_corners", "bicubic_offset", "bilinear_align_corners"}
+    for other in others - {ours.config.position_interpolation}:
+        hints = {**HEADS, "image_size": size, "position_interpolation": other}
+        elsewhere = convert_checkpoint(tensors, source, **hints).vit.embeddings.position_embeddings
+        if not ("antialias" in ours.config.position_interpolation + other and 80 == size):
+            assert (elsewhere - there).abs().max() > 1e-3, other  # the comparison could tell
+
+
+@needs_timm
+@pytest.mark.parametrize("size", [(32, 32), (24, 80)], ids=str)
+def test_timm_computes_the_same_at_another_size(size):
+    """timm resizes at run time too, and its file of the larger model is what it resizes at load."""
+    tensors = {**timm_tensors(patches=36), "pos_embed": positions_of("random")}
+    shared = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 1.5, "num_classes": CLASSES}
+    dynamic = timm.models.VisionTransformer(img_size=48, dynamic_img_size=True, **shared).eval()
+    dynamic.load_state_dict(tensors)
+    larger = timm.models.VisionTransformer(img_size=size, **shared).eval()
+    larger.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(dict(tensors), larger))
+    ours = convert_checkpoint(tensors, image_size=size, **HEADS)
+    pixels = images(ours).float()
+    with torch.no_grad():
+        for theirs in (dynamic, larger):
+            torch.testing.assert_close(ours(pixels).logits, theirs(pixels), atol=1e-3, rtol=1e-4)
+
+
+@needs_torchvision
+def test_torchvision_computes_the_same_at_another_size():
+    tensors = {**torchvision_tensors(patches=36), "encoder.pos_embedding": positions_of("random")}
+    theirs = torchvision.models.VisionTransformer(32, 8, 3, 4, 32, 48, num_classes=CLASSES).eval()
+    theirs.load_state_dict(torchvision.models.vision_transformer.interpolate_embeddings(32, 8, dict(tensors)))
+    ours = convert_checkpoint(tensors, **HEADS)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = ours(pixels, interpolate_pos_encoding=True).logits
+        torch.testing.assert_close(logits, theirs(pixels), atol=1e-3, rtol=1e-4)
+
+
+def test_transformers_classes_resize_their_own_way():
+    """facebook's DINO and DINOv2 as transformers' classes have no offset, which Meta's code has."""
+    for name, source, how in [
+        ("ViTForImageClassification", "dino", "bicubic"),
+        ("Dinov2Model", "dinov2", "bicubic"),
+        ("Dinov2WithRegistersModel", "dinov2_with_registers", "bicubic_antialias"),
+        ("ViTMAEModel", "mae", "bicubic"),
+        ("DeiTModel", "deit", "bicubic"),
+    ]:
+        ours = convert_checkpoint(of_transformers(name)[1].state_dict(), source, **HEADS)
+        assert ours.config.position_interpolation == how
+
+
+@pytest.mark.parametrize(
+    ("architecture", "how"),
+    [
+        ("vit_base_patch16_224", "bicubic_antialias"),
+        ("flexivit_small", "bilinear"),
+        ("vit_base_patch16_radio_v3_224", "bilinear_align_corners"),
+    ],
+)
+def test_timm_architectures_that_resize_another_way(architecture, how, tmp_path):
+    ours = convert_checkpoint(timm_folder(tmp_path, architecture=architecture), use_final_norm=True)
+    assert ours.config.position_interpolation == how
+
+
+def test_a_library_that_resizes_another_way_is_named(caplog):
+    _, model = to_export("timm")
+    export_checkpoint(model, "timm")
+    assert "For images of another size timm resizes positions as 'bicubic_antialias', this model as" in caplog.text
+    model.config.position_interpolation = "bicubic_antialias"
+    caplog.clear()
+    export_checkpoint(model, "timm")
+    assert "resizes positions" not in caplog.text
+
+
+def test_own_folder_keeps_the_way_of_its_source(tmp_path):
+    """A folder that was saved after fine-tuning goes on as it began."""
+    tensors = {**timm_tensors(patches=36), "pos_embed": positions_of("random")}
+    convert_checkpoint(tensors, num_labels=3, image_size=32, **HEADS).save_pretrained(tmp_path)
+    ours, resized = convert_checkpoint(tmp_path), convert_checkpoint(tmp_path, image_size=80)
+    assert ours.config.position_interpolation == resized.config.position_interpolation == "bicubic_antialias"
+    there = resized.vit.embeddings.position_embeddings
+    assert torch.equal(ours.vit.embeddings.interpolate_pos_encoding((10, 10)), there)
 
 
 def test_the_same_resolution_is_no_change(caplog):
@@ -1465,7 +1641,7 @@ def test_exported_arrays_compute_the_same(case):
     assert set(arrays) == set(
         jax_arrays(cls=model.config.use_cls_token, representation=model.config.representation_size)
     )
-    assert_logits(model, lambda image: jax_logits(arrays, image, eps=1e-5))
+    assert_logits(model, lambda image: jax_logits(arrays, image, eps=1e-5, gelu=exact_gelu))
 
 
 @needs_timm
@@ -1500,6 +1676,7 @@ def test_timm_loads_the_folder(case, tmp_path):
         ("torchvision", {"num_channels": 1}, "1 channels"),
         ("torchvision", {"image_size": (16, 40)}, "no squares"),
         ("jax", {"num_register_tokens": 2}, "registers"),
+        ("jax", {"hidden_act": "relu"}, "the activation relu"),
         ("jax", {"pooling": "mean"}, "mean pooling"),
     ],
 )
@@ -1623,9 +1800,7 @@ def test_verify_runs_timm_for_its_folders_and_npz_files(tmp_path):
     assert not verify_checkpoint(timm_folder(tmp_path / "timm"), layer_norm_eps=1e-5).passed
     np.savez(tmp_path / "vit.npz", **jax_arrays())
     assert verify_checkpoint(tmp_path / "vit.npz").passed
-    tanh = convert_checkpoint(tmp_path / "vit.npz", hidden_act="gelu_pytorch_tanh")
-    tanh.config.hidden_act = "gelu"  # as the reference is made
-    assert not verify_checkpoint(tmp_path / "vit.npz", model=tanh).passed
+    assert verify_checkpoint(tmp_path / "vit.npz", hidden_act="gelu").passed  # told to both
     with pytest.raises(NotImplementedError, match="tanh layer"):
         verify_checkpoint(jax_arrays(representation=20))
 
@@ -1635,21 +1810,60 @@ def test_verify_runs_torchvision():
     assert verify_checkpoint(torchvision_tensors(representation=20), **HEADS).passed
 
 
-@pytest.mark.parametrize("case", EXPORTS)
-def test_verify_exports(case):
+BARE = {
+    "transformers": lambda: of_transformers("ViTForImageClassification")[1].state_dict(),
+    "dinov2": lambda: of_transformers("Dinov2Model")[1].state_dict(),
+    "timm": timm_tensors,
+    "torchvision": torchvision_tensors,
+    "jax": jax_arrays,
+}
+READERS = {"timm": [needs_timm], "jax": [needs_timm], "torchvision": [needs_torchvision]}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}, {"layer_norm_eps": 1e-5}], ids=str
+)
+@pytest.mark.parametrize("bare", [pytest.param(bare, marks=READERS.get(bare, ())) for bare in BARE])
+def test_verify_notices_a_wrong_assumption(bare, wrong):
+    """What nobody tells is the source library's own default on the other side, not what we assumed."""
+    assert verify_checkpoint(BARE[bare](), **HEADS).passed
+    ours = convert_checkpoint(BARE[bare](), **HEADS, **wrong)
+    default = wrong == {"hidden_act": "gelu_pytorch_tanh" if bare == "jax" else "gelu"}
+    assert verify_checkpoint(BARE[bare](), model=ours).passed == default
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=READERS.get(case.split(",")[0], ())) for case in EXPORTS if case != "jax, tanh layer"],
+)
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_verify_exports(case, where):
+    """No library has a model for "jax, tanh layer"; in memory, what tensors cannot tell has to be told."""
     target, model = to_export(case)
-    if (target in ("timm", "jax") and timm is None) or (target == "torchvision" and torchvision is None):
-        pytest.skip(f"the library that reads {target} does not import here")
-    if case == "jax, tanh layer":
-        pytest.skip("no library reads it")
-    exported = export_checkpoint(model, target)
-    assert verify_checkpoint(exported, model=model, grid_size=model.config.grid_hw).passed
+    if where == "memory":
+        assert verify_checkpoint(export_checkpoint(model, target), model=model, **hints_for(model.config)).passed
+    else:
+        assert verify_export(model, target).passed
 
 
-@pytest.mark.skipif(timm is not None, reason="timm imports here")
-def test_verify_says_that_it_cannot():
+def test_verify_says_that_it_cannot(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="timm cannot be imported here"):
         verify_checkpoint(timm_tensors(), **HEADS)
+
+
+def test_what_google_code_would_compute_otherwise_is_said(caplog, tmp_path):
+    _, model = to_export("jax")
+    export_checkpoint(model, "jax", tmp_path)
+    assert "Google's code has hidden_act='gelu_pytorch_tanh', this model 'gelu'" in caplog.text
+    assert "Google's code has layer_norm_eps=1e-06, this model 1e-05" in caplog.text
+    caplog.clear()
+    assert convert_checkpoint(tmp_path).config.hidden_act == "gelu" and "Assumed" not in caplog.text
+    google = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    google |= {"position_interpolation": "bilinear_align_corners"}
+    caplog.clear()
+    export_checkpoint(ViTScratchForImageClassification(ViTScratchConfig(**{**PLAIN, **google})), "jax")
+    assert not caplog.text
 
 
 def test_verify_refuses_our_own(own, tmp_path):
@@ -1688,6 +1902,22 @@ def test_convert_script(script, vit_folder, tmp_path, capsys, caplog):
     assert_same(ours, theirs)
     assert transformers.ViTImageProcessorPil.from_pretrained(tmp_path / "out").size["height"] == 24
     assert (tmp_path / "out" / "modeling_vit_scratch.py").is_file()
+
+
+@needs_timm
+@pytest.mark.parametrize("target", [None, "timm", "jax"])
+def test_convert_script_says_everything_once(script, target, tmp_path, caplog):
+    """With a proof of what comes in and one of what goes out."""
+    tensors = timm_tensors(D=64, classes=None) | {"mask_token": torch.ones(1, 1, 8)}
+    decoder = {"decoder_embed.weight": torch.ones(8, 64), "decoder_pos_embed": torch.ones(1, 10, 8)}
+    torch.save({"model": tensors | decoder, "epoch": 3}, tmp_path / "mae.pth")
+    argv = [str(tmp_path / "mae.pth"), str(tmp_path / "out"), "--verify", "--num_labels", "3", "--image_size", "32"]
+    assert script.main([*argv, *(["--to", target] if target else [])]) == 0
+    said = [record.getMessage() for record in caplog.records if record.name == conversion.logger.name]
+    assert len(said) == len(set(said))
+    for beginning in ("Took 'model'", "Recognised timm's names (mae)", "Assumed 1 heads", "Left out the pre-training"):
+        assert sum(line.startswith(beginning) for line in said) == 1, said
+    assert ("Google's code has" in "".join(said)) == (target == "jax")
 
 
 def test_convert_script_fails_where_the_proof_does(script, vit_folder, tmp_path, capsys):

@@ -37,6 +37,7 @@ from modeling_vit_scratch import (
     ViTScratchModel,
 )
 from modeling_vit_scratch import modeling_vit_scratch as modeling
+from modeling_vit_scratch.configuration_vit_scratch import POSITION_INTERPOLATIONS
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "num_labels": 5}
 TINY |= {"image_size": 16, "patch_size": 4, "encoder_stride": 4}
@@ -293,6 +294,32 @@ def test_interpolation_of_an_oblong_grid(grid):
         plane = positions[0, 1:, channel].reshape(1, 1, 2, 6)
         expected = nn.functional.interpolate(plane, size=grid, mode="bicubic", align_corners=False)
         equal(resized[0, 1:, channel], expected.flatten(), 1e-6)
+
+
+@pytest.mark.parametrize("how", POSITION_INTERPOLATIONS)
+@pytest.mark.parametrize("grid", [(3, 5), (4, 12), (1, 4), (2, 6)])
+def test_interpolation_as_the_config_says(how, grid):
+    """Against torch's own function in double precision; by its scale factor where there is an offset."""
+    embeddings = make(ViTScratchModel, OBLONG, position_interpolation=how).double().embeddings  # 2 x 6
+    plane = embeddings.position_embeddings[:, 1:].unflatten(1, (2, 6)).permute(0, 3, 1, 2)
+    flags = {"align_corners": True} if how.endswith("align_corners") else {"antialias": how.endswith("antialias")}
+    size = {"scale_factor": [(grid[0] + 0.1) / 2, (grid[1] + 0.1) / 6]} if how == "bicubic_offset" else {"size": grid}
+    expected = nn.functional.interpolate(plane, mode=how.split("_")[0], **size, **flags).permute(0, 2, 3, 1)
+    if grid == (2, 6):
+        expected = plane.permute(0, 2, 3, 1)
+    resized = embeddings.interpolate_pos_encoding(grid)
+    equal(resized[:, 1:], expected.flatten(1, 2), 1e-12)
+    equal(resized[:, :1], embeddings.position_embeddings[:, :1])
+
+
+@pytest.mark.parametrize("how", POSITION_INTERPOLATIONS)
+def test_interpolation_is_differentiable_and_takes_half_precision(how):
+    model = make(ViTScratchModel, position_interpolation=how)
+    model(torch.randn(2, 3, 20, 24), interpolate_pos_encoding=True).last_hidden_state.square().sum().backward()
+    assert (model.embeddings.position_embeddings.grad != 0).any(dim=-1).all()
+    halved = model.bfloat16().embeddings.interpolate_pos_encoding((5, 6))
+    assert halved.dtype == torch.bfloat16
+    equal(halved, model.float().embeddings.interpolate_pos_encoding((5, 6)).bfloat16())  # rounded once
 
 
 def test_interpolation_keeps_rows_apart_from_columns():
@@ -892,6 +919,34 @@ class Resized(nn.Module):
 
     def forward(self, pixel_values):
         return self.model(pixel_values, interpolate_pos_encoding=True, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("how", POSITION_INTERPOLATIONS)
+@pytest.mark.parametrize("exporter", ["export", "trace", "onnx"])
+def test_every_interpolation_can_be_exported_with_dynamic_sizes(how, exporter, tmp_path):
+    """Of a model for 16 x 16 pixels, whose positions stay as they are where the size is that."""
+    model = make(ViTScratchForImageClassification, position_interpolation=how)
+    h, w = (torch.export.Dim(name, min=2, max=32) for name in "hw")
+    program, x, shapes = Resized(model).eval(), torch.randn(2, 3, 20, 24), ({2: 4 * h, 3: 4 * w},)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if exporter == "trace":
+            run = torch.jit.trace(program, x)
+        elif exporter == "export":
+            run = torch.export.export(program, (x,), dynamic_shapes=shapes).module()
+        else:
+            pytest.importorskip("onnxscript", reason="pip install 'modeling_vit_scratch[export]'")
+            runtime = pytest.importorskip("onnxruntime", reason="pip install 'modeling_vit_scratch[export]'")
+            options = {"dynamo": True, "dynamic_shapes": shapes, "opset_version": 20, "verbose": False}
+            torch.onnx.export(program, (x,), tmp_path / "model.onnx", **options)
+            session = runtime.InferenceSession(tmp_path / "model.onnx")
+
+            def run(x):
+                return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+        for size in [(2, 3, 16, 16), (2, 3, 32, 8), (2, 3, 24, 16), (2, 3, 20, 28)]:
+            x = torch.randn(size)
+            equal(run(x), program(x), 1e-4)
 
 
 @pytest.mark.parametrize("cls", CLASSES[:3])

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.configuration_vit_scratch import POSITION_INTERPOLATIONS
 
 WRONG = st.sampled_from([0, -1, 2.5, "8", True, None, [1], math.nan, math.inf])
 SIZES = st.sampled_from([1, 2, 4, 6, 8, 12, 16])
@@ -42,6 +43,7 @@ FIELDS = {
     "norm_after_pooling": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "num_register_tokens": mostly(st.integers(0, 3), st.sampled_from([-1, 1.5, "2", None])),
     "pooling": mostly(st.sampled_from(["cls", "mean"]), st.sampled_from(["max", "", None])),
+    "position_interpolation": mostly(st.sampled_from(POSITION_INTERPOLATIONS), st.sampled_from(["nearest", None])),
     "position_embedding_type": mostly(st.sampled_from(["learned", "sincos"]), st.sampled_from(["rope", None])),
     "representation_size": mostly(st.sampled_from([None, 5]), st.sampled_from([0, -3, 2.0, "5"])),
     "layerscale_value": mostly(st.sampled_from([None, 0.1, 1]), st.sampled_from([-0.1, "0.1", math.nan])),
@@ -76,7 +78,7 @@ def faults(fields: dict) -> set[str]:
         wrong |= set() if type(fields[name]) is bool else {name}
     known = {
         "hidden_act": ("gelu", "relu", "silu"), "pooling": ("cls", "mean"),
-        "position_embedding_type": ("learned", "sincos"),
+        "position_embedding_type": ("learned", "sincos"), "position_interpolation": POSITION_INTERPOLATIONS,
     }  # fmt: skip
     wrong |= {name for name, values in known.items() if fields[name] not in values}
     pairs = {}
@@ -127,6 +129,8 @@ def test_two_thousand_configs_are_refused_or_work(tmp_path):
         model = ViTScratchForImageClassification(config)
         pixels = torch.randn(2, config.num_channels, *config.image_hw)
         model(pixels, labels=torch.tensor([0, 2])).loss.backward()
+        larger = pixels.repeat(1, 1, 2, 3)
+        assert model(larger, interpolate_pos_encoding=True).logits.isfinite().all()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         with torch.no_grad():
             model.classifier.weight.normal_()
