@@ -1,11 +1,24 @@
 """Fixtures that several test files use, and what has to be imported first."""
 
+import os
 import sys
 from pathlib import Path
 
+import pytest
 from hub_server import hub  # noqa: F401
 
 # Behind all else, so that a script named like a package would be found out (tests/test_house.py).
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
-from benchmarking import peers  # noqa: F401  beside a torchvision that does not import, transformers does only after this
+# The folder into which CI installs the other libraries (.ci/run). It is no part of the environment, since the processes
+# that tests start would see it there, and a torchvision that does not import stops transformers.
+PEERS = os.environ.get("VIT_SCRATCH_PEERS")
+if PEERS:
+    sys.path.append(PEERS)
+
+from benchmarking import peers  # noqa: E402  beside a torchvision that does not import, transformers does only after this
+
+
+def pytest_configure():
+    if PEERS and peers.REASONS:
+        raise pytest.UsageError(f"VIT_SCRATCH_PEERS={PEERS}, but from there {peers.REASONS} do not import.")

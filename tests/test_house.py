@@ -5,6 +5,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -95,3 +96,70 @@ def test_tests_that_the_readme_names_exist():
     defined = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert named
     assert [name for name in named if f"def {name}(" not in defined] == []
+
+
+def load_skips():
+    spec = importlib.util.spec_from_file_location("skips", ROOT / ".ci" / "skips.py")
+    skips = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(skips)
+    return skips
+
+
+def report(path: Path, tests: dict[tuple[str, str], str | None]) -> str:
+    """A file as `pytest --junitxml` writes it: (module, name) -> why it was skipped, or None."""
+    cases = []
+    for (module, name), reason in tests.items():
+        skipped = "" if reason is None else f'<skipped message="{reason}"/>'
+        cases.append(f'<testcase classname="{module}" name="{name}">{skipped}</testcase>')
+    path.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+    return str(path)
+
+
+def test_ci_fails_where_a_test_that_the_readme_names_never_runs(tmp_path, capsys):
+    skips, readme = load_skips(), tmp_path / "README.md"
+    first = report(
+        tmp_path / "first.xml",
+        {
+            ("tests.test_a", "test_timm[x]"): "no timm",
+            ("tests.test_a", "test_gpu"): "no GPU",
+            ("tests.test_a", "b"): None,
+        }
+        | {("tests.test_a", f"test_jax[{case}]"): "no timm" for case in "xy"}
+        | {("", "tests.test_whole"): "no peft"},
+    )
+    second = report(
+        tmp_path / "second.xml",
+        {("tests.test_a", "test_timm[x]"): None, ("tests.test_a", "test_jax[x]"): None}
+        | {("tests.test_a", "test_jax[y]"): "no jax"},
+    )
+    for text, runs, broken in [
+        ("`test_timm`", [first], ["test_timm"]),
+        ("`test_timm`, `tests/test_a.py`", [first, second], []),  # skipped once, but not in both
+        ("`test_timm`", [second, first], []),
+        ("`test_jax`", [first, second], ["test_jax"]),  # one of its cases
+        ("`test_gpu`, `test_timm`", [first, second], ["test_gpu"]),
+        ("`tests/test_whole.py`", [first], ["test_whole"]),
+        ("`test_renamed`", [first, second], ["test_renamed"]),
+    ]:
+        readme.write_text(text)
+        assert skips.main([str(readme), *runs]) == bool(broken), text
+        printed = capsys.readouterr()
+        assert re.findall(r"names (\w+), which did not run", printed.err) == broken
+    assert printed.out.splitlines() == ["3 tests ran, 3 did not:", "  1 x no GPU", "  1 x no jax", "  1 x no peft"]
+
+
+def test_ci_checks_the_runs_that_it_makes():
+    text = (ROOT / ".ci" / "run").read_text()
+    written = re.findall(r'pytest --junitxml "(\S+)"', text)
+    assert len(written) == 2
+    assert f'python .ci/skips.py README.md "{written[0]}" "{written[1]}"' in text.splitlines()[-1]
+
+
+def test_peers_that_do_not_import_stop_the_tests(monkeypatch):
+    """Where CI says that they are there, no test may skip for want of them."""
+    monkeypatch.setattr(conftest, "PEERS", "somewhere")
+    monkeypatch.setattr(conftest.peers, "REASONS", {"timm": "No module named 'timm'"})
+    with pytest.raises(pytest.UsageError, match=r"VIT_SCRATCH_PEERS=somewhere, but from there.*timm"):
+        conftest.pytest_configure()
+    monkeypatch.setattr(conftest, "PEERS", None)
+    conftest.pytest_configure()

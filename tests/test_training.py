@@ -456,9 +456,14 @@ def test_parameter_groups_follow_layer_decay_head_rate_and_decay_exclusions():
 
 
 def test_frozen_backbone_does_not_move_and_higher_resolution_interpolates(run, tmp_path, capsys):
-    folder, _ = run
+    folder = tmp_path / "source"  # of a model that came from timm, say
+    shutil.copytree(run[0], folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((folder / "config.json").read_text()) | {"position_interpolation": "bicubic_antialias"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tmp_path /= "run"
     argv = options(tmp_path, config_overrides=None, model_name_or_path=folder, freeze_backbone=True, image_size=64)
     assert finetune.main(argv) == 0
+    assert json.loads((tmp_path / "config.json").read_text())["position_interpolation"] == "bicubic_antialias"
     before, after = weights(folder), weights(tmp_path)
     moved = {name for name in before if before[name].shape != after[name].shape or not before[name].equal(after[name])}
     assert moved == {"vit.embeddings.position_embeddings", "classifier.weight", "classifier.bias"}
