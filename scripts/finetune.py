@@ -10,7 +10,7 @@ scikit-learn's digits. A folder has one directory per class. A recipe is a file
 of options, which those after it override. The last line is for several GPUs.
 
 Whoever names no recipe and chooses no model (--preset, --config_overrides,
---image_size, --model_name_or_path, --task) gets the settings that suit the data:
+--image_size, --model_name_or_path, --task) gets settings that suit the data:
 CIFAR-10 and digits those of their recipes, other data those that go with their
 number of images and their size. Otherwise, what is not given is as --help_all
 shows. The summary says which it was.

@@ -439,17 +439,18 @@ def test_an_older_folder_is_refused_in_a_line(run, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed(run, tmp_path, capsys):
-    """Its run.json names no cut; the fingerprint, which it has, knows it."""
+    """Its run.json names neither cut nor options; the fingerprint, which it has, knows the cut."""
+    newer = ("cut", "changeable", "changes")
     from modeling_vit_scratch import checkpoints
 
     [saved] = run[0].glob("checkpoint-*")
     facts = json.loads((saved / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps({name: value for name, value in facts.items() if name != "cut"}))
+    (tmp_path / "run.json").write_text(json.dumps({name: value for name, value in facts.items() if name not in newer}))
     (tmp_path / "optimizer.pt").touch()
-    checkpoints.check_run(tmp_path, facts)
+    checkpoints.check_run(tmp_path, facts, {})
     (tmp_path / "run.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=r"was saved with cut = .*0\.04.*, but this run has .*0\.1"):
-        checkpoints.check_run(tmp_path, {**facts, "cut": {**facts["cut"], "train_val_split": 0.1}})
+        checkpoints.check_run(tmp_path, {**facts, "cut": {**facts["cut"], "train_val_split": 0.1}}, {})
 
 
 def test_a_pushed_model_brings_its_record(hub, tmp_path):

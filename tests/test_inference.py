@@ -225,7 +225,7 @@ def test_an_encoder_has_features_only(tmp_path):
 
 def test_a_model_whose_config_says_tuples(predictor, tmp_path):
     own = save(colour_model(return_dict=False), tmp_path / "tuples")
-    split = load_split(paint_folder(tmp_path / "data", red=[RED], blue=[BLUE, GREEN]))
+    split = images_of(paint_folder(tmp_path / "data", red=[RED], blue=[BLUE, GREEN]))
     for result, expected in zip(
         vars(own.answers(*split)).items(), vars(predictor.answers(*split)).items(), strict=True
     ):

@@ -315,7 +315,7 @@ def steps_of(folder) -> int:
 
 
 def test_a_time_budget_settles_the_steps_and_a_resumed_run_keeps_them(tmp_path, capsys, clock):
-    argv = options(tmp_path, num_train_epochs=999, time_budget="10m", lr_scheduler_type="linear", logging_steps=1)
+    argv = options(tmp_path, num_train_epochs=None, time_budget="10m", lr_scheduler_type="linear", logging_steps=1)
     assert finetune.main(argv) == 0
     steps = steps_of(tmp_path)
     assert 0.85 * 600 < clock.now <= 600  # rehearsal, training, validation and the last measurements
@@ -329,7 +329,7 @@ def test_a_time_budget_settles_the_steps_and_a_resumed_run_keeps_them(tmp_path, 
     clock.now = 0.0
     assert finetune.main([*argv, "--output_dir", str(tmp_path / "slow")]) == 0
     assert 1 < steps_of(tmp_path / "slow") < steps / 2 and clock.now <= 600
-    assert finetune.main(options(tmp_path / "b", time_budget="1s")) == 2
+    assert finetune.main(options(tmp_path / "b", num_train_epochs=None, time_budget="1s")) == 2
     assert "time_budget" in capsys.readouterr().err
 
 
@@ -394,7 +394,9 @@ def test_a_time_budget_holds_all_that_a_run_does(monkeypatch, settings, evaluati
 
 def test_a_rehearsal_leaves_no_trace(tmp_path, clock):
     """With the number of steps it would choose, a run under a budget is the run without one."""
-    argv = options(tmp_path / "budget", config_overrides=RANDOM, time_budget="5m", muon_learning_rate=0.02)
+    argv = options(
+        tmp_path / "budget", config_overrides=RANDOM, num_train_epochs=None, time_budget="5m", muon_learning_rate=0.02
+    )
     assert finetune.main(argv) == 0
     steps = steps_of(tmp_path / "budget")
     plain = options(tmp_path / "plain", config_overrides=RANDOM, max_steps=steps, muon_learning_rate=0.02)
