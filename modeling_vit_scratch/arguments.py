@@ -4,13 +4,14 @@ import json
 import logging
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .configuration_vit_scratch import PRESETS
 from .layouts import FAMILIES
@@ -40,7 +41,8 @@ CHANGEABLE = frozenset({
     "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_find_unused_parameters",
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout",
     "per_device_eval_batch_size", "eval_accumulation_steps", "eval_use_gather_object", "eval_strategy", "eval_steps",
-    "eval_delay", "eval_on_start", "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node",
+    "eval_delay", "eval_on_start", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter",
+    "log_on_each_node",
     "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "include_num_input_tokens_seen", "debug",
     "save_only_model", "save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint",
@@ -344,6 +346,15 @@ def check_options(model: ModelArguments, data: DataArguments, args: ImageTrainin
             data.streaming and args.time_budget is not None
         ),
         "a stream has no known end: give --max_steps with --streaming": data.streaming and args.max_steps <= 0,
+        f"crop_scale ({data.crop_scale}) must be a share in (0, 1], e.g. 0.35": (
+            data.crop_scale is not None and not 0 < data.crop_scale <= 1
+        ),
+        f"eval_steps ({args.eval_steps}) goes with --eval_strategy steps, and --save_strategy steps beside it": (
+            args.eval_steps is not None and args.eval_strategy.value != "steps"
+        ),
+        f"save_steps ({args.save_steps}) goes with --save_strategy steps, and --eval_strategy steps beside it": (
+            args.save_steps != TrainingArguments.save_steps and args.save_strategy.value != "steps"
+        ),
     }
     for text, holds in idle.items():
         if holds:
@@ -370,8 +381,18 @@ def run_options(*groups) -> tuple[dict, dict]:
 
 
 def default_options() -> dict:
-    """What `run_options` must keep, where nothing was given."""
-    return run_options(ModelArguments(), DataArguments(), ImageTrainingArguments())[0]
+    """What `run_options` must keep, where nothing was given.
+
+    From the fields alone: to make a TrainingArguments would take the process out of its process group.
+    """
+    accelerator = AcceleratorConfig().to_dict()
+    del accelerator["use_configured_state"]  # as `TrainingArguments` does
+    values = {"accelerator_config": accelerator, "greater_is_better": True, "include_for_metrics": []}
+    for group in (ModelArguments, DataArguments, ImageTrainingArguments):
+        for option in fields(group):
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            values.setdefault(option.name, getattr(default, "value", default))
+    return {name: value for name, value in values.items() if name not in CHANGEABLE | OF_THE_CALL | RECORDED_OTHERWISE}
 
 
 def parse_duration(text: str) -> float:

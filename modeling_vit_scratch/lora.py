@@ -46,6 +46,7 @@ def add_adapter(model: ViTScratchForImageClassification, rank: int, base: str):
 def save_adapter(adapter, folder: Path):
     """Write the trained matrices and head; `peft.PeftModel.from_pretrained(base_model, folder)` reads them."""
     adapter.save_pretrained(str(folder), save_embedding_layers=False)  # else it asks the Hub about the base model
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, with paths of this machine
     open_to_others(folder)
 
 

@@ -32,6 +32,7 @@ from .training import (
     make_config,
     make_processor,
     move_small_data,
+    replace_run,
     run_facts,
     say_how_to_resume,
     settle_steps,
@@ -193,6 +194,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
 
     if args.device.type == "cuda":
         move_small_data(splits, args)
+    replace_run(args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if stop.signal is not None:
         say_how_to_resume(trainer)

@@ -114,6 +114,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         worker, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # Those without a file end at once, and leave their turns to the others.
+        workers = min(workers, split_dataset_by_node(self.stream, self.rank, self.world_size).num_shards)
         batches, batch_size = self._blank.tolist()
         blanks = max(-(-(batches - worker) // workers), 0) * batch_size  # workers take turns, batch by batch
         batches, batch_size = self._cropped.tolist()

@@ -145,7 +145,8 @@ class ImageTrainer(Trainer):
 
     def _run_epoch(self, **kwargs):
         if self.state.global_step < self.state.max_steps:
-            self.clock.start()
+            if self.state.global_step > self.resumed_at or self.resumed_at == 0:
+                self.clock.start()  # else with the first step: what was trained on before is only passed over
             return super()._run_epoch(**kwargs)
         self.control.should_training_stop = True  # resumed after the last step; Trainer would take one more
 
@@ -265,9 +266,10 @@ class UpdateAverage(TrainerCallback):
 class Clock(TrainerCallback, ExportableState):
     """Wall and CPU seconds of training, over all parts of a run that was resumed.
 
-    Everything from a part's first batch to its last step counts, the reading of batches too; evaluation, saving and
-    logging do not. CPU seconds are those of this process and of all that it started, such as the workers that read
-    images; what these read ahead during an evaluation is left out with it. A GPU is waited for before each reading.
+    Everything from the first batch (of a resumed part, the first step) to the last step counts, the reading of batches
+    too; evaluation, saving and logging do not. CPU seconds are those of this process and of all that it started, such
+    as the workers that read images; what these read ahead during an evaluation is left out with it. A GPU is waited for
+    before each reading.
 
     Args:
         device: That the model is trained on.
@@ -298,6 +300,9 @@ class Clock(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         # Trainer restores callbacks on request only. Other processes took about the CPU time of the main one.
         self.wall, self.cpu = state.stateful_callbacks[type(self).__name__]["attributes"].values()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start()
 
     def on_log(self, args, state, control, **kwargs):
         state.log_history[-1] |= {"train_seconds": round(self.wall, 3), "train_cpu_seconds": round(self.cpu, 3)}

@@ -265,7 +265,8 @@ def _summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: 
     height, width = config.image_hw
     epochs = ""
     if not isinstance(splits.train, StreamedImages):
-        epochs = f" ({steps * args.gradient_accumulation_steps / len(trainer.get_train_dataloader()):g} epochs)"
+        per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+        epochs = f" ({steps / per_epoch:g} epochs)"
     rows = {
         "model": f"ViT, {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} "
         f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}",
@@ -348,8 +349,11 @@ def _settle_output(arguments: ImageTrainingArguments, model: ModelArguments, dat
                 f"{folder} already holds a run; continue it with --resume_from_checkpoint last, choose another "
                 "--output_dir, or replace it with --overwrite_output_dir."
             )
-        if not arguments.dry_run:
-            remove_run(folder)
+        trained = model.model_name_or_path
+        if trained and Path(trained).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{folder} is to be overwritten, but model_name_or_path ({trained}) lies in it; choose another."
+            )
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -366,6 +370,12 @@ RUN_FILES = (
     "metrics.json", "history.csv", "predictions_*.csv", "samples.png", lora.FOLDER, "plots/training_curves.png",
     "plots/per_class_accuracy.png", "plots/confusion_matrix.png", "plots/reconstructions.png",
 )  # fmt: skip
+
+
+def replace_run(args: ImageTrainingArguments):
+    """Remove what the run before left in the output folder, if that is what the options say; all else was in order."""
+    if args.overwrite_output_dir and not args.resume_from_checkpoint and args.process_index == 0:
+        remove_run(Path(args.output_dir))
 
 
 def remove_run(folder: Path):
@@ -556,15 +566,16 @@ def _settle_crops(trainer: ImageTrainer, steps: int, batches: int | None):
     until = trainer.augmentation.until.get("crop", 1.0)
     if until == 1 or isinstance(images, DecodedImages):
         return
-    trained = steps * args.gradient_accumulation_steps  # batches
     if isinstance(images, StreamedImages):
+        trained = steps * args.gradient_accumulation_steps  # batches
         images.crop_until(math.ceil(until * trained), args.per_device_train_batch_size)
         return
-    epoch = math.ceil(until * trained / batches)
-    if epoch * batches >= trained:
+    epochs = steps / math.ceil(batches / args.gradient_accumulation_steps)
+    epoch = math.ceil(until * epochs)
+    if epoch >= epochs:
         raise ValueError(
-            f"augment_until: no epoch begins after {until:g} of {trained / batches:g} epochs, and random crops of "
-            f"images of different sizes end between epochs: train for {math.floor(1 / (1 - until)) + 1} or more, or "
+            f"augment_until: no epoch begins after {until:g} of {epochs:g} epochs, and random crops of "
+            f"images of different sizes end between epochs: train for {math.ceil(1 / (1 - until) - 1e-6)} or more, or "
             "add crop=1 to augment_until."
         )
     images.crop_until(epoch)
@@ -594,6 +605,12 @@ def settle_steps(trainer: ImageTrainer, splits: ImageSplits, started: float) -> 
             args.max_steps = steps_in_budget(trainer, left, sum(measured))
     steps, last_rate = _settle_schedule(args, batches)
     _settle_crops(trainer, steps, batches)
+    done = _trainer_state(args.resume_from_checkpoint)["global_step"] if args.resume_from_checkpoint else 0
+    if steps < done:
+        raise ValueError(
+            f"{args.resume_from_checkpoint} is past the end: it has taken {done:,} steps, and this run has {steps:,}; "
+            "give max_steps or num_train_epochs of that many or more."
+        )
     if args.process_index == 0:
         print(_summary(trainer, splits, steps, last_rate), flush=True)
     return steps, last_rate
@@ -741,6 +758,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
 
     if args.device.type == "cuda":
         move_small_data(splits, args)
+    replace_run(args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if stop.signal is not None:
         say_how_to_resume(trainer)

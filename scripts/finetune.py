@@ -162,6 +162,8 @@ def settings_by_data(model: ModelArguments, data: DataArguments, seed: int, know
         return read_recipe(recipe, known), f"those of scripts/recipes/{recipe.name}, which is made for this dataset"
     if data.streaming:
         return {}, "as given; the rest are the defaults of --help_all, for a stream does not tell its size"
+    if not 0 < data.train_val_split < 1:
+        return {}, ""  # refused when the data are loaded, in its own words
     look = look_at(model, data, seed)
     return choose_settings(look), f"by the data: {look}\n{advice(look)}"
 
@@ -181,6 +183,9 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTraining
         model, data, training = parser.parse_args_into_dataclasses([*as_options(settings), *argv])
     except (ValueError, ImportError) as error:
         parser.error(str(error))
+    for option in ("validation_dir", "test_dir"):
+        if getattr(data, option) and data.train_dir is None and data.dataset_name is None:
+            parser.error(f"{option} goes with --train_dir")
     if data.dataset_name is None and data.train_dir is None:
         name = [default_dataset() if training.process_index == 0 else None]
         name = broadcast_object_list(name)[0] if training.world_size > 1 else name[0]

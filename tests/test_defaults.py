@@ -153,6 +153,12 @@ def test_crops_of_photos_end_with_an_epoch(folder, tmp_path, monkeypatch, capsys
     refused = options(tmp_path / "refused", **run_settings(folder, augment_until="0.9"))
     assert finetune.main(refused) == 2
     assert "no epoch begins after 0.9 of 4 epochs" in capsys.readouterr().err
+    # Accumulated over two of three batches, an epoch has two steps; the crops end with the second epoch all the same.
+    keys.clear()
+    changes = {"gradient_accumulation_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    assert finetune.main(options(tmp_path / "accumulated", **run_settings(folder, **changes))) == 0
+    assert {key[1] for key in keys} == {0, 1}
+    assert "steps            8 (4 epochs)" in capsys.readouterr().out
     argv = options(tmp_path / "allowed", **run_settings(folder, augment_until="0.9,crop=1"))
     assert finetune.main(argv) == 0
 
@@ -202,9 +208,25 @@ def test_more_padding_than_can_be_reflected_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"crop_scale": 2}, "crop_scale (2.0) must be a share in (0, 1]"),
+        ({"eval_steps": 3}, "eval_steps (3.0) goes with --eval_strategy steps"),
+        ({"save_steps": 3}, "save_steps (3.0) goes with --save_strategy steps"),
+        ({"train_val_split": 1.5, "config_overrides": None}, "train_val_split (1.5) must be in (0, 1)"),
+    ],
+)
+def test_options_without_meaning_are_refused(change, words, tmp_path, capsys):
+    assert finetune.main(options(tmp_path, **change)) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1, message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
         ({"time_budget": "5m", "max_steps": 7, "num_train_epochs": None}, ["time_budget (5m)", "max_steps (7)"]),
         ({"time_budget": "5m"}, ["time_budget (5m)", "2 epochs"]),
         ({"fp16": True}, ["fp16 needs a GPU"]),
+        ({"dataset_name": None, "validation_dir": "x"}, ["validation_dir goes with --train_dir"]),
     ],
 )
 def test_options_against_each_other_are_refused(change, words, tmp_path, capsys):

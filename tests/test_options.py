@@ -141,6 +141,11 @@ def test_what_may_change_is_honoured_and_recorded(run, tmp_path, capsys):
     assert json.loads((tmp_path / "metrics.json").read_text())["training"]["changed_on_resuming"] == [recorded]
 
 
+def test_fewer_steps_than_are_done_are_refused(run, capsys):
+    assert finetune.main([*options(run, max_steps=3), "--resume_from_checkpoint", "last"]) == 2
+    assert "is past the end: it has taken 10 steps, and this run has 3" in capsys.readouterr().err
+
+
 def test_the_loss_of_a_resumed_part_is_the_mean_of_its_steps(run, tmp_path, capsys):
     import shutil
 

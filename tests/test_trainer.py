@@ -130,6 +130,13 @@ def test_replacing_a_run_leaves_nothing_of_it(tmp_path, monkeypatch):
     assert finetune.main(options(folder, overwrite_output_dir=True, dry_run=True)) == 0
     assert (folder / "metrics.json").exists()  # a dry run replaces nothing
 
+    before = sorted(folder.rglob("*"))
+    elsewhere = {"overwrite_output_dir": True, "dataset_name": tmp_path / "nothing"}
+    assert finetune.main(options(folder, **elsewhere)) == 2  # what is refused replaces nothing either
+    itself = {"overwrite_output_dir": True, "model_name_or_path": folder, "config_overrides": None}
+    assert finetune.main(options(folder, **itself)) == 2
+    assert sorted(folder.rglob("*")) == before
+
     class Stopped(Exception):
         pass
 
@@ -210,6 +217,17 @@ def _callbacks(monkeypatch, tmp_path) -> list:
     with pytest.raises(KeyboardInterrupt):
         finetune.main(options(tmp_path / "pre-trained", task="masked-image-modeling"))
     return found
+
+
+def test_two_processes_stay_together_when_they_resume(tmp_path):
+    settings = {"num_train_epochs": 2, "save_total_limit": 9}
+    assert wait_all(fork_run(options(tmp_path / "run", **settings), 2, tmp_path / "log")) == [0, 0]
+    first = min(checkpoints.list_checkpoints(tmp_path / "run"), key=lambda path: int(path.name[11:]))
+    argv = [*options(tmp_path / "run", **settings), "--resume_from_checkpoint", str(first)]
+    assert wait_all(fork_run(argv, 2, tmp_path / "log")) == [0, 0]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["environment"]["processes"] == 2 and metrics["training"]["steps"] == 6
+    assert metrics["training"]["changed_on_resuming"] == []
 
 
 def test_averaging_sharded_weights_is_refused(tmp_path, monkeypatch, capsys):
