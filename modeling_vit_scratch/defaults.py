@@ -77,9 +77,9 @@ def choose_settings(look: Look) -> dict:
 
     The architecture and the optimiser's settings are those of scripts/recipes/budget.yaml, chosen there on a validation
     split of CIFAR-10; larger images get one or two more stages of early convolutions, and so the same 64 tokens. On
-    270 images of three classes of CIFAR-10 (JPEG copy), one seed, these settings, measured each epoch, gave 74.6 % on 1,350 others, and
-    `--preset showcase` with the defaults of the options 51.7 %; torch 2.13.0, a Xeon with bfloat16 units. The bounds of
-    the epochs were set by judgement, not by search.
+    270 images of three classes of CIFAR-10 (JPEG copy), one seed, these settings, measured each epoch, gave 74.6 % on
+    1,350 others, and `--preset showcase` with the defaults of the options 51.7 %; torch 2.13.0, a Xeon with bfloat16
+    units. The bounds of the epochs were set by judgement, not by search.
     """
     image_size, stem_channels, patch_size = next(row[1:] for row in SIZES if min(look.size) < row[0])
     epochs = min(max(round(IMAGES_SEEN / look.images), FEWEST_EPOCHS), MOST_EPOCHS)
