@@ -299,7 +299,8 @@ class Clock(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Trainer restores callbacks on request only. Other processes took about the CPU time of the main one.
-        self.wall, self.cpu = state.stateful_callbacks[type(self).__name__]["attributes"].values()
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self.wall, self.cpu = saved["wall"], saved["cpu"]
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start()
