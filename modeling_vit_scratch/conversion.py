@@ -472,7 +472,8 @@ def convert_checkpoint(
         checkpoint: A state dict, a dict of numpy arrays, a file (.safetensors, .npz, .pt, .pth, .bin), a folder, or a
             Hub id. A config.json beside the weights is read.
         source: One of `FAMILIES`; None to recognise it from the names.
-        image_size: Pixels, one number or (height, width), to resize the positions to; None keeps the resolution.
+        image_size: Pixels, one number or (height, width), to resize the positions to, as the source's own code does
+            (the config's `position_interpolation`); None keeps the resolution.
         num_labels: Classes; a number other than the checkpoint's makes the head anew. A head that this model cannot
             express (two heads, or DINOv2's on class token and mean) is made anew if this is given, else refused.
         id2label: Names of the classes; as many as there are.
@@ -481,8 +482,9 @@ def convert_checkpoint(
         cache_dir: Where files of the Hub are kept; None for its usual cache.
         token: For a private Hub id; None for the one that `hf auth login` stored.
         **hints: Fields of the config that tensors cannot tell, such as `num_attention_heads`, `layer_norm_eps`,
-            `hidden_act`, `pooling` or `drop_path_rate`; `grid_size`, the checkpoint's patches (down, across) where
-            they are no square; `representation_size=None` to leave out a tanh layer before a new head.
+            `hidden_act`, `pooling`, `position_interpolation` or `drop_path_rate`; `grid_size`, the checkpoint's patches
+            (down, across) where they are no square; `representation_size=None` to leave out a tanh layer before a new
+            head.
 
     Raises:
         ValueError: The checkpoint cannot be read or recognised; tensors are missing, left over, of a wrong shape or
