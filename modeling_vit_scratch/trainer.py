@@ -9,7 +9,6 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from safetensors.torch import save_file
@@ -18,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from . import checkpoints, lora
-from .augmentation import Augmentation, normalize
+from .augmentation import Augmentation, normalize, stateless_generator
 from .data import LazyImages, collate
 from .metrics import ImageClassificationMetrics
 from .modeling_vit_scratch import image_classification_loss
@@ -331,8 +330,7 @@ class OwnNoise(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.process_index > 0:  # resumed, each process gets the state that it had
-            key = np.random.SeedSequence((args.seed, args.process_index)).generate_state(1, np.uint64)[0]
-            torch.manual_seed(int(key >> np.uint64(1)))
+            torch.manual_seed(stateless_generator(args.seed, args.process_index).initial_seed())
 
 
 class ResumeLoss(TrainerCallback):
