@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 
 from transformers.utils import logging as transformers_logging
 
-from .conversion import read_labels
-from .cuts import SEED, SHARE, Split, load_split
-from .inference import Predictor
-from .layouts import FAMILIES
+from .conversion.layouts import FAMILIES
+from .conversion.processors import read_labels
+from .data import load_split
+from .data.cuts import SEED, SHARE, Split
+from .evaluation import Predictor
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

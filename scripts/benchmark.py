@@ -65,20 +65,23 @@ from benchmarking.measuring import (
     synchronise,
     table,
 )
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, cli, plots
-from modeling_vit_scratch.arguments import ImageTrainingArguments
-from modeling_vit_scratch.augmentation import Augmentation
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, cli, plots
 from modeling_vit_scratch.conversion import export_checkpoint
-from modeling_vit_scratch.data import DIGITS, DecodedImages, collate, default_dataset, load_splits
-from modeling_vit_scratch.inspection import fingerprint, inspect_splits
-from modeling_vit_scratch.optimization import parameter_groups
-from modeling_vit_scratch.trainer import ImageTrainer
-from modeling_vit_scratch.training import flops_per_image, hardware, make_processor
+from modeling_vit_scratch.data import Augmentation, inspect_splits, load_splits
+from modeling_vit_scratch.data.doctor import fingerprint
+from modeling_vit_scratch.data.sources import DIGITS, default_dataset
+from modeling_vit_scratch.data.splits import DecodedImages, collate
+from modeling_vit_scratch.plots import drawing as drawing_module
+from modeling_vit_scratch.training import ImageTrainer, ImageTrainingArguments, checkpoints
+from modeling_vit_scratch.training.optimization import parameter_groups
+from modeling_vit_scratch.training.report import flops_per_image, hardware
+from modeling_vit_scratch.training.run import make_processor
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 RECIPES = Path(__file__).parent / "recipes"
@@ -278,7 +281,7 @@ def show_model(result: dict) -> str:
     return "\n".join([table(header, lines), *(textwrap.fill(note, 80, subsequent_indent="  ") for note in notes)])
 
 
-def draw_model(result: dict) -> plots.Figure:
+def draw_model(result: dict) -> Figure:
     groups = {group["case"]: {} for group in result["cases"]}
     for row in result["rows"]:
         text = f"{number(row['images_per_second'])} images/s"
@@ -399,7 +402,7 @@ def show_data(result: dict) -> str:
     )
 
 
-def draw_data(result: dict) -> plots.Figure:
+def draw_data(result: dict) -> Figure:
     groups = {row["case"]: {} for row in result["rows"]}
     for row in result["rows"]:
         groups[row["case"]][row["name"]] = row["images_per_second"], f"{row['images_per_second']:,.0f}"
@@ -502,7 +505,7 @@ def show_trainer(result: dict) -> str:
     )
 
 
-def draw_trainer(result: dict) -> plots.Figure:
+def draw_trainer(result: dict) -> Figure:
     names = {"bare loop": "bare_seconds", "ImageTrainer": "trainer_seconds"}
     groups = {
         row["case"]: {name: (row[key] * 1e3, f"{row[key] * 1e3:.2f}") for name, key in names.items()}
@@ -575,7 +578,7 @@ def show_memory(result: dict) -> str:
     return f"{result['preset']}, {size}\n{table(header, lines)}\n\n{textwrap.fill(note, 80)}"
 
 
-def draw_memory(result: dict) -> plots.Figure:
+def draw_memory(result: dict) -> Figure:
     bars = {row["name"]: (row["of_size"] or 0, ratio(row["of_size"])) for row in result["rows"]}
     title = f"Loading {result['preset']}, {result['parameters']:,} parameters"
     return plots.plot_bars({title: bars}, "most anonymous memory over the size in float32", reference=1.0)
@@ -671,7 +674,7 @@ def show_scale(result: dict) -> str:
     return table(["", "tokens", "GFLOP each", "images/s", "of peak", "MB"], lines)
 
 
-def draw_scale(result: dict) -> plots.Figure:
+def draw_scale(result: dict) -> Figure:
     panels = {}
     for row in result["rows"]:
         panel = panels.setdefault(row["axis"], {"x": [], "images/s": [], "MB": []})
@@ -752,7 +755,7 @@ def show_race(result: dict) -> str:
     return f"{textwrap.fill(text, 80)}\n\n{table(header, lines)}"
 
 
-def draw_race(result: dict) -> plots.Figure:
+def draw_race(result: dict) -> Figure:
     return plots.plot_race(
         {name: (curve["seconds"], curve["accuracy"]) for name, curve in result["curves"].items()}, result["unit"]
     )
@@ -844,7 +847,7 @@ def run(args: argparse.Namespace) -> int:
             return 130
         results[section] = result
         (args.output / f"{section}.json").write_text(json.dumps(result, indent=1) + "\n")
-        plots.save_figure(draw(result), args.output / section)
+        drawing_module.save_figure(draw(result), args.output / section)
         if not args.json:
             print(f"{headline(section, where)}\n\n{show(result)}\n", flush=True)
     if args.json:

@@ -19,19 +19,18 @@ import sys
 from pathlib import Path
 
 from modeling_vit_scratch import cli
-from modeling_vit_scratch.checkpoints import open_to_others
 from modeling_vit_scratch.conversion import (
-    TOLERANCE,
-    Verification,
     convert_checkpoint,
     export_checkpoint,
     image_processor_for,
-    is_own,
-    read_labels,
     verify_checkpoint,
     verify_export,
 )
-from modeling_vit_scratch.layouts import TARGETS, WEIGHT_FILES
+from modeling_vit_scratch.conversion.exporting import open_to_others
+from modeling_vit_scratch.conversion.layouts import TARGETS, WEIGHT_FILES
+from modeling_vit_scratch.conversion.loading import is_own
+from modeling_vit_scratch.conversion.processors import read_labels
+from modeling_vit_scratch.conversion.proof import TOLERANCE, Verification
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

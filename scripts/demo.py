@@ -27,8 +27,9 @@ import torch
 
 from modeling_vit_scratch import cli, plots
 from modeling_vit_scratch.conversion import PACKAGED_MODEL
-from modeling_vit_scratch.data import load_image
-from modeling_vit_scratch.inference import Predictor, find_pictures
+from modeling_vit_scratch.data.sources import load_image
+from modeling_vit_scratch.evaluation import Predictor
+from modeling_vit_scratch.evaluation.inference import find_pictures
 
 PROGRAM = "demo.py"
 EXAMPLES = Path(__file__).parent / "pictures" / "examples"  # test pictures of CIFAR-10 (JPEG copy)

@@ -38,9 +38,11 @@ import torch
 from torch import nn
 
 from modeling_vit_scratch import cli
-from modeling_vit_scratch.data import Records, progress_bar
-from modeling_vit_scratch.inference import Predictor, match_classes
-from modeling_vit_scratch.layouts import FAMILIES
+from modeling_vit_scratch.conversion.layouts import FAMILIES
+from modeling_vit_scratch.data.records import Records
+from modeling_vit_scratch.data.splits import progress_bar
+from modeling_vit_scratch.evaluation import Predictor
+from modeling_vit_scratch.evaluation.inference import match_classes
 
 PROGRAM = "export.py"
 TOLERANCE = 1e-4

@@ -26,13 +26,15 @@ import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from modeling_vit_scratch import cli, plots
-from modeling_vit_scratch.data import load_image
-from modeling_vit_scratch.inference import Answers, find_pictures
-from modeling_vit_scratch.inspection import evenly
-from modeling_vit_scratch.metrics import ImageClassificationMetrics
+from modeling_vit_scratch.data.doctor import evenly
+from modeling_vit_scratch.data.sources import load_image
+from modeling_vit_scratch.evaluation import ImageClassificationMetrics
+from modeling_vit_scratch.evaluation.inference import Answers, find_pictures
+from modeling_vit_scratch.plots import drawing as drawing_module
 
 PROGRAM = "plot.py"
 FILES = {
@@ -202,7 +204,7 @@ class Sight:
         return total / n
 
 
-def draw(kind: str, args: argparse.Namespace, sight: Sight | None) -> dict[str, plots.Figure]:
+def draw(kind: str, args: argparse.Namespace, sight: Sight | None) -> dict[str, Figure]:
     """The figures of a kind, by file name.
 
     Raises:
@@ -312,7 +314,7 @@ def run(args: argparse.Namespace) -> int:
             failed += not (args.all and kind in SAVED)  # a model need not have a run
             continue
         for name, figure in figures.items():
-            print(*plots.save_figure(figure, args.output / name, svg=not args.readme), sep="\n", flush=True)
+            print(*drawing_module.save_figure(figure, args.output / name, svg=not args.readme), sep="\n", flush=True)
     return 1 if failed else 0
 
 

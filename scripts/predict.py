@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 
 from modeling_vit_scratch import cli
 from modeling_vit_scratch.conversion import PACKAGED_MODEL
-from modeling_vit_scratch.data import load_image
-from modeling_vit_scratch.inference import Predictor, find_pictures
+from modeling_vit_scratch.data.sources import load_image
+from modeling_vit_scratch.evaluation import Predictor
+from modeling_vit_scratch.evaluation.inference import find_pictures
 
 PROGRAM = "predict.py"
 

@@ -23,7 +23,8 @@ import sys
 import numpy as np
 
 from modeling_vit_scratch import cli
-from modeling_vit_scratch.inference import Answers, Predictor, compare, match_classes, measure
+from modeling_vit_scratch.evaluation import Predictor
+from modeling_vit_scratch.evaluation.inference import Answers, compare, match_classes, measure
 
 PROGRAM = "validate.py"
 

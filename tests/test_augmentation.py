@@ -8,25 +8,23 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from modeling_vit_scratch import augmentation as augmentation_module
-from modeling_vit_scratch.augmentation import (
+from modeling_vit_scratch.data import Augmentation
+from modeling_vit_scratch.data import augmentation as augmentation_module
+from modeling_vit_scratch.data.augmentation import (
     AUGMENTATIONS,
-    RAND_AUGMENT_OPS,
-    Augmentation,
     crop_box,
     draw_erasing,
     draw_mixing,
-    draw_rand_augment,
     mix,
     normalize,
     parse_until,
-    rand_augment,
     random_crop,
     random_erasing,
     random_flip,
     stateless_generator,
 )
-from modeling_vit_scratch.data import DecodedImages
+from modeling_vit_scratch.data.rand_augment import RAND_AUGMENT_OPS, draw_rand_augment, rand_augment
+from modeling_vit_scratch.data.splits import DecodedImages
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 EVERYTHING = {

@@ -25,7 +25,8 @@ from transformers import ViTImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.conversion import convert_checkpoint
-from modeling_vit_scratch.data import load_image, load_splits
+from modeling_vit_scratch.data import load_splits
+from modeling_vit_scratch.data.sources import load_image
 
 FINETUNE = Path(__file__).parents[1] / "scripts" / "finetune.py"
 
@@ -273,7 +274,7 @@ def test_bad_images_in_several_places_of_a_table_are_named():
 @pytest.mark.parametrize("lazy", [False, True])
 def test_a_bad_picture_in_a_table_is_refused_by_row(lazy, monkeypatch):
     if lazy:
-        monkeypatch.setattr("modeling_vit_scratch.data.MAX_DECODED_BYTES", 0)
+        monkeypatch.setattr("modeling_vit_scratch.data.splits.MAX_DECODED_BYTES", 0)
     rows = [encode(PHOTO[:8, :8])] * 11 + [b"no picture"] + [encode(PHOTO[:8, :8])] * 8
     with pytest.raises(ValueError, match=r"row 11 of split 'test': unreadable image .* repair or remove it\."):
         splits = load(make_table(n=12), test=make_table(rows))
@@ -316,7 +317,7 @@ def load(train, options=None, **splits):
     """The splits' DatasetDict through `load_splits`, as if it had been loaded from somewhere."""
     raw = datasets.DatasetDict({"train": train, **splits} if train is not None else splits)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modeling_vit_scratch.data.load_raw", lambda *args, **kwargs: raw)
+        patch.setattr("modeling_vit_scratch.data.splits.load_raw", lambda *args, **kwargs: raw)
         return load_splits("a table", PROCESSOR, **{"train_val_split": 0.25, **(options or {})})
 
 

@@ -14,13 +14,13 @@ from runs import load_script, options
 from test_conversion import put_on_hub
 from test_data import CLASSES, make_dataset, make_processor, with_labels, write_hub_layout, write_image_folder
 
-from modeling_vit_scratch import cuts
 from modeling_vit_scratch.conversion import PACKAGED_MODEL
-from modeling_vit_scratch.cuts import RunRecord, load_split, read_record
-from modeling_vit_scratch.data import Cut, load_splits, public_name
-from modeling_vit_scratch.inference import Predictor
-from modeling_vit_scratch.inspection import fingerprint
-from modeling_vit_scratch.streaming import load_streaming
+from modeling_vit_scratch.data import cuts, load_split, load_splits, load_streaming
+from modeling_vit_scratch.data.cuts import RunRecord, read_record
+from modeling_vit_scratch.data.doctor import fingerprint
+from modeling_vit_scratch.data.records import Cut
+from modeling_vit_scratch.data.sources import public_name
+from modeling_vit_scratch.evaluation import Predictor
 
 CIFAR10_COPY = Path(__file__).parents[2] / "shared" / "cifar10"
 FOREIGN = SimpleNamespace(name="theirs", image_hw=(32, 32), record=None)
@@ -441,7 +441,7 @@ def test_an_older_folder_is_refused_in_a_line(run, tmp_path, capsys):
 def test_a_checkpoint_of_an_earlier_version_is_resumed(run, tmp_path, capsys):
     """Its run.json names neither cut nor options; the fingerprint, which it has, knows the cut."""
     newer = ("cut", "changeable", "changes")
-    from modeling_vit_scratch import checkpoints
+    from modeling_vit_scratch.training import checkpoints
 
     [saved] = run[0].glob("checkpoint-*")
     facts = json.loads((saved / "run.json").read_text())

@@ -22,9 +22,13 @@ from huggingface_hub import HfApi
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from modeling_vit_scratch import data, sources
-from modeling_vit_scratch.augmentation import normalize
-from modeling_vit_scratch.data import DecodedImages, LazyImages, collate, load_records, load_splits, pixel_statistics
+from modeling_vit_scratch.data import augmentation as augmentation_module
+from modeling_vit_scratch.data import load_splits, sources
+from modeling_vit_scratch.data import records as records_module
+from modeling_vit_scratch.data import splits as splits_module
+from modeling_vit_scratch.data.augmentation import normalize
+from modeling_vit_scratch.data.records import load_records
+from modeling_vit_scratch.data.splits import DecodedImages, LazyImages, collate, pixel_statistics
 
 CIFAR10_COPY = Path(__file__).parents[2] / "shared" / "cifar10"
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -449,7 +453,7 @@ def test_several_columns_of_no_usual_name_are_refused():
 @pytest.mark.parametrize("lazy", [False, True])
 def test_the_columns_are_told(tmp_path, monkeypatch, lazy):
     if lazy:
-        monkeypatch.setattr(data, "MAX_DECODED_BYTES", 0)
+        monkeypatch.setattr(splits_module, "MAX_DECODED_BYTES", 0)
     folder = write_hub_layout(tmp_path, train=make_dataset(12, image="scan", label="kind"))
     assert load_splits(folder, make_processor(), train_val_split=0.25).columns == ("scan", "kind")
     unlabelled = load_splits(folder, make_processor(), train_val_split=0.25, labelled=False)
@@ -528,7 +532,7 @@ def test_validation_is_cut_stratified_and_seeded():
     np.random.default_rng(0).shuffle(labels)
 
     def cut(seed, share=0.1):
-        return data._stratified_cut(labels, share, seed)
+        return records_module._stratified_cut(labels, share, seed)
 
     kept, held = cut(1)
     assert np.bincount(labels[held]).tolist() == [40, 20, 10, 4]
@@ -567,19 +571,19 @@ def test_samples_are_drawn_by_seed():
 def test_samples_are_drawn_alike_from_each_class(counts, limit, expected):
     labels = np.repeat(np.arange(len(counts)), counts)
     np.random.default_rng(0).shuffle(labels)
-    drawn = data.draw(labels, limit, 0)
+    drawn = records_module.draw(labels, limit, 0)
     assert np.bincount(labels[drawn], minlength=len(counts)).tolist() == expected
     assert np.array_equal(drawn, np.unique(drawn)) and len(drawn) == min(limit, len(labels))
-    assert np.array_equal(data.draw(labels, limit, 0), drawn)
+    assert np.array_equal(records_module.draw(labels, limit, 0), drawn)
 
 
 def test_whole_images_go_round_by_chance():
     """Of what cannot be shared alike, no class gets more over many draws, and no image either."""
     labels = np.repeat(np.arange(4), 5)
-    drawn = np.concatenate([data.draw(labels, 2, seed) for seed in range(2000)])
+    drawn = np.concatenate([records_module.draw(labels, 2, seed) for seed in range(2000)])
     classes, images = np.bincount(labels[drawn]), np.bincount(drawn, minlength=20)
     assert abs(classes - 1000).max() < 4.5 * 1000**0.5 and abs(images - 200).max() < 4.5 * 200**0.5
-    assert all(len(set(labels[data.draw(labels, 2, seed)])) == 2 for seed in range(20))
+    assert all(len(set(labels[records_module.draw(labels, 2, seed)])) == 2 for seed in range(20))
 
 
 def test_limits_of_a_run_are_shared_alike():
@@ -609,7 +613,7 @@ def test_mean_and_std_are_those_of_train_only(tmp_path, monkeypatch):
     folder = write_hub_layout(tmp_path, train=make_dataset(30), test=make_dataset(300, seed=999))
     splits = load_splits(folder, make_processor())
     assert (splits.mean, splits.std) == pixel_statistics(splits.train.images)
-    monkeypatch.setattr(data, "MAX_DECODED_BYTES", 0)
+    monkeypatch.setattr(splits_module, "MAX_DECODED_BYTES", 0)
     lazy = load_splits(folder, make_processor())
     assert isinstance(lazy.train, LazyImages)
     assert (lazy.mean, lazy.std) == (splits.mean, splits.std)
@@ -625,7 +629,7 @@ def test_decoded_and_lazy_and_the_processor_agree(tmp_path, monkeypatch, size, c
     folder = write_hub_layout(tmp_path, train=make_dataset(24, size, mode=mode), test=make_dataset(7, size, mode=mode))
     processor = make_processor((32, 24), channels)
     decoded = load_splits(folder, processor, channels)
-    monkeypatch.setattr(data, "MAX_DECODED_BYTES", 0)
+    monkeypatch.setattr(splits_module, "MAX_DECODED_BYTES", 0)
     lazy = load_splits(folder, processor, channels)
     assert isinstance(decoded.test, DecodedImages)
     assert isinstance(lazy.test, LazyImages)
@@ -666,7 +670,7 @@ def test_pictures_of_different_sizes_are_lazy(tmp_path):
 def test_decoding_is_parallel_and_shows_progress(tmp_path, monkeypatch):
     bars, threads = [], set()
 
-    class Bar(data.tqdm):
+    class Bar(splits_module.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs, file=io.StringIO())
             bars.append((self, kwargs["total"], kwargs["disable"]))
@@ -676,29 +680,29 @@ def test_decoding_is_parallel_and_shows_progress(tmp_path, monkeypatch):
         time.sleep(1e-4)
         return sources.load_image(*args)
 
-    monkeypatch.setattr(data, "tqdm", Bar)
-    monkeypatch.setattr(data, "load_image", slow_load_image)
+    monkeypatch.setattr(splits_module, "tqdm", Bar)
+    monkeypatch.setattr(records_module, "load_image", slow_load_image)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     raw = datasets.DatasetDict(train=make_dataset(1500, (8, 8)))
     records, _ = load_records(raw)
-    decoded = data.decode(records["train"], make_processor((8, 8)), 3)
+    decoded = splits_module.decode(records["train"], make_processor((8, 8)), 3)
     assert len(threads - {threading.get_ident()}) > 1
     bar, total, disabled = bars[0]
     assert (total, bar.n, disabled) == (1350, 1350, False)
     expected = torch.stack([torch.from_numpy(np.array(make_image(i, (8, 8)))) for i in records["train"].rows.tolist()])
     assert torch.equal(decoded.images, expected.permute(0, 3, 1, 2))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    data.decode(records["validation"], make_processor((8, 8)), 3)
+    splits_module.decode(records["validation"], make_processor((8, 8)), 3)
     assert bars[1][2], "only one process of a machine shows progress"
 
 
 def test_decoding_stops_at_the_first_odd_size(monkeypatch):
     """A large dataset of photos is not decoded in full before it turns out to be one."""
     count = []
-    monkeypatch.setattr(data, "load_image", lambda *args: count.append(1) or sources.load_image(*args))
+    monkeypatch.setattr(records_module, "load_image", lambda *args: count.append(1) or sources.load_image(*args))
     raw = datasets.DatasetDict(train=make_dataset(6000, (4, 4), sizes=[(4, 4)] * 299 + [(5, 4)]))
     records, _ = load_records(raw)
-    assert data.decode(records["train"], make_processor((4, 4)), 3) is None
+    assert splits_module.decode(records["train"], make_processor((4, 4)), 3) is None
     assert len(count) < 3000
 
 
@@ -790,14 +794,14 @@ def test_photos_are_cropped_anew_in_each_epoch(tmp_path, monkeypatch, processes,
     """Also after resuming in mid-epoch or at its end, which gives the weights of the run that was never stopped."""
     write_image_folder(tmp_path / "photos", 8, size=(40, 30))
     make_image(0, (25, 31)).save(tmp_path / "photos" / "cat" / "odd.png")
-    log, crop = tmp_path / "epochs", data.crop_box
+    log, crop = tmp_path / "epochs", augmentation_module.crop_box
 
     def noted(size, scale, key):
         with open(log, "a") as file:
             file.write(f"{key[1]}\n")
         return crop(size, scale, key)
 
-    monkeypatch.setattr(data, "crop_box", noted)
+    monkeypatch.setattr(splits_module, "crop_box", noted)
     argv = runs.options(
         tmp_path / "run", dataset_name=tmp_path / "photos", num_train_epochs=3, per_device_train_batch_size=4,
         max_train_samples=None, max_eval_samples=None, train_val_split=0.2, dataloader_num_workers=0,
@@ -820,7 +824,7 @@ def test_photos_are_cropped_anew_in_each_epoch(tmp_path, monkeypatch, processes,
 
 
 def test_decoded_images_are_gathered_where_they_live():
-    dataset = data.DecodedImages(torch.zeros(5, 3, 4, 4, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
+    dataset = splits_module.DecodedImages(torch.zeros(5, 3, 4, 4, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
     batch = dataset.to(torch.device("meta")).__getitems__([3, 1])
     assert {tensor.device.type for tensor in batch.values()} == {"meta"}
     assert batch["pixel_values"].shape == (2, 3, 4, 4) and batch["labels"].shape == (2,)

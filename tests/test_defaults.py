@@ -6,9 +6,14 @@ import torch
 from PIL import Image
 from runs import TINY, load_script, options
 
-from modeling_vit_scratch import augmentation, defaults, training
-from modeling_vit_scratch.data import CIFAR10, DIGITS, LazyImages, Records
-from modeling_vit_scratch.defaults import Look, advice, choose_settings
+from modeling_vit_scratch import ViTScratchForImageClassification
+from modeling_vit_scratch.data import augmentation as augmentation_module
+from modeling_vit_scratch.data.records import Records
+from modeling_vit_scratch.data.sources import CIFAR10, DIGITS
+from modeling_vit_scratch.data.splits import LazyImages
+from modeling_vit_scratch.training import defaults
+from modeling_vit_scratch.training import run as run_module
+from modeling_vit_scratch.training.defaults import Look, advice, choose_settings
 
 finetune = load_script("finetune")
 
@@ -79,7 +84,7 @@ def test_the_command_line_puts_a_recipes_length_and_architecture_out_of_force(tm
 
 def test_own_images_get_settings_that_suit_them(folder, capsys):
     model, _, args = parse("--dataset_name", folder)
-    config = training.make_config(model, ["cat", "dog"])
+    config = run_module.make_config(model, ["cat", "dog"])
     assert (config.image_hw, config.patch_hw, config.stem_channels) == ((64, 64), (8, 8), (16, 32, 64))
     assert (args.num_train_epochs, args.per_device_train_batch_size) == (defaults.MOST_EPOCHS, 32)
     assert "by the data: 18 training images of 2 classes, 75x100 pixels in the median" in args.settings_from
@@ -107,10 +112,10 @@ def test_every_choice_is_a_run(images, side):
     look = Look(images, 10, (side, side + 7))
     settings = choose_settings(look)
     model, _, args = finetune.parse([*finetune.as_options(settings), "--dataset_name", "digits", "--use_cpu", "True"])
-    config = training.make_config(model, [str(i) for i in range(10)])
+    config = run_module.make_config(model, [str(i) for i in range(10)])
     assert config.grid_hw == (8, 8) and defaults.FEWEST_EPOCHS <= args.num_train_epochs <= defaults.MOST_EPOCHS
     with torch.device("meta"):
-        parameters = training.ViTScratchForImageClassification(config).num_parameters()
+        parameters = ViTScratchForImageClassification(config).num_parameters()
     assert parameters < 900_000
     assert ("pretrained" in advice(look)) == (images < defaults.WORTH_PRETRAINED and side >= 48)
 
@@ -140,7 +145,7 @@ def run_settings(folder, **changes) -> dict:
 
 def test_crops_of_photos_end_with_an_epoch(folder, tmp_path, monkeypatch, capsys):
     """18 images, four epochs, of which the first two are cropped; with workers or without, resumed or not."""
-    monkeypatch.setattr(training.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(run_module.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", _without_workers(torch.utils.data.DataLoader.__init__))
     keys = crops_of(monkeypatch)
     assert finetune.main(options(tmp_path / "run", **run_settings(folder, save_total_limit=9))) == 0
@@ -201,8 +206,8 @@ def test_more_padding_than_can_be_reflected_is_refused(tmp_path, capsys):
     assert "crop_padding (32) must be below the image's shorter side (32 pixels)" in capsys.readouterr().err
     images = torch.zeros(2, 3, 8, 12, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"crop_padding \(8\).*\(8 pixels\)"):
-        augmentation.random_crop(images, 8, "reflect", torch.Generator())
-    assert augmentation.random_crop(images, 8, "constant", torch.Generator()).shape == images.shape
+        augmentation_module.random_crop(images, 8, "reflect", torch.Generator())
+    assert augmentation_module.random_crop(images, 8, "constant", torch.Generator()).shape == images.shape
 
 
 @pytest.mark.parametrize(

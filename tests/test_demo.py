@@ -17,7 +17,7 @@ from PIL import Image
 from runs import free_port, load_script
 
 from modeling_vit_scratch import plots
-from modeling_vit_scratch.inference import Predictor
+from modeling_vit_scratch.evaluation import Predictor
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from runs import ROOT, SCRIPTS, fork_run, history, options, wait_all, weights
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints
-from modeling_vit_scratch.augmentation import Augmentation
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.data import Augmentation
+from modeling_vit_scratch.training import checkpoints
 
 CIFAR10 = ROOT.parent / "shared" / "cifar10"
 PLAIN = {
@@ -141,7 +142,7 @@ def test_a_process_that_dies_takes_the_others_down(tmp_path):
         "import os, sys\n"
         f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
         "import finetune\n"
-        "from modeling_vit_scratch import trainer\n"
+        "from modeling_vit_scratch.training import trainer\n"
         "step = trainer.ImageTrainer.training_step\n"
         "def dies(self, *args, **kwargs):\n"
         "    if self.state.global_step == 6 and self.args.process_index == 1:\n"

@@ -8,7 +8,7 @@ from runs import load_script
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.cuts import load_split
+from modeling_vit_scratch.data import load_split
 
 script = load_script("export")
 FIELDS = {

@@ -12,10 +12,11 @@ from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.cuts import load_split
-from modeling_vit_scratch.data import load_image, load_splits
-from modeling_vit_scratch.inference import Predictor, compare, find_device, match_classes, measure
-from modeling_vit_scratch.metrics import paired_difference_interval, wilson_interval
+from modeling_vit_scratch.data import load_split, load_splits
+from modeling_vit_scratch.data.sources import load_image
+from modeling_vit_scratch.evaluation import Predictor
+from modeling_vit_scratch.evaluation.inference import compare, find_device, match_classes, measure
+from modeling_vit_scratch.evaluation.metrics import paired_difference_interval, wilson_interval
 
 
 @pytest.fixture(scope="module")

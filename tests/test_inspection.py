@@ -12,17 +12,10 @@ import torch
 from PIL import Image, ImageEnhance
 from transformers import ViTImageProcessorPil
 
-from modeling_vit_scratch import data, inspection
-from modeling_vit_scratch.augmentation import Augmentation
-from modeling_vit_scratch.data import load_splits
-from modeling_vit_scratch.inspection import (
-    fingerprint,
-    inspect_splits,
-    near_pairs,
-    perceptual_hash,
-    sample_pictures,
-    sample_sheet,
-)
+from modeling_vit_scratch.data import Augmentation, inspect_splits, load_splits
+from modeling_vit_scratch.data import doctor as inspection
+from modeling_vit_scratch.data import splits as splits_module
+from modeling_vit_scratch.data.doctor import fingerprint, near_pairs, perceptual_hash, sample_pictures, sample_sheet
 
 CIFAR10_COPY = Path(__file__).parents[2] / "shared" / "cifar10"
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=Image.Resampling.BICUBIC)
@@ -58,11 +51,11 @@ def table(pictures: list, labels: list[int] | None = None, names=("cat", "dog"))
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def split(train, test=None, validation=None, **options) -> data.ImageSplits:
+def split(train, test=None, validation=None, **options) -> splits_module.ImageSplits:
     parts = {"train": train, "validation": validation or table([photo(9000 + i) for i in range(4)]), "test": test}
     raw = datasets.DatasetDict({name: part for name, part in parts.items() if part is not None})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load_raw", lambda *args, **kwargs: raw)
+        patch.setattr(splits_module, "load_raw", lambda *args, **kwargs: raw)
         return load_splits("some pictures", PROCESSOR, **options)
 
 
@@ -88,7 +81,7 @@ def test_a_clean_dataset_has_no_complaints():
 @pytest.mark.parametrize("lazy", [False, True])
 def test_exact_duplicates(lazy, monkeypatch):
     if lazy:
-        monkeypatch.setattr(data, "MAX_DECODED_BYTES", 0)
+        monkeypatch.setattr(splits_module, "MAX_DECODED_BYTES", 0)
     train = [photo(i) for i in range(40)] + [photo(3), photo(3), photo(4)]
     test = [photo(700 + i) for i in range(10)] + [photo(5), photo(6), photo(6)]
     labels = [i % 2 for i in range(40)] + [1, 0, 0]
@@ -279,7 +272,7 @@ def test_the_fingerprint_depends_on_the_validation_cut():
     prints = []
     for seed in (0, 0, 1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data, "load_raw", lambda *args, **kwargs: raw)
+            patch.setattr(splits_module, "load_raw", lambda *args, **kwargs: raw)
             prints.append(fingerprint(load_splits("x", PROCESSOR, train_val_split=0.5, seed=seed)))
     assert prints[0] == prints[1] != prints[2]
 
@@ -287,7 +280,7 @@ def test_the_fingerprint_depends_on_the_validation_cut():
 def test_the_fingerprint_does_not_depend_on_the_path_of_decoding(monkeypatch):
     train = table([photo(i) for i in range(12)])
     decoded = fingerprint(split(train))
-    monkeypatch.setattr(data, "MAX_DECODED_BYTES", 0)
+    monkeypatch.setattr(splits_module, "MAX_DECODED_BYTES", 0)
     assert fingerprint(split(train)) == decoded
 
 

@@ -9,9 +9,9 @@ from runs import RANDOM, history, load_script, options, weights
 from test_training import interrupt  # noqa: F401 - a fixture
 from transformers import AutoModelForImageClassification
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, lora
-from modeling_vit_scratch.arguments import ImageTrainingArguments
-from modeling_vit_scratch.optimization import Muon, parameter_groups
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.training import ImageTrainingArguments, lora
+from modeling_vit_scratch.training.optimization import Muon, parameter_groups
 
 peft = pytest.importorskip("peft")
 finetune = load_script("finetune")
@@ -67,7 +67,8 @@ def test_merged_folder_and_adapter_compute_the_same_and_what_the_run_measured(ba
         torch.testing.assert_close(tensor, merged.state_dict()[name], atol=1e-6, rtol=0)
 
     from modeling_vit_scratch.conversion import image_processor_for
-    from modeling_vit_scratch.data import load_raw, load_records
+    from modeling_vit_scratch.data.records import load_records
+    from modeling_vit_scratch.data.sources import load_raw
 
     records, names = load_records(load_raw("digits"), max_eval_samples=64)
     processor = image_processor_for(folder, merged)

@@ -15,8 +15,8 @@ import torch
 from scipy.stats import binom
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
-from modeling_vit_scratch.metrics import (
-    ImageClassificationMetrics,
+from modeling_vit_scratch.evaluation import ImageClassificationMetrics
+from modeling_vit_scratch.evaluation.metrics import (
     expected_calibration_error,
     mcnemar_test,
     paired_difference_interval,

@@ -10,11 +10,15 @@ from runs import RANDOM, fork_run, history, load_script, options, wait_all, weig
 from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, optimization, training
-from modeling_vit_scratch.arguments import ImageTrainingArguments, parse_duration
-from modeling_vit_scratch.augmentation import normalize
-from modeling_vit_scratch.optimization import Muon, WeightAverage, orthogonalize, parameter_groups
-from modeling_vit_scratch.trainer import TRAINED_WEIGHTS, ImageTrainer
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.data import splits as splits_module
+from modeling_vit_scratch.data.augmentation import normalize
+from modeling_vit_scratch.training import ImageTrainer, ImageTrainingArguments, checkpoints, optimization
+from modeling_vit_scratch.training import budget as budget_module
+from modeling_vit_scratch.training import run as run_module
+from modeling_vit_scratch.training.arguments import parse_duration
+from modeling_vit_scratch.training.optimization import Muon, WeightAverage, orthogonalize, parameter_groups
+from modeling_vit_scratch.training.trainer import TRAINED_WEIGHTS
 
 finetune = load_script("finetune")
 
@@ -238,8 +242,8 @@ def test_augmentations_reach_the_model_and_stop_when_they_are_told(tmp_path, mon
     assert not any(batch["labels"].is_floating_point() for batch in seen[steps // 2 :])
     written = json.loads((tmp_path / "metrics.json").read_text())["training"]["augmentation"]
     assert written["rand_augment"] == 2 and written["until"]["mixup"] == 0.5
-    processor = training.make_processor(ViTScratchConfig.preset("showcase"))
-    splits = training.load_splits("digits", processor, num_channels=3, max_train_samples=320)
+    processor = run_module.make_processor(ViTScratchConfig.preset("showcase"))
+    splits = splits_module.load_splits("digits", processor, num_channels=3, max_train_samples=320)
     plain = normalize(splits.train.images, splits.mean, splits.std).flatten(1)
     last = seen[-1]["pixel_values"].flatten(1)
     nearest = [(plain - image).abs().amax(1).min() for image in last]
@@ -253,7 +257,9 @@ def test_flip_tta_stands_beside_the_plain_accuracy(tmp_path, capsys):
     plain = [line.split(",") for line in (tmp_path / "predictions_test.csv").read_text().splitlines()[1:]]
     assert metrics["test"]["accuracy"] == pytest.approx(sum(row[1] == row[2] for row in plain) / 64)
     model = ViTScratchForImageClassification.from_pretrained(tmp_path).eval()
-    splits = training.load_splits("digits", training.make_processor(model.config), num_channels=3, max_eval_samples=64)
+    splits = splits_module.load_splits(
+        "digits", run_module.make_processor(model.config), num_channels=3, max_eval_samples=64
+    )
     processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
     images = normalize(splits.test.images, processor["image_mean"], processor["image_std"])
     with torch.no_grad():
@@ -279,7 +285,7 @@ def test_schedules_that_follow_a_metric_know_which_way_is_better(name, metric):
         "unused", use_cpu=True, lr_scheduler_type=name, metric_for_best_model=metric,
         lr_scheduler_kwargs={"patience": 1, "factor": 0.5},
     )  # fmt: skip
-    training._settle_schedule(args, 5)
+    run_module._settle_schedule(args, 5)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     schedule = get_scheduler(name, optimizer, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     for step in range(4):  # better each time
@@ -306,7 +312,7 @@ def clock(monkeypatch):
         return compute_loss(trainer, model, *args, **kwargs)
 
     monkeypatch.setattr(ImageTrainer, "compute_loss", slow_compute_loss)
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(budget_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -384,10 +390,10 @@ class TimedRun:
 )  # fmt: skip
 def test_a_time_budget_holds_all_that_a_run_does(monkeypatch, settings, evaluations, saves):
     run = TimedRun(**settings)
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: run.now))
-    steps = training.steps_in_budget(run, 600.0, last_pictures=200)
-    last = 2 * 200 * run.MEASURE / 10 + training.FINISH_SECONDS
-    measured = evaluations(steps) * len(run.eval_dataset) * run.MEASURE / 10 + saves(steps) * training.SAVE_SECONDS
+    monkeypatch.setattr(budget_module, "time", SimpleNamespace(monotonic=lambda: run.now))
+    steps = budget_module.steps_in_budget(run, 600.0, last_pictures=200)
+    last = 2 * 200 * run.MEASURE / 10 + budget_module.FINISH_SECONDS
+    measured = evaluations(steps) * len(run.eval_dataset) * run.MEASURE / 10 + saves(steps) * budget_module.SAVE_SECONDS
     total = run.now + run.COMPILE + run.MEASURE_COMPILE + steps * run.STEP + measured + last
     assert 0.92 * 600 < total <= 600
 
@@ -421,7 +427,7 @@ def test_bad_settings_are_refused():
             ImageTrainingArguments("unused", use_cpu=True, **settings)
     args = ImageTrainingArguments("unused", use_cpu=True, lr_scheduler_kwargs={"power_of": 2})
     with pytest.raises(ValueError, match=r"lr_scheduler_kwargs .*power_of"):
-        training._settle_schedule(args, 5)
+        run_module._settle_schedule(args, 5)
     # The library's own prefix is taken, and means the same.
     args = ImageTrainingArguments("unused", use_cpu=True, metric_for_best_model="eval_accuracy")
     assert (args.metric_for_best_model, args.greater_is_better) == ("accuracy", True)

@@ -10,15 +10,19 @@ import pytest
 from PIL import Image
 from runs import TINY, history, load_script, options
 
-from modeling_vit_scratch import checkpoints, pretraining, training
-from modeling_vit_scratch.arguments import (
+from modeling_vit_scratch.training import (
+    DataArguments,
+    ImageTrainingArguments,
+    ModelArguments,
+    checkpoints,
+    finetuning,
+    pretraining,
+)
+from modeling_vit_scratch.training.arguments import (
     CHANGEABLE,
     MASKED,
     OF_THE_CALL,
     RECORDED_OTHERWISE,
-    DataArguments,
-    ImageTrainingArguments,
-    ModelArguments,
     default_options,
     run_options,
 )
@@ -254,7 +258,7 @@ def outcome(monkeypatch, caplog, capsys, tmp_path):
     """A function of options: all that a run left but time, or what it said when it refused."""
     seen = {}
     monkeypatch.setattr(
-        training, "_finish", lambda folder, metrics, log: seen.update(metrics=metrics, rows=log), raising=True
+        finetuning, "finish", lambda folder, metrics, log: seen.update(metrics=metrics, rows=log), raising=True
     )
     monkeypatch.setattr(
         pretraining,

@@ -15,6 +15,7 @@ from runs import load_script
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, plots
+from modeling_vit_scratch.plots import drawing as drawing_module
 
 HEADER = "step,epoch,learning_rate,loss,grad_norm,eval_loss,eval_accuracy\n"
 
@@ -56,9 +57,9 @@ def test_saves_png_and_svg_small_and_the_same_each_time(tmp_path):
     noise = np.random.default_rng(0).random((150, 150, 3))
 
     def save(name):
-        figure = plots._figure(1, 1)
+        figure = drawing_module.new_figure(1, 1)
         figure.subplots().imshow(noise)
-        return plots.save_figure(figure, tmp_path / "new" / name, max_bytes=12_000)
+        return drawing_module.save_figure(figure, tmp_path / "new" / name, max_bytes=12_000)
 
     (png, svg), (again_png, again_svg) = save("a"), save("b")
     assert (png, svg) == (tmp_path / "new" / "a.png", tmp_path / "new" / "a.svg")
@@ -67,7 +68,7 @@ def test_saves_png_and_svg_small_and_the_same_each_time(tmp_path):
     assert png.stat().st_size <= 12_000  # 40 kB at first
     assert b"<svg" in svg.read_bytes()
 
-    plain = plots.save_figure(plots.plot_confusion_matrix(np.eye(10, dtype=int)), tmp_path / "v1.5")[0]
+    plain = drawing_module.save_figure(plots.plot_confusion_matrix(np.eye(10, dtype=int)), tmp_path / "v1.5")[0]
     assert plain.name == "v1.5.png"
     assert plain.stat().st_size < 150_000
     with Image.open(plain) as picture:
@@ -166,7 +167,7 @@ def test_training_curves_of_several_runs(history, tmp_path):
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["a $x$ run: best 62.50% at epoch 2", "other: best 20.00% at epoch 1"]
     colours = [line.get_color() for line in figure.axes[0].get_lines()]
-    assert colours == [plots.BLUE, plots.BLUE, plots.ORANGE, plots.ORANGE]
+    assert colours == [drawing_module.BLUE, drawing_module.BLUE, drawing_module.ORANGE, drawing_module.ORANGE]
     many = draw(plots.plot_training_curves({f"run {i}": history for i in range(9)}))
     assert len({str(line.get_color()) for line in many.axes[0].get_lines()}) == 9
 

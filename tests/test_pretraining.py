@@ -11,11 +11,11 @@ from runs import RANDOM, history, load_script, options, weights
 from test_training import interrupt  # noqa: F401 - a fixture
 from transformers import AutoModelForMaskedImageModeling
 
-from modeling_vit_scratch import ViTScratchForMaskedImageModeling, pretraining
-from modeling_vit_scratch.arguments import ModelArguments
-from modeling_vit_scratch.augmentation import draw_mask, normalize
+from modeling_vit_scratch import ViTScratchForMaskedImageModeling
 from modeling_vit_scratch.data import load_splits
-from modeling_vit_scratch.training import make_processor
+from modeling_vit_scratch.data.augmentation import draw_mask, normalize
+from modeling_vit_scratch.training import ModelArguments, pretraining
+from modeling_vit_scratch.training.run import make_processor
 
 finetune = load_script("finetune")
 

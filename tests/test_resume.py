@@ -12,8 +12,7 @@ import pytest
 import torch
 from runs import RANDOM, fork_run, history, options, wait_all, weights
 
-from modeling_vit_scratch import checkpoints
-from modeling_vit_scratch.trainer import ImageTrainer
+from modeling_vit_scratch.training import ImageTrainer, checkpoints
 
 KILLS = ("step", "saving", "evaluating", "step", "saving")  # for each number of workers and processes
 

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from transformers import Trainer, TrainingArguments, ViTImageProcessorPil
 
-from modeling_vit_scratch import data, streaming
-from modeling_vit_scratch.augmentation import Augmentation
-from modeling_vit_scratch.data import DecodedImages, LazyImages, collate, load_splits
-from modeling_vit_scratch.inspection import fingerprint, inspect_splits, sample_pictures
-from modeling_vit_scratch.streaming import StreamedImages, is_held_out, load_streaming
+from modeling_vit_scratch.data import Augmentation, inspect_splits, load_splits, load_streaming, streaming
+from modeling_vit_scratch.data import sources as sources_module
+from modeling_vit_scratch.data import splits as splits_module
+from modeling_vit_scratch.data.doctor import fingerprint, sample_pictures
+from modeling_vit_scratch.data.splits import DecodedImages, LazyImages, collate
+from modeling_vit_scratch.data.streaming import StreamedImages, is_held_out
 
 CIFAR10_COPY = Path(__file__).parents[2] / "shared" / "cifar10"
 PROCESSOR = ViTImageProcessorPil(size={"height": 4, "width": 4}, resample=Image.Resampling.BICUBIC)
@@ -239,7 +240,7 @@ def test_skipping_without_decoding(tmp_path, monkeypatch, workers, batches):
 
     whole = take(0, batches + 6)
     decoded = []
-    monkeypatch.setattr(streaming, "load_image", lambda *a: decoded.append(1) or data.load_image(*a))
+    monkeypatch.setattr(streaming, "load_image", lambda *a: decoded.append(1) or sources_module.load_image(*a))
     resumed = take(batches, batches + 6)
     for batch in resumed[:batches]:
         assert batch["labels"].tolist() == [-100] * 3
@@ -261,7 +262,7 @@ def test_given_splits_are_read_whole(tmp_path):
     assert sorted(number_of(image) for image in splits.test.images) == list(range(20_000, 20_009))
     assert splits.class_names == CLASSES
     assert splits.columns == ("img", "label")
-    mean, std = data.pixel_statistics(torch.stack([sample_pixels(n) for n in range(40)]))
+    mean, std = splits_module.pixel_statistics(torch.stack([sample_pixels(n) for n in range(40)]))
     np.testing.assert_allclose(splits.mean, mean, atol=1e-4)  # fewer than 512: all of them
     np.testing.assert_allclose(splits.std, std, atol=1e-4)
     limited = load_streaming(str(tmp_path), PROCESSOR, max_eval_samples=5)
@@ -419,7 +420,7 @@ def test_a_trainer_resumes_in_mid_stream(tmp_path, monkeypatch, workers):
 
     whole = train("a")
     decoded = []
-    monkeypatch.setattr(streaming, "load_image", lambda *a: decoded.append(1) or data.load_image(*a))
+    monkeypatch.setattr(streaming, "load_image", lambda *a: decoded.append(1) or sources_module.load_image(*a))
     assert torch.equal(train("a", resume=str(tmp_path / "a" / "checkpoint-7")), whole)
     if workers == 0:
         assert len(decoded) <= (12 - 7) * 2 * 4 + 8, "what was trained on before is not decoded again"

@@ -14,10 +14,12 @@ import torch
 from runs import RANDOM, fork_run, load_script, options, wait_all
 from transformers import Trainer
 
-from modeling_vit_scratch import checkpoints, hub, training
-from modeling_vit_scratch import trainer as trainer_module
-from modeling_vit_scratch.plots import read_history
-from modeling_vit_scratch.trainer import TRAINED_WEIGHTS, ImageTrainer, OwnNoise, cpu_seconds
+from modeling_vit_scratch import hub
+from modeling_vit_scratch.plots.runs import read_history
+from modeling_vit_scratch.training import ImageTrainer, checkpoints
+from modeling_vit_scratch.training import output as output_module
+from modeling_vit_scratch.training import trainer as trainer_module
+from modeling_vit_scratch.training.trainer import TRAINED_WEIGHTS, OwnNoise, cpu_seconds
 
 finetune = load_script("finetune")
 
@@ -70,7 +72,7 @@ def test_cpu_seconds_count_children_that_run_and_that_have_ended():
 
 def test_workers_that_read_images_are_counted(tmp_path, monkeypatch):
     """Each image takes 10 ms of a worker's CPU time."""
-    from modeling_vit_scratch.data import LazyImages
+    from modeling_vit_scratch.data.splits import LazyImages
 
     original = LazyImages.__getitem__
 
@@ -160,7 +162,7 @@ def test_every_file_of_a_run_is_one_that_replacing_removes(tmp_path):
         folder = tmp_path / name
         assert finetune.main(options(folder, num_train_epochs=1, **settings)) == 0
     for folder in tmp_path.iterdir():
-        training.remove_run(folder)
+        output_module.remove_run(folder)
         assert [path for path in folder.rglob("*") if path.is_file()] == []
 
 

@@ -17,12 +17,20 @@ from test_conversion import timm_tensors
 from transformers import AutoModelForImageClassification, TrainerCallback, TrainerControl
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 exports it only with torchvision
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, checkpoints, training
-from modeling_vit_scratch import arguments as arguments_module
-from modeling_vit_scratch.arguments import DataArguments, ImageTrainingArguments, ModelArguments
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.conversion import convert_checkpoint
-from modeling_vit_scratch.plots import read_history
-from modeling_vit_scratch.trainer import ImageTrainer
+from modeling_vit_scratch.plots.runs import read_history
+from modeling_vit_scratch.training import (
+    DataArguments,
+    ImageTrainer,
+    ImageTrainingArguments,
+    ModelArguments,
+    checkpoints,
+)
+from modeling_vit_scratch.training import arguments as arguments_module
+from modeling_vit_scratch.training import optimization as optimization_module
+from modeling_vit_scratch.training import output as output_module
+from modeling_vit_scratch.training import run as run_module
 
 finetune = load_script("finetune")
 IN_FOLDER = {
@@ -92,7 +100,8 @@ def test_metrics_count_the_whole_split_and_agree_with_the_saved_model(run):
 
 def test_saved_folder_predicts_what_the_run_reported(run):
     """Model and processor from disk, on the original picture, against the row the run wrote for it."""
-    from modeling_vit_scratch.data import load_raw, load_records
+    from modeling_vit_scratch.data.records import load_records
+    from modeling_vit_scratch.data.sources import load_raw
 
     folder, _ = run
     model = AutoModelForImageClassification.from_pretrained(folder)
@@ -155,7 +164,7 @@ def test_killed_while_saving_leaves_no_visible_checkpoint(tmp_path, monkeypatch)
 
 
 def test_a_disk_too_small_is_noticed_before_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert finetune.main(options(tmp_path)) == 2
     assert "0.00 GB free" in capsys.readouterr().err
     assert checkpoints.list_checkpoints(tmp_path) == []
@@ -279,13 +288,13 @@ def test_digits_are_not_mirrored_unless_told(name, told, flip):
     processor = SimpleNamespace(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
     splits = SimpleNamespace(train=None, class_names=["0", "1"])
     data = DataArguments(dataset_name=name, horizontal_flip=told)
-    augmentation = training.make_augmentation(data, SimpleNamespace(seed=0), processor, splits)
+    augmentation = run_module.make_augmentation(data, SimpleNamespace(seed=0), processor, splits)
     assert augmentation.horizontal_flip == flip
 
 
 KEPT_MEMORY = """
 import resource, torch
-from modeling_vit_scratch.training import keep_freed_memory
+from modeling_vit_scratch.training.run import keep_freed_memory
 
 def new_pages():
     counts = []  # the fewest of eight: now and then something small takes the place that a tensor left
@@ -335,7 +344,8 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
 def test_trained_folder_starts_another_run_with_other_classes(run, tmp_path, caplog):
     folder, _ = run
     pictures = tmp_path / "pictures"
-    from modeling_vit_scratch.data import load_raw, load_records
+    from modeling_vit_scratch.data.records import load_records
+    from modeling_vit_scratch.data.sources import load_raw
 
     records, _ = load_records(load_raw("digits"))
     for index in range(60):
@@ -353,10 +363,10 @@ def test_the_source_of_a_trained_model_can_be_named(tmp_path):
     save_file(timm_tensors(classes=None), tmp_path / "dino.safetensors")
     arguments = {"model_name_or_path": str(tmp_path / "dino.safetensors"), "config_overrides": "num_attention_heads=4"}
     for source, mean in ((None, 0.5), ("dino", 0.485)):
-        _, processor = training.load_trained(ModelArguments(**arguments, source=source))
+        _, processor = run_module.load_trained(ModelArguments(**arguments, source=source))
         assert processor.image_mean[0] == mean
     with pytest.raises(ValueError, match="source 'keras' is unknown"):
-        training.load_trained(ModelArguments(**arguments, source="keras"))
+        run_module.load_trained(ModelArguments(**arguments, source="keras"))
 
 
 @pytest.mark.parametrize("name", ["DeiTForImageClassificationWithTeacher", "Dinov2ForImageClassification"])
@@ -380,7 +390,8 @@ def test_a_head_that_the_model_has_not_is_made_anew(tmp_path, caplog, name):
 
 def test_streaming_stops_and_resumes_as_if_it_had_not(tmp_path, interrupt, capsys):
     """Pictures of a folder, read while they are trained on; twelve steps, stopped after seven."""
-    from modeling_vit_scratch.data import load_raw, load_records
+    from modeling_vit_scratch.data.records import load_records
+    from modeling_vit_scratch.data.sources import load_raw
 
     records, _ = load_records(load_raw("digits"))
     for index in range(120):
@@ -428,7 +439,7 @@ def groups(model, **settings):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         names[id(parameter)]: (group["lr"], group["weight_decay"])
-        for group in training.parameter_groups(model, args)
+        for group in optimization_module.parameter_groups(model, args)
         for parameter in group["params"]
     }
 
@@ -485,9 +496,9 @@ def test_command_line_wins_over_the_recipe(tmp_path):
     path = write(tmp_path, "dataset_name: digits\nlearning_rate: 3e-3\nseed: 1\nconfig_overrides: {hidden_size: 64}\n")
     model, data, args = finetune.parse([str(path), "--seed", "2", "--output_dir", str(tmp_path)])
     assert (data.dataset_name, args.learning_rate, args.seed) == ("digits", 3e-3, 2)
-    assert training.make_config(model, ["a", "b"]).hidden_size == 64
+    assert run_module.make_config(model, ["a", "b"]).hidden_size == 64
     model.config_overrides = "stem_channels=[4, 8],patch_size=[4,8], hidden_size=32"
-    config = training.make_config(model, ["a", "b"])
+    config = run_module.make_config(model, ["a", "b"])
     assert (config.stem_channels, config.patch_size, config.hidden_size) == ((4, 8), (4, 8), 32)
 
 
@@ -526,7 +537,7 @@ def test_every_recipe_loads_and_names_its_command(recipe, fast, tmp_path, monkey
     text = recipe.read_text()
     assert text.startswith("#") and f"scripts/finetune.py scripts/recipes/{recipe.name}" in text
     model, _, args = finetune.parse([str(recipe), "--output_dir", str(tmp_path), "--dataset_name", "digits"])
-    training.make_config(model, ["a", "b"])
+    run_module.make_config(model, ["a", "b"])
     if not torch.accelerator.is_available():
         assert args.bf16 == (fast and "\nbf16: true" in text)
 

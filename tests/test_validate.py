@@ -9,7 +9,7 @@ from colours import BLUE, GREEN, NAMES, RED, colour_model, processor
 from runs import load_script
 from test_inference import paint_folder
 
-from modeling_vit_scratch.metrics import wilson_interval
+from modeling_vit_scratch.evaluation.metrics import wilson_interval
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ import re
 import shutil
 from pathlib import Path
 
+from ..data.cuts import RUN
+
 logger = logging.getLogger(__name__)
 
 STAGING = ".saving"
 DIGESTS = "digests.json"
-RUN = "run.json"
 # Facts that older versions recorded only of the runs that they are true of.
 _SOMETIMES = ("task", "freeze_backbone", "lora")
 # Appended to the name of a checkpoint that is about to be replaced.
@@ -68,12 +69,6 @@ def recover(folder: Path):
         if not final.exists():
             (staged if damage(staged) is None else old).rename(final)
             _sync(folder)
-
-
-def open_to_others(folder: Path):
-    """Give files of weights the mode of the config.json beside them: safetensors makes them their owner's alone."""
-    for path in folder.glob("*.safetensors"):
-        shutil.copymode(next(folder.glob("*config.json")), path)
 
 
 def damage(checkpoint: Path) -> str | None:

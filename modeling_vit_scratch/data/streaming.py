@@ -17,19 +17,10 @@ import torch
 from datasets.distributed import split_dataset_by_node
 
 from .augmentation import crop_box
-from .data import (
-    Cut,
-    ImageSplits,
-    LazyImages,
-    Records,
-    all_hidden,
-    check_split,
-    decode_all,
-    find_columns,
-    pixel_statistics,
-    to_tensor,
-)
+from .columns import all_hidden, find_columns
+from .records import Cut, Records, check_split
 from .sources import VALIDATION_SPLITS, load_image, load_raw
+from .splits import ImageSplits, LazyImages, decode_all, pixel_statistics, to_tensor
 
 logger = logging.getLogger(__name__)
 

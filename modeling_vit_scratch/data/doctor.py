@@ -19,7 +19,8 @@ import torch
 from torch.nn import functional as F
 
 from .augmentation import Augmentation
-from .data import DecodedImages, ImageSplits, LazyImages, Records, bounded_map, collate, progress_bar
+from .records import Records
+from .splits import DecodedImages, ImageSplits, LazyImages, bounded_map, collate, progress_bar
 
 # Pictures of a split that are looked at, evenly spaced: comparing all pairs grows with the square.
 MAX_INSPECTED = {"train": 60_000, "validation": 20_000, "test": 20_000}

@@ -16,13 +16,15 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..conversion.exporting import open_to_others
+from ..data import Augmentation
+from ..data.augmentation import normalize, stateless_generator
+from ..data.splits import LazyImages, collate
+from ..data.streaming import StreamedImages
+from ..evaluation import ImageClassificationMetrics
+from ..modeling_vit_scratch import image_classification_loss
 from . import checkpoints, lora
-from .augmentation import Augmentation, normalize, stateless_generator
-from .data import LazyImages, collate
-from .metrics import ImageClassificationMetrics
-from .modeling_vit_scratch import image_classification_loss
 from .optimization import Muon, WeightAverage, parameter_groups
-from .streaming import StreamedImages
 
 # In a checkpoint of a run that averages weights: those that are trained; `model.safetensors` has the average.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
@@ -179,7 +181,7 @@ class ImageTrainer(Trainer):
             lora.save_adapter(self.adapter, folder / lora.FOLDER)
             state_dict = lora.merged_weights(self.adapter)
         super()._save(output_dir, state_dict)
-        checkpoints.open_to_others(folder)
+        open_to_others(folder)
         # A pickle of the arguments, the Hub token among them, that nothing reads back.
         (folder / "training_args.bin").unlink(missing_ok=True)
 
@@ -198,7 +200,7 @@ class ImageTrainer(Trainer):
             self.args.output_dir = str(folder)
         if self.average is not None and self.args.should_save:
             save_file(self.average.trained(), staging / name / TRAINED_WEIGHTS)
-            checkpoints.open_to_others(staging / name)
+            open_to_others(staging / name)
         pending = {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
         (staging / name / f"pending_loss_{self.args.process_index}.json").write_text(json.dumps(pending))
         if self.state.best_global_step:

@@ -12,25 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from .checkpoints import RUN
-from .data import (
-    Cut,
-    Records,
-    check_split,
-    draw,
-    find_class_names,
-    find_columns,
-    hidden_labels,
-    load_pictures,
-    load_records,
-)
-from .inspection import fingerprint
+from .columns import find_class_names, find_columns, hidden_labels
+from .doctor import fingerprint
+from .records import Cut, Records, check_split, draw, load_records, load_unlabelled
 from .sources import DIGITS, VALIDATION_SPLITS, load_raw, public_name
 from .streaming import open_streams
 
 # What finetune.py cuts by if it is not told.
 SHARE, SEED = 0.1, 42
 HELD_OUT = ("train", "validation")
+# What a run, or the run of a checkpoint, was: its file beside the weights.
+RUN = "run.json"
 
 
 @dataclass(frozen=True)
@@ -185,7 +177,7 @@ class _Dataset:
         columns = find_columns(raw["train"], *self.wanted)
         if cut.method == "stratified":
             return _Settled(*load_records(raw, *columns, *limits))
-        seen = load_pictures(self._load(image_size=size, labelled=False), columns[0], *limits)
+        seen = load_unlabelled(self._load(image_size=size, labelled=False), columns[0], *limits)
         labelled, class_names = check_split(raw["train"], columns, None, "train")
         if _files(labelled) != _files(seen["train"]):
             raise ValueError("the run read images without labels that here lie in no directory of a class")

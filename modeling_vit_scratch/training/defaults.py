@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.records import load_records
+from ..data.sources import load_raw
 from .arguments import DataArguments, ModelArguments
-from .data import load_raw, load_records
 from .optimization import has_fast_bfloat16
 
 # Images whose sizes are looked at, evenly spaced.

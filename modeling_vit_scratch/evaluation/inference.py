@@ -20,9 +20,12 @@ import torch
 from PIL import Image
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .conversion import convert_checkpoint, image_processor_for, own_folder
-from .cuts import RunRecord, read_record
-from .data import Records, bounded_map, pictures_below, progress_bar, to_tensor
+from ..conversion import convert_checkpoint, image_processor_for
+from ..conversion.loading import own_folder
+from ..data.cuts import RunRecord, read_record
+from ..data.records import Records
+from ..data.sources import pictures_below
+from ..data.splits import bounded_map, progress_bar, to_tensor
 from .metrics import (
     ImageClassificationMetrics,
     expected_calibration_error,

@@ -6,8 +6,8 @@ A run keeps two things: the adapter, A, B and the trained head in PEFT's format,
 import copy
 from pathlib import Path
 
-from .checkpoints import open_to_others
-from .modeling_vit_scratch import ViTScratchForImageClassification
+from ..conversion.exporting import open_to_others
+from ..modeling_vit_scratch import ViTScratchForImageClassification
 
 # The adapter's folder, in each folder that holds the merged model.
 FOLDER = "adapter"

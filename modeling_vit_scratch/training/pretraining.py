@@ -13,34 +13,29 @@ from pathlib import Path
 import torch
 from transformers import ViTImageProcessorPil
 
-from . import model_card, plots
+from .. import model_card, plots
+from ..configuration_vit_scratch import ViTScratchConfig
+from ..data import load_splits
+from ..data.augmentation import draw_mask, normalize
+from ..data.splits import collate
+from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling
 from .arguments import MASKED, DataArguments, ImageTrainingArguments, ModelArguments
-from .augmentation import draw_mask, normalize
-from .configuration_vit_scratch import ViTScratchConfig
-from .data import collate, load_splits
-from .modeling_vit_scratch import ViTScratchForMaskedImageModeling
-from .trainer import CropEpoch, ImageTrainer, OwnNoise, ResumeLoss, StopOnSignal
-from .training import (
+from .output import check_space, replace_run
+from .report import describe_machine, describe_training, say_how_to_resume, split_sizes, table, write_history
+from .run import (
     begin_run,
     check_resuming,
-    check_space,
     data_settings,
-    describe_machine,
-    describe_training,
     load_trained,
     make_augmentation,
     make_config,
     make_processor,
     move_small_data,
-    replace_run,
     run_facts,
-    say_how_to_resume,
     settle_steps,
-    split_sizes,
     suit_device,
-    table,
-    write_history,
 )
+from .trainer import CropEpoch, ImageTrainer, OwnNoise, ResumeLoss, StopOnSignal
 
 # The held-out pictures are hidden in the same places each time, whatever the step.
 _HELD_OUT = 4

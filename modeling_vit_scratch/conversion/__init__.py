@@ -1,0 +1,25 @@
+"""Weights of other libraries in, and ours out to them.
+
+layouts      tables: the names that each library gives to the parts of a ViT
+reading      a file, a folder or a Hub id becomes named tensors, and the config beside them; nothing is unpickled
+recognition  whose they are, told by their names, or refused
+planning     which tensor goes where, and the config that describes the model
+loading      the model, filled; positions of another size resized; a new head
+processors   the image processor and the class names that belong to it
+exporting    our tensors under another library's names
+proof        the other library's own model beside ours, block by block
+"""
+
+from .exporting import export_checkpoint
+from .loading import PACKAGED_MODEL, convert_checkpoint
+from .processors import image_processor_for
+from .proof import verify_checkpoint, verify_export
+
+__all__ = [
+    "PACKAGED_MODEL",
+    "convert_checkpoint",
+    "export_checkpoint",
+    "image_processor_for",
+    "verify_checkpoint",
+    "verify_export",
+]

@@ -1,0 +1,180 @@
+"""Whose a checkpoint is, told by the names of its tensors."""
+
+import re
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+
+from .layouts import DINOV2, FAMILIES, JAX, MODEL_TYPES, REFUSED, TIMM, TORCHVISION, TRANSFORMERS, Layout, spellings_of
+from .reading import Checkpoint, first_few, one_line
+
+
+class NamedTensors:
+    """A checkpoint's tensors by our names.
+
+    `names` are theirs without what comes before the patch projection's ("vit.", "module.backbone.", "opt/target/").
+    """
+
+    def __init__(self, opened: Checkpoint, layout: Layout, start: str):
+        self.tensors, self.layout = opened.tensors, layout
+        outer = re.match(r"((module|_orig_mod)\.)*", start)[0]
+        self.names = {}
+        for name in opened.tensors:
+            short = name.removeprefix(start) if name.startswith(start) else name.removeprefix(outer)
+            if short in self.names:
+                raise ValueError(f"{opened.title} has {short} twice, as {self.names[short]} and as {name}.")
+            self.names[short] = name
+        self.used: set[str] = set()
+        self.missing: list[str] = []
+        self.misshapen: dict[str, str] = {}
+        self.dtypes: set[str] = set()
+        self.consume = False  # whether tensors that were copied may be forgotten, to save memory
+
+    def find(self, ours: str) -> list[str | None]:
+        """For each part of our tensor, the name it has here, or None."""
+        return [next((n for n in part if n in self.names), None) for part in spellings_of(self.layout, ours)]
+
+    @property
+    def use_cls_token(self) -> bool:
+        """Whether there is a class token; only timm's and Google's models may lack it."""
+        return self.has("vit.embeddings.cls_token") or self.layout not in (TIMM, JAX)
+
+    def shape(self, ours: str) -> list[int] | None:
+        """The shape of our tensor (a patch kernel's is (D, C, h, w)), or None where a part is not here."""
+        if not self.find(ours) or None in self.find(ours):
+            return None
+        tensor = self.read(ours, note=False)
+        return None if tensor is None else list(tensor.shape)
+
+    def has(self, ours: str) -> bool:
+        """Whether any part of our tensor is here."""
+        return any(self.find(ours))
+
+    def raw(self, name: str) -> torch.Tensor:
+        try:
+            value = self.tensors[self.names[name]]  # of a .npz file it is read here
+            value = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value.detach()
+        except (TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{name} cannot be read: {one_line(error)}") from error
+        if not value.is_floating_point():
+            raise ValueError(f"{name} holds {value.dtype}, not floating-point numbers.")
+        return value
+
+    def read(self, ours: str, note: bool = True) -> torch.Tensor | None:
+        """Our tensor in torch's layout (a patch kernel still (D, C, h, w)), or None and its names in `missing`."""
+        found = self.find(ours)
+        missing = [part[0] for name, part in zip(found, spellings_of(self.layout, ours), strict=True) if name is None]
+        if note:
+            self.missing += [name for name in missing if name not in self.missing]
+            self.used.update(filter(None, found))
+        if missing or not found:
+            return None
+        parts = [self.raw(name) for name in found]
+        self.dtypes.update(str(part.dtype).removeprefix("torch.") for part in parts)
+        if self.layout.jax:
+            parts = [from_jax(ours, part) for part in parts]
+        if len({part.shape for part in parts}) > 1 or (len(parts) > 1 and parts[0].ndim == 0):
+            self.misshapen[ours] = f"{'/'.join(found)} {' and '.join(str(tuple(part.shape)) for part in parts)}"
+            return None
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def from_jax(ours: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of Google's layout in torch's."""
+    if tensor.ndim == 4 and ours.endswith("projection.weight"):  # patch kernel (h, w, C, D)
+        return tensor.permute(3, 2, 0, 1)
+    if tensor.ndim == 3 and ours.endswith("qkv.weight"):  # (D, heads, head dim)
+        return tensor.flatten(1).T
+    if tensor.ndim == 3 and ours.endswith("proj.weight"):  # (heads, head dim, D)
+        return tensor.flatten(0, 1).T
+    if ours.endswith("qkv.bias"):  # (heads, head dim)
+        return tensor.flatten()
+    return tensor.T if tensor.ndim == 2 else tensor
+
+
+def to_jax(ours: str, tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """The way back."""
+    if tensor.ndim == 4:
+        return tensor.permute(2, 3, 1, 0)
+    if ours.endswith("qkv.weight"):
+        return tensor.T.unflatten(1, (num_heads, -1))
+    if ours.endswith("attention.proj.weight"):
+        return tensor.T.unflatten(0, (num_heads, -1))
+    if ours.endswith("qkv.bias"):
+        return tensor.unflatten(0, (num_heads, -1))
+    return tensor.T if tensor.ndim == 2 else tensor
+
+
+def recognise(opened: Checkpoint, source: str | None) -> tuple[str, NamedTensors]:
+    """The family and the layout, from `source`, the config and the names.
+
+    Raises:
+        ValueError: The source is unknown, the names are nobody's, or they and the source disagree.
+    """
+    if source is not None and source not in FAMILIES:
+        raise ValueError(f"source {source!r} is unknown; use one of {', '.join(FAMILIES)}.")
+    names = list(opened.tensors)
+    if any(re.search(r"layers\.\d+\.attention\.qkv\.weight$", name) for name in names):
+        raise ValueError(
+            f"{opened.title} holds this package's own weights, which need their config.json beside them, and no source."
+        )
+    layouts = [layout for layout in (TRANSFORMERS, TIMM, TORCHVISION, JAX) if _marked(layout, names) is not None]
+    if not layouts:
+        refuse(names, opened.title)
+        raise ValueError(
+            f"{opened.title} was not recognised: none of its {first_few(names)} names ends with "
+            f"{', '.join(layout.marker for layout in (TRANSFORMERS, TIMM, TORCHVISION, JAX))}."
+        )
+    layout = layouts[0]
+    if layout is TRANSFORMERS and any(re.search(r"\.norm1\.weight$", name) for name in names):
+        layout = DINOV2
+    named = NamedTensors(opened, layout, _marked(layout, names))
+    family = _family(opened, named)
+    if source is not None and not (source == "transformers" and layout in (TRANSFORMERS, DINOV2)):
+        if layout not in FAMILIES[source].layouts:
+            raise ValueError(f"source={source!r}, but {opened.title} has {layout.title} names (as of {family!r}).")
+        family = source
+    return family, named
+
+
+def _marked(layout: Layout, names: list[str]) -> str | None:
+    """What comes before the layout's marker, or None where it is absent."""
+    found = [name for name in names if re.search(rf"(^|[./]){re.escape(layout.marker)}$", name)]
+    return min(found, key=len).removesuffix(layout.marker) if found else None
+
+
+def _family(opened: Checkpoint, named: NamedTensors) -> str:
+    model_type = opened.config.get("model_type")
+    if named.layout in (TRANSFORMERS, DINOV2):
+        if model_type is not None:
+            if model_type not in MODEL_TYPES:
+                raise ValueError(
+                    f"config.json says model_type {model_type!r}; known are {', '.join([*MODEL_TYPES, 'vit_scratch'])}."
+                )
+            return MODEL_TYPES[model_type]
+        if named.layout is DINOV2:
+            return "dinov2_with_registers" if "embeddings.register_tokens" in named.names else "dinov2"
+        if "embeddings.distillation_token" in named.names:
+            return "deit"
+        return "mae" if "decoder.decoder_embed.weight" in named.names else "transformers"
+    if named.layout is TIMM:
+        if "mask_token" in named.names and named.has("vit.layers.0.layer_scale1.scale"):
+            return "dinov2_with_registers" if "register_tokens" in named.names else "dinov2"
+        if "decoder_embed.weight" in named.names:
+            return "mae"
+        if "blocks.0.gamma_1" in named.names or "dist_token" in named.names:
+            return "deit"
+        if opened.wrapper == "model":  # as DeiT and MAE publish theirs, and timm does not
+            plain_head = named.has("classifier.weight") and not named.has("vit.pooled_norm.weight")
+            return "deit" if plain_head else "mae"
+        return "dino" if opened.wrapper in ("teacher", "student") else "timm"
+    return {id(family.layouts[0]): name for name, family in FAMILIES.items()}[id(named.layout)]
+
+
+def refuse(names: list[str], title: str):
+    for pattern, what in REFUSED.items():
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if found:
+            raise ValueError(f"{title} has {what}, which this model has not: {first_few(found)}.")

@@ -1,0 +1,74 @@
+"""What people would rather look at than read, as matplotlib figures.
+
+analysis  what is computed of weights, attention maps and features before it is drawn
+model     what a model sees and has learned: patches, filters, positions, attention, features, reconstructions
+runs      what a run and a split show: curves, confusion, accuracy of each class, mistakes, reliability
+    speed     what scripts/benchmark.py measured
+drawing   colours, captions, and how a figure is saved
+"""
+
+from .analysis import (
+    attention_distance,
+    attention_rollout,
+    filter_components,
+    overlay_pixels,
+    patch_map,
+    patch_mosaic,
+    patch_sequence,
+    position_similarity,
+    project_features,
+)
+from .drawing import save_figure
+from .model import (
+    plot_attention_distance,
+    plot_attention_heads,
+    plot_attention_rollout,
+    plot_features,
+    plot_patch_filters,
+    plot_patch_sequence,
+    plot_position_similarity,
+    plot_reconstructions,
+)
+from .runs import (
+    LOSSES,
+    confident_mistakes,
+    plot_confusion_matrix,
+    plot_mistakes,
+    plot_per_class_accuracy,
+    plot_reliability,
+    plot_training_curves,
+    read_history,
+)
+from .speed import plot_bars, plot_race, plot_scaling
+
+__all__ = [
+    "LOSSES",
+    "attention_distance",
+    "attention_rollout",
+    "confident_mistakes",
+    "filter_components",
+    "overlay_pixels",
+    "patch_map",
+    "patch_mosaic",
+    "patch_sequence",
+    "plot_attention_distance",
+    "plot_attention_heads",
+    "plot_attention_rollout",
+    "plot_bars",
+    "plot_confusion_matrix",
+    "plot_features",
+    "plot_mistakes",
+    "plot_patch_filters",
+    "plot_patch_sequence",
+    "plot_per_class_accuracy",
+    "plot_position_similarity",
+    "plot_race",
+    "plot_reconstructions",
+    "plot_reliability",
+    "plot_scaling",
+    "plot_training_curves",
+    "position_similarity",
+    "project_features",
+    "read_history",
+    "save_figure",
+]
