@@ -1,13 +1,15 @@
 """Weights of other libraries in, and ours out to them.
 
-layouts      tables: the names that each library gives to the parts of a ViT
-reading      a file, a folder or a Hub id becomes named tensors, and the config beside them; nothing is unpickled
-recognition  whose they are, told by their names, or refused
-planning     which tensor goes where, and the config that describes the model
-loading      the model, filled; positions of another size resized; a new head
-processors   the image processor and the class names that belong to it
-exporting    our tensors under another library's names
-proof        the other library's own model beside ours, block by block
+    layouts      tables: the names that each library gives to the parts of a ViT
+    reading      a file, a folder or a Hub id becomes named tensors, and the config beside them; nothing is unpickled
+    recognition  whose they are, told by their names, or refused
+    planning     which tensor goes where, and the config that describes the model
+    loading      the model, filled; positions of another size resized; a new head
+    processors   the image processor and the class names that belong to it
+    exporting    our tensors under another library's names
+    proof        the other library's own model beside ours, block by block
+
+`convert_checkpoint` is the way in, `export_checkpoint` the way out.
 """
 
 from .exporting import export_checkpoint

@@ -1,10 +1,12 @@
 """What people would rather look at than read, as matplotlib figures.
 
-analysis  what is computed of weights, attention maps and features before it is drawn
-model     what a model sees and has learned: patches, filters, positions, attention, features, reconstructions
-runs      what a run and a split show: curves, confusion, accuracy of each class, mistakes, reliability
+    analysis  what is computed of weights, attention maps and features before it is drawn
+    model     what a model sees and has learned: patches, filters, positions, attention, features, reconstructions
+    runs      what a run and a split show: curves, confusion, accuracy of each class, mistakes, reliability
     speed     what scripts/benchmark.py measured
-drawing   colours, captions, and how a figure is saved
+    drawing   colours, captions, and how a figure is saved
+
+The caller saves a figure, as PNG and SVG, with `save_figure`.
 """
 
 from .analysis import (

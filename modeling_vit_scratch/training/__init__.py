@@ -1,17 +1,19 @@
 """A dataset, a model and a command line become an output folder that is a Hub repository.
 
-arguments     the options, and what resuming may change of them
-defaults      settings that suit the data, for what nobody named
-run           all of them settled once: folder, data, model, processor, augmentation, trainer
-budget        how many steps fit into a time budget
-finetuning    the acts of a run with labels: set up, look, train, measure, report
-pretraining   the same without labels: masked image modelling
-trainer       transformers' Trainer, with what it lacks: exact resuming, a clock, averaged weights
-optimization  Muon, parameter groups, the average of the weights
-checkpoints   whole or invisible; what run they belong to; whether they are damaged
-lora          adapters in each block, by PEFT
-output        the output folder: taken or free, and what a run writes into it
-report        what a run says, writes and draws
+    arguments     the options, and what resuming may change of them
+    defaults      settings that suit the data, for what nobody named
+    run           all of them settled once: folder, data, model, processor, augmentation, trainer
+    budget        how many steps fit into a time budget
+    finetuning    the acts of a run with labels: set up, look, train, measure, report
+    pretraining   the same without labels: masked image modelling
+    trainer       transformers' Trainer, with what it lacks: exact resuming, a clock, averaged weights
+    optimization  Muon, parameter groups, the average of the weights
+    checkpoints   whole or invisible; what run they belong to; whether they are damaged
+    lora          adapters in each block, by PEFT
+    output        the output folder: taken or free, and what a run writes into it
+    report        what a run says, writes and draws
+
+`scripts/finetune.py` parses the options and calls `finetune` or `pretrain`.
 """
 
 from .arguments import DataArguments, ImageTrainingArguments, ModelArguments
