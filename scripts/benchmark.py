@@ -79,9 +79,9 @@ from modeling_vit_scratch.data.sources import DIGITS, default_dataset
 from modeling_vit_scratch.data.splits import DecodedImages, collate
 from modeling_vit_scratch.plots import drawing as drawing_module
 from modeling_vit_scratch.training import ImageTrainer, ImageTrainingArguments, checkpoints
+from modeling_vit_scratch.training.models import flops_per_image, make_processor
 from modeling_vit_scratch.training.optimization import parameter_groups
-from modeling_vit_scratch.training.report import flops_per_image, hardware
-from modeling_vit_scratch.training.run import make_processor
+from modeling_vit_scratch.training.report import hardware
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 RECIPES = Path(__file__).parent / "recipes"
