@@ -34,7 +34,6 @@ from modeling_vit_scratch.data.doctor import evenly
 from modeling_vit_scratch.data.sources import load_image
 from modeling_vit_scratch.evaluation import ImageClassificationMetrics
 from modeling_vit_scratch.evaluation.inference import Answers, find_pictures
-from modeling_vit_scratch.plots import drawing as drawing_module
 
 PROGRAM = "plot.py"
 FILES = {
@@ -314,7 +313,7 @@ def run(args: argparse.Namespace) -> int:
             failed += not (args.all and kind in SAVED)  # a model need not have a run
             continue
         for name, figure in figures.items():
-            print(*drawing_module.save_figure(figure, args.output / name, svg=not args.readme), sep="\n", flush=True)
+            print(*plots.save_figure(figure, args.output / name, svg=not args.readme), sep="\n", flush=True)
     return 1 if failed else 0
 
 

@@ -132,8 +132,8 @@ def crops_of(monkeypatch):
         keys.append(key)
         return 0, 0, *size
 
-    for module in ("data", "streaming"):
-        monkeypatch.setattr(f"modeling_vit_scratch.{module}.crop_box", note)
+    for module in ("splits", "streaming"):
+        monkeypatch.setattr(f"modeling_vit_scratch.data.{module}.crop_box", note)
     return keys
 
 

@@ -265,7 +265,7 @@ def test_pictures_that_fill_no_batch_are_left_out_of_training_alone(tmp_path, ca
     assert metrics["training"]["steps"] == 5
     assert metrics["validation"]["examples"] == metrics["test"]["examples"] == 64
     assert finetune.main(options(tmp_path / "none", **changes, per_device_train_batch_size=331)) == 2
-    assert "no batch is full: 330 pictures for training" in capsys.readouterr().err
+    assert "no batch is full: 330 images for training" in capsys.readouterr().err
 
 
 def test_dry_run_checks_the_data_and_draws_samples(tmp_path, capsys):
