@@ -147,7 +147,17 @@ class Cut:
         return ", ".join([self.method, *share, f"seed {self.seed}", *limits])
 
 
+def check_limits(train_val_split: float, max_train_samples: int | None = None, max_eval_samples: int | None = None):
+    """Refuse a share that is none, and limits that leave no image."""
+    if not 0 < train_val_split < 1:
+        raise ValueError(f"train_val_split ({train_val_split}) must be in (0, 1), e.g. 0.1.")
+    for option, value in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} ({value}) must be at least 1.")
+
+
 def train_of(dataset: datasets.DatasetDict) -> datasets.Dataset:
+    """The train split; a ValueError where there is none."""
     if "train" not in dataset:
         raise ValueError(f"there is no 'train' split; the dataset has {', '.join(dataset) or 'none'}.")
     return dataset["train"]

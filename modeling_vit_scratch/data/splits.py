@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .augmentation import crop_box
 from .columns import IMAGE_COLUMNS, find_column, find_columns
-from .records import BadImages, Cut, Records, load_records, load_unlabelled, train_of
+from .records import BadImages, Cut, Records, check_limits, load_records, load_unlabelled, train_of
 from .sources import VALIDATION_SPLITS, load_raw
 
 # Half of a small machine's memory; CIFAR-10 takes 0.18e9.
@@ -264,11 +264,7 @@ def load_splits(
     Raises:
         ValueError: Says which row, column, split or class is wrong, and the mend.
     """
-    if not 0 < train_val_split < 1:
-        raise ValueError(f"train_val_split ({train_val_split}) must be in (0, 1), e.g. 0.1.")
-    for option, value in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
-        if value is not None and value < 1:
-            raise ValueError(f"{option} ({value}) must be at least 1.")
+    check_limits(train_val_split, max_train_samples, max_eval_samples)
     size = processor.size["height"], processor.size["width"]
     raw = load_raw(name, config_name, data_files, cache_dir, token, size, labelled=labelled)
     limits = train_val_split, max_train_samples, max_eval_samples, seed

@@ -18,7 +18,7 @@ from datasets.distributed import split_dataset_by_node
 
 from .augmentation import crop_box
 from .columns import all_hidden, find_columns
-from .records import Cut, Records, check_split
+from .records import Cut, Records, check_limits, check_split, train_of
 from .sources import VALIDATION_SPLITS, load_image, load_raw
 from .splits import ImageSplits, LazyImages, decode_all, pixel_statistics, to_tensor
 
@@ -211,8 +211,7 @@ def open_streams(
 ) -> Streams:
     """What `load_streaming` gives, not decoded; arguments as there, and (height, width) at which digits are drawn."""
     raw = load_raw(name, config_name, data_files, cache_dir, token, image_size, streaming=True)
-    if "train" not in raw:
-        raise ValueError(f"there is no 'train' split; the dataset has {', '.join(raw) or 'none'}.")
+    train_of(raw)
     streams = {split: _as_stream(raw[split], split) for split in raw}
     columns = find_columns(streams["train"], image_column, label_column)
     given = next((split for split in VALIDATION_SPLITS if split in streams), None)
@@ -282,8 +281,7 @@ def load_streaming(
     Raises:
         ValueError: Says what is wrong, and the mend.
     """
-    if not 0 < train_val_split < 1:
-        raise ValueError(f"train_val_split ({train_val_split}) must be in (0, 1), e.g. 0.1.")
+    check_limits(train_val_split, max_eval_samples=max_eval_samples)
     size = processor.size["height"], processor.size["width"]
     opened = open_streams(
         name, size, config_name, data_files, image_column, label_column,
