@@ -28,7 +28,7 @@ from .layouts import (
 )
 from .recognition import to_jax
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 def export_checkpoint(

@@ -24,7 +24,7 @@ from .planning import make_plan
 from .reading import Checkpoint, first_few, locate, open_checkpoint, silent
 from .recognition import recognise
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 TOLERANCE = 1e-4
