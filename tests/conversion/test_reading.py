@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from foreign import (
     timm_logits,
     timm_tensors,
 )
-from hub_server import Repo
+from hub_server import put_on_hub
 from safetensors.torch import load_file, save_file
 
 from modeling_vit_scratch import (
@@ -262,12 +261,6 @@ def test_own_folder_with_missing_tensors(own, tmp_path):
     save_file(tensors | {"odd": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing are 1 \(vit\.layers\.1\.mlp\.fc1\.bias\); left over are 1 \(odd\)"):
         convert_checkpoint(tmp_path)
-
-
-def put_on_hub(hub, repo_id: str, folder: Path, ref: str = "main"):
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    repo = hub.repos.setdefault(("model", repo_id), Repo(private=False))
-    repo.add(ref, "files", files, None)
 
 
 def test_hub_id_of_transformers(hub, tmp_path):

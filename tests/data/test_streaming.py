@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import CIFAR10_COPY
 from transformers import Trainer, TrainingArguments, ViTImageProcessorPil
 
 from modeling_vit_scratch.data import Augmentation, inspect_splits, load_splits, load_streaming, streaming
@@ -21,7 +22,6 @@ from modeling_vit_scratch.data.doctor import fingerprint, sample_pictures
 from modeling_vit_scratch.data.splits import DecodedImages, LazyImages, collate
 from modeling_vit_scratch.data.streaming import StreamedImages, is_held_out
 
-CIFAR10_COPY = Path(__file__).parents[2] / "shared" / "cifar10"
 PROCESSOR = ViTImageProcessorPil(size={"height": 4, "width": 4}, resample=Image.Resampling.BICUBIC)
 CLASSES = ["cat", "dog", "eel"]
 

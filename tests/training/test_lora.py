@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from runs import RANDOM, history, load_script, options, weights
-from test_training import interrupt  # noqa: F401 - a fixture
 from transformers import AutoModelForImageClassification
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
@@ -88,7 +87,7 @@ def test_checkpoints_hold_both_forms_too(adapted):
 
 
 @pytest.mark.parametrize("more", [{}, {"ema_decay": 0.9}], ids=str)
-def test_stopped_and_resumed_is_bit_identical_to_never_stopping(adapted, more, tmp_path, interrupt, capsys):  # noqa: F811
+def test_stopped_and_resumed_is_bit_identical_to_never_stopping(adapted, more, tmp_path, interrupt, capsys):
     reference, argv = adapted
     if more:
         reference = tmp_path / "whole"

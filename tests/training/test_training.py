@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from foreign import timm_tensors
 from runs import RANDOM, SCRIPTS, history, load_script, options, weights
 from safetensors.torch import save_file
-from test_conversion import timm_tensors
-from transformers import AutoModelForImageClassification, TrainerCallback, TrainerControl
+from transformers import AutoModelForImageClassification, TrainerControl
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 exports it only with torchvision
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
@@ -47,28 +47,6 @@ def run(tmp_path_factory):
     argv = options(folder, config_overrides=RANDOM)
     assert finetune.main(argv) == 0
     return folder, argv
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Send a signal (Ctrl-C's, if no other is named) after a given step, once."""
-    step = {}
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == step.get("at"):
-                number = step.get("signal", signal.SIGINT)
-                step.clear()
-                signal.raise_signal(number)
-
-    original = ImageTrainer.__init__
-
-    def with_interrupt(self, *args, **kwargs):
-        # Before StopOnSignal in the list, so that the signal is seen in the same step.
-        original(self, *args, **{**kwargs, "callbacks": [Interrupt(), *kwargs["callbacks"]]})
-
-    monkeypatch.setattr(ImageTrainer, "__init__", with_interrupt)
-    return step
 
 
 def test_output_folder_is_a_hub_repository(run):

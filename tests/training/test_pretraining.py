@@ -8,7 +8,6 @@ import torch
 import transformers
 from PIL import Image
 from runs import RANDOM, history, load_script, options, weights
-from test_training import interrupt  # noqa: F401 - a fixture
 from transformers import AutoModelForMaskedImageModeling
 
 from modeling_vit_scratch import ViTScratchForMaskedImageModeling
@@ -118,7 +117,7 @@ def test_fine_tuning_starts_from_the_encoder(run, tmp_path, caplog):
     assert after["classifier.weight"].shape == (10, 16) and after["classifier.weight"].any()
 
 
-def test_stopped_and_resumed_is_bit_identical_to_never_stopping(run, tmp_path, interrupt, capsys):  # noqa: F811
+def test_stopped_and_resumed_is_bit_identical_to_never_stopping(run, tmp_path, interrupt, capsys):
     reference, argv = run
     argv = [*argv, "--output_dir", str(tmp_path)]
     interrupt["at"] = 13

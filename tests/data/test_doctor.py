@@ -3,13 +3,13 @@
 import io
 import json
 import random
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
+from runs import CIFAR10_COPY
 from transformers import ViTImageProcessorPil
 
 from modeling_vit_scratch.data import Augmentation, inspect_splits, load_splits
@@ -17,7 +17,6 @@ from modeling_vit_scratch.data import doctor as inspection
 from modeling_vit_scratch.data import splits as splits_module
 from modeling_vit_scratch.data.doctor import fingerprint, near_pairs, perceptual_hash, sample_pictures, sample_sheet
 
-CIFAR10_COPY = Path(__file__).parents[2] / "shared" / "cifar10"
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=Image.Resampling.BICUBIC)
 
 

@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 import pytest
 from colours import colour_model, processor
-from runs import load_script, options
-from test_conversion import put_on_hub
-from test_data import CLASSES, make_dataset, make_processor, with_labels, write_hub_layout, write_image_folder
+from hub_server import put_on_hub
+from made_data import CLASSES, make_dataset, make_processor, with_labels, write_hub_layout, write_image_folder
+from runs import CIFAR10_COPY, load_script, options
 
 from modeling_vit_scratch.conversion import PACKAGED_MODEL
 from modeling_vit_scratch.data import cuts, load_split, load_splits, load_streaming
@@ -22,7 +22,6 @@ from modeling_vit_scratch.data.records import Cut
 from modeling_vit_scratch.data.sources import public_name
 from modeling_vit_scratch.evaluation import Predictor
 
-CIFAR10_COPY = Path(__file__).parents[2] / "shared" / "cifar10"
 FOREIGN = SimpleNamespace(name="theirs", image_hw=(32, 32), record=None)
 UNRECORDED = SimpleNamespace(name="older", image_hw=(32, 32), record=RunRecord())
 
