@@ -1,4 +1,4 @@
-"""data.py and sources.py: every source, columns, splits, statistics, and the two paths from files to batches."""
+"""Images and datasets made here: tables, folders, and the Hub's layout."""
 
 import io
 from pathlib import Path

@@ -1,6 +1,6 @@
 """What other libraries call a Vision Transformer's tensors, and what their tensors cannot tell: tables of facts.
 
-`conversion.py` reads and writes weights by them.
+The other rooms of this wing read and write weights by them.
 """
 
 import re

@@ -106,7 +106,7 @@ class Cut:
 
     Args:
         method: "given" (the dataset has a validation split), "stratified" (`load_records`), "random"
-            (`load_unlabelled`), or "by content" (`streaming.is_held_out`).
+            (`load_unlabelled`), or "by content" (`is_held_out`).
         train_val_split: Share of train that was held out; None where none was.
         seed: Of the cut, and of what the limits left.
         max_train_samples: None for no limit.

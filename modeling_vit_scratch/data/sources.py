@@ -1,6 +1,6 @@
 """Where pictures come from: a Hub dataset, a folder, or the bundled digits; and how one picture is decoded.
 
-Everything here is still encoded pictures in `datasets` tables; `data.py` makes tensors of them.
+Everything here is still encoded images in `datasets` tables; `splits` makes tensors of them.
 """
 
 import contextlib

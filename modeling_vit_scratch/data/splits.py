@@ -1,8 +1,8 @@
 """Pictures and labels, from wherever they are to uint8 tensors.
 
-What `sources.py` finds becomes an `ImageSplits`: train, validation and test datasets whose samples are
+What `sources` finds becomes an `ImageSplits`: train, validation and test datasets whose samples are
 `{"pixel_values": uint8 (C, H, W), "labels": int}`, and what belongs to them (class names, mean, standard deviation).
-Pixels stay integers until they are augmented and normalised as a batch on the training device (`augmentation.py`).
+Pixels stay integers until they are augmented and normalised as a batch on the training device (`augmentation`).
 
 Pictures of one size that fit in memory are decoded once (`DecodedImages`); others are decoded and resized sample by
 sample in worker processes (`LazyImages`). Both give the same pixels for the same picture.
@@ -70,7 +70,7 @@ class DecodedImages(torch.utils.data.Dataset):
 class LazyImages(torch.utils.data.Dataset):
     """Pictures decoded and resized when they are asked for, in the DataLoader's worker processes.
 
-    In training, a random part of the picture is cut out first (`augmentation.crop_box`), as a function of (seed,
+    In training, a random part of the picture is cut out first (`crop_box`), as a function of (seed,
     epoch, index) only.
 
     Args:

@@ -1,6 +1,6 @@
 """Pictures that are read while they are needed: for a dataset larger than the disk.
 
-`load_streaming` gives what `data.load_splits` gives, but its train split is a `StreamedImages`, which has no length and
+`load_streaming` gives what `load_splits` gives, but its train split is a `StreamedImages`, which has no length and
 no end. Validation and test are read at the start, since they are measured picture by picture, and stay encoded in
 memory.
 """
@@ -265,7 +265,7 @@ def load_streaming(
     world_size: int = 1,
     buffer_size: int = 1000,
 ) -> ImageSplits:
-    """Like `data.load_splits`, for a dataset that is read over the network while it is trained on.
+    """Like `load_splits`, for a dataset that is read over the network while it is trained on.
 
     Validation and test are read whole, or `max_eval_samples` of their first images. Where there is no validation split,
     images of train are held out by a digest of their bytes, about `train_val_split` of them, and `max_eval_samples`
@@ -276,7 +276,7 @@ def load_streaming(
         rank: Of this process.
         world_size: Number of processes.
         buffer_size: See `StreamedImages`.
-        name: This, and what is not named here, as in `data.load_splits`.
+        name: This, and what is not named here, as in `load_splits`.
 
     Raises:
         ValueError: Says what is wrong, and the mend.

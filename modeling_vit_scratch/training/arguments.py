@@ -27,7 +27,7 @@ FIXED = {
     "eval_do_concat_batches": True, "restore_callback_states_from_checkpoint": False,
 }  # fmt: skip
 
-# The --task of pretraining.py.
+# The --task of `pretrain`.
 MASKED = "masked-image-modeling"
 
 # Options that a resumed run may change: its length, what it runs on, what is measured, logged, saved and sent. Every
@@ -54,7 +54,7 @@ OF_THE_CALL = frozenset({
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "cache_dir", "token", "hub_token",
     "local_rank",
 })  # fmt: skip
-# Options that `training.run_facts` has in other words: the architecture that comes of them, and the data's fingerprint.
+# Options that a run's facts have in other words: the architecture that comes of them, and the data's fingerprint.
 RECORDED_OTHERWISE = frozenset({
     "preset", "config_overrides", "image_size", "dataset_name", "train_dir", "validation_dir", "test_dir",
     "dataset_config_name", "image_column_name", "label_column_name", "streaming",

@@ -1,4 +1,4 @@
-"""inspection.py: duplicates and leaks are found and nothing else is; the fingerprint changes when it should."""
+"""doctor.py: duplicates and leaks are found and nothing else is; the fingerprint changes when it should."""
 
 import io
 import json
