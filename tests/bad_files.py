@@ -1,6 +1,6 @@
 """Bad and odd input, in tables: each is refused with an error that says what is wrong and where, or read correctly.
 
-Odd pictures, bad pictures, labels, columns, splits, folders and paths go through the loader; recipes through
+Odd images, bad images, labels, columns, splits, folders and paths go through the loader; recipes through
 finetune.py's parser; configs and weights through the door that training, prediction and validation load models by.
 """
 
@@ -28,7 +28,7 @@ PHOTO = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
 
 
 def make_table(images=None, labels=None, n=12, names=("cat", "dog"), feature=None):
-    """A split of n tiny pictures whose classes alternate."""
+    """A split of n tiny images whose classes alternate."""
     images = [encode(PHOTO[:8, :8])] * (n if labels is None else len(labels)) if images is None else images
     labels = [i % len(names) for i in range(len(images))] if labels is None else labels
     feature = feature or datasets.ClassLabel(names=list(names))

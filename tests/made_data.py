@@ -38,10 +38,10 @@ def encode(image: Image.Image, file_format: str = "png", **options) -> bytes:
 def make_dataset(
     n: int, size=(32, 32), image="image", label="label", seed=0, classes=CLASSES, sizes=None, mode="RGB"
 ) -> datasets.Dataset:
-    """n pictures, their classes in turn."""
-    pictures = [encode(make_image(seed + i, sizes[i % len(sizes)] if sizes else size, mode)) for i in range(n)]
+    """n images, their classes in turn."""
+    images = [encode(make_image(seed + i, sizes[i % len(sizes)] if sizes else size, mode)) for i in range(n)]
     columns = {
-        image: [{"bytes": picture, "path": None} for picture in pictures],
+        image: [{"bytes": image, "path": None} for image in images],
         label: [i % len(classes) for i in range(n)],
     }
     features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=list(classes))})

@@ -37,7 +37,7 @@ class BadImages(ValueError):
 
 
 class Records:
-    """Encoded pictures and checked labels of one split, by row; no picture is decoded here."""
+    """Encoded images and checked labels of one split, by row; no image is decoded here."""
 
     def __init__(self, dataset: datasets.Dataset, image_column: str, labels: np.ndarray, rows: np.ndarray, split: str):
         self.dataset, self.image_column, self.rows, self.split = dataset, image_column, rows, split
@@ -53,7 +53,7 @@ class Records:
         return records
 
     def encoded(self) -> Iterator[bytes]:
-        """The files' contents, in order; nothing of a missing picture."""
+        """The files' contents, in order; nothing of a missing image."""
         for start in range(0, len(self), 1024):
             for value in self.dataset[self.rows[start : start + 1024]][self.image_column]:
                 value = value or {"bytes": b"", "path": None}
@@ -82,7 +82,7 @@ class Records:
         return images, bad
 
     def where(self, index: int) -> str:
-        """The place of a picture in words: its row in the dataset, and its file if there is one."""
+        """The place of an image in words: its row in the dataset, and its file if there is one."""
         row = int(self.rows[index])
         value = self.dataset[row][self.image_column] or {}
         return self._where(row, value.get("path"))
@@ -164,7 +164,7 @@ def train_of(dataset: datasets.DatasetDict) -> datasets.Dataset:
 
 
 def _stratified_cut(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (kept, cut), each sorted; every class gives the same share, as nearly as whole pictures allow."""
+    """Rows (kept, cut), each sorted; every class gives the same share, as nearly as whole images allow."""
     from sklearn.model_selection import train_test_split
 
     try:
@@ -284,8 +284,7 @@ def load_unlabelled(
         held_out = round(train_val_split * count)
         if not 0 < held_out < count:
             raise ValueError(
-                f"{train_val_split:g} of {count} pictures cannot be held out; add pictures, or change "
-                "--train_val_split."
+                f"{train_val_split:g} of {count} images cannot be held out; add images, or change --train_val_split."
             )
         order = np.random.default_rng(seed).permutation(count)
         records = {"train": train.select(np.sort(order[held_out:])), "validation": train.select(order[:held_out])}

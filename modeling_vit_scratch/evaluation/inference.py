@@ -24,7 +24,7 @@ from ..conversion import convert_checkpoint, image_processor_for
 from ..conversion.loading import own_folder
 from ..data.cuts import RunRecord, read_record
 from ..data.records import Records
-from ..data.sources import pictures_below
+from ..data.sources import images_below
 from ..data.splits import bounded_map, progress_bar, to_tensor
 from .metrics import (
     ImageClassificationMetrics,
@@ -61,7 +61,7 @@ def find_pictures(patterns: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            found = list(map(str, pictures_below(path)))
+            found = list(map(str, images_below(path)))
             wrong = "the folder holds no pictures"
         elif path.exists():
             found, wrong = [pattern], None

@@ -140,7 +140,7 @@ def test_the_image_processor_goes_out_and_comes_back(crop, target, tmp_path):
         )
     export_checkpoint(model, target, tmp_path, processor)
     back = image_processor_for(tmp_path, convert_checkpoint(tmp_path))
-    picture = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
-    expected, actual = (p(picture, return_tensors="pt")["pixel_values"] for p in (processor, back))
+    image = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
+    expected, actual = (p(image, return_tensors="pt")["pixel_values"] for p in (processor, back))
     assert back.resample == resample
     torch.testing.assert_close(actual, expected, atol=0.03, rtol=0)  # with torchvision, a level of 255 off in places

@@ -45,17 +45,17 @@ def noise(batch: int, size=(32, 32), channels: int = 3, seed: int = 0) -> torch.
 
 
 def photos(batch: int, size=(32, 32), channels: int = 3, seed: int = 0) -> torch.Tensor:
-    """Smooth pictures of few and of many values: what equalize, contrast and the like are sensitive to."""
+    """Smooth images of few and of many values: what equalize, contrast and the like are sensitive to."""
     generator = np.random.default_rng(seed)
-    pictures = []
+    images = []
     for i in range(batch):
         small = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         pixels = np.asarray(small.resize((size[1], size[0]), Image.Resampling.BICUBIC)).astype(float)
         low, high = sorted(generator.uniform(0, 255, 2))
         pixels = low + pixels / 255 * (high - low) if i % 3 else np.round(pixels / 64) * 64
         pixels = np.full_like(pixels, low) if i % 10 == 9 else pixels  # one colour
-        pictures.append(torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).permute(2, 0, 1)[:channels])
-    return torch.stack(pictures)
+        images.append(torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).permute(2, 0, 1)[:channels])
+    return torch.stack(images)
 
 
 def as_pil(image: torch.Tensor) -> Image.Image:
@@ -123,7 +123,7 @@ def test_normalize():
     np.testing.assert_allclose(result, reference, atol=1e-6)
 
 
-def test_random_part_of_one_picture():
+def test_random_part_of_one_image():
     """Area and aspect ratio stay in their ranges and reach their ends; a scale of 1 rarely fits, and gives it all."""
     boxes = np.array([crop_box((200, 150), 0.3, (0, 0, index)) for index in range(1000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -198,15 +198,15 @@ def test_operations_against_pil(name, magnitude, channels):
 
 
 def test_rand_augment_of_a_mixed_batch():
-    """Several operations one after the other, different ones for each picture."""
+    """Several operations one after the other, different ones for each image."""
     images = photos(60)
     ops, signs = draw_rand_augment(60, 3, (1, 2, 3))
     results = rand_augment(images, ops, signs, 6.0, [10, 20, 30])
     for i, image in enumerate(images):
-        picture = as_pil(image)
+        image = as_pil(image)
         for op, sign in zip(ops[:, i].tolist(), signs[:, i].tolist(), strict=True):
-            picture = reference_operation(picture, RAND_AUGMENT_OPS[op], sign, 6.0, (10, 20, 30))
-        assert torch.equal(results[i], from_pil(picture))
+            image = reference_operation(image, RAND_AUGMENT_OPS[op], sign, 6.0, (10, 20, 30))
+        assert torch.equal(results[i], from_pil(image))
 
 
 def test_the_published_operations():
@@ -284,7 +284,7 @@ def test_erased_pixels_are_uniform_noise():
 
 
 def slow_mix(images, labels, classes, partners, shares, boxes):
-    """One picture at a time; pixels of the box are the partner's, all others are shared."""
+    """One image at a time; pixels of the box are the partner's, all others are shared."""
     mixed, targets = [], []
     for i, (top, left, height, width) in enumerate(boxes.tolist()):
         image, own = images[i] * shares[i] + images[partners[i]] * (1 - shares[i]), float(shares[i])
@@ -342,12 +342,12 @@ def test_shares_are_beta(alpha):
     _, _, boxes = draw_mixing(20000, (1000, 1000), 0, alpha, 1.0, (7,))
     inner = (boxes[:, 0] > 0) & (boxes[:, 1] > 0) & (boxes[:, :2] + boxes[:, 2:] < 1000).all(1)
     top, left, height, width = boxes[inner].T
-    assert np.abs(height - width).max() <= 1, "unclipped boxes have the picture's shape"
+    assert np.abs(height - width).max() <= 1, "unclipped boxes have the image's shape"
     assert len(top) == len(left) > 100
 
 
 def test_boxes_follow_the_paper():
-    """Yun et al., 2019, eq. 2: centre uniform, sides sqrt(1 - lambda) of the picture's, clipped."""
+    """Yun et al., 2019, eq. 2: centre uniform, sides sqrt(1 - lambda) of the image's, clipped."""
     generator = np.random.default_rng((9,))
     _, _, boxes = draw_mixing(500, (40, 60), 0, 1.0, 1.0, (9,))
     generator.permutation(500), generator.random(500), generator.random(500), generator.beta(1, 1, 500)
@@ -403,7 +403,7 @@ def test_a_function_of_seed_step_and_rank_only(used):
     assert torch.equal(targets, targets_again)
     for other in (run(seed=1), run(step=6), run(rank=0), run(step=1, rank=5)):
         same = (other[0] == first).flatten(1).all(1)
-        assert same.float().mean() < 0.1, "each of seed, step and rank changes nearly every picture"
+        assert same.float().mean() < 0.1, "each of seed, step and rank changes nearly every image"
 
 
 def test_each_draw_has_a_stream_of_its_own(monkeypatch):
@@ -425,8 +425,8 @@ def test_global_randomness_is_neither_read_nor_moved():
 
 def test_on_another_device_all_stays_there_and_nothing_is_asked_back():
     """A meta tensor has a device, refuses others beside it, and cannot be read: a GPU need not be waited for."""
-    pictures = DecodedImages(noise(16), torch.arange(16) % 10).to(torch.device("meta"))
-    batch = pictures.__getitems__([3, 1, 2, 5, 8, 13])
+    images = DecodedImages(noise(16), torch.arange(16) % 10).to(torch.device("meta"))
+    batch = images.__getitems__([3, 1, 2, 5, 8, 13])
     for step in range(8):
         augmentation = Augmentation(MEAN, STD, crop_mode="reflect", **EVERYTHING)
         images, labels = augmentation.with_labels(batch["pixel_values"], batch["labels"], step, 0)

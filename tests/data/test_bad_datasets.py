@@ -195,15 +195,15 @@ BAD_FOLDERS = {
     "no name": (lambda at: "", "dataset '' could not be loaded"),
     "an empty folder": (lambda at: (at / "x").mkdir() or at / "x", "could not be loaded: .*any data files"),
     "a file": (lambda at: write(at / "x.zip", b"no zip"), "could not be loaded"),
-    "pictures without classes": (
+    "images without classes": (
         lambda at: write(at / "x" / "1.png", encode(PHOTO)).parent,
-        "split 'train': .*x has no directories; put the pictures into one per class",
+        "split 'train': .*x has no directories; put the images into one per class",
     ),
-    "pictures beside classes": (
+    "images beside classes": (
         lambda at: write(class_folder(at / "x", "cat", "dog") / "1.png", encode(PHOTO)).parent,
         "1.png lies in .*x beside the classes; move it into one of them",
     ),
-    "a class without pictures": (
+    "a class without images": (
         lambda at: (class_folder(at / "x", "cat", "dog") / "eel").mkdir() or at / "x",
         "class 'eel' has no images; add some or remove .*eel",
     ),
@@ -222,9 +222,9 @@ BAD_FOLDERS = {
     ),
     "splits without classes": (
         lambda at: [write(at / "x" / n / "1.png", encode(PHOTO)) for n in ("train", "test")] and at / "x",
-        "has no directories; put the pictures into one per class",
+        "has no directories; put the images into one per class",
     ),
-    "a text file among pictures": (
+    "a text file among images": (
         lambda at: write(class_folder(at / "x", "cat", "dog") / "cat" / "notes.txt", "hello").parents[1],
         "cat/notes.txt.*unreadable image.*repair or remove it",
     ),
@@ -275,14 +275,14 @@ def test_a_read_only_data_folder_is_enough(tmp_path):
         path.chmod(0o555)
     try:
         assert len(load_splits(str(folder), PROCESSOR, train_val_split=0.25).train) == 6
-        assert sorted(path for path in tmp_path.rglob("*")) == before, "nothing is written beside the pictures"
+        assert sorted(path for path in tmp_path.rglob("*")) == before, "nothing is written beside the images"
     finally:
         for path in (folder, *folder.iterdir()):
             path.chmod(0o755)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_picture_is_named(tmp_path):
+def test_an_unreadable_image_is_named(tmp_path):
     folder = class_folder(tmp_path / "x", "cat", "dog")
     (folder / "cat" / "2.png").chmod(0)
     with pytest.raises(ValueError, match=r"cat/2\.png.*Permission"):

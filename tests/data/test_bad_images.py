@@ -123,7 +123,7 @@ ODD_PICTURES = {
 
 
 @pytest.mark.parametrize("name", ODD_PICTURES)
-def test_odd_pictures_are_read(name, tmp_path):
+def test_odd_images_are_read(name, tmp_path):
     make, expected = ODD_PICTURES[name]
     encoded, expected = make(), np.array(expected, dtype=np.uint8)
     image = load_image(encoded)
@@ -148,7 +148,7 @@ def test_lab():
 
 
 @pytest.mark.parametrize("name", ["1 x 1", "1 x 5000", "5000 x 1", "animated GIF", "1 bit", "CMYK"])
-def test_odd_pictures_become_samples(name, tmp_path):
+def test_odd_images_become_samples(name, tmp_path):
     """At the model's size, beside ordinary ones."""
     folder = picture_folder(tmp_path, ODD_PICTURES[name][0](), "odd.png")
     splits = load_splits(str(folder), PROCESSOR, train_val_split=0.5)
@@ -160,7 +160,7 @@ BAD_PICTURES = {
     "truncated JPEG": (lambda: encode(PHOTO, "jpeg")[:-300], "[Tt]runcated"),
     "truncated PNG": (lambda: encode(PHOTO)[:2000], "unreadable image"),
     "truncated header": (lambda: encode(PHOTO)[:20], "unreadable image"),
-    "text": (lambda: b"This is no picture.", "UnidentifiedImageError"),
+    "text": (lambda: b"This is no image.", "UnidentifiedImageError"),
     "web page": (lambda: b"<!DOCTYPE html><html><body>404</body></html>", "UnidentifiedImageError"),
     "empty file": (lambda: b"", "UnidentifiedImageError"),
     "zeros": (lambda: bytes(5000), "UnidentifiedImageError"),
@@ -180,7 +180,7 @@ BAD_PICTURES = {
 }
 
 
-def picture_folder(folder: Path, encoded: bytes, name: str = "bad picture.jpg") -> Path:
+def picture_folder(folder: Path, encoded: bytes, name: str = "bad image.jpg") -> Path:
     for label in ("cat", "dog"):
         (folder / "data" / label).mkdir(parents=True)
         for i in range(3):
@@ -191,12 +191,12 @@ def picture_folder(folder: Path, encoded: bytes, name: str = "bad picture.jpg") 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", BAD_PICTURES)
-def test_bad_pictures_are_refused_by_name(name, tmp_path):
+def test_bad_images_are_refused_by_name(name, tmp_path):
     make, message = BAD_PICTURES[name]
     folder = picture_folder(tmp_path, make())
     with pytest.raises(ValueError, match=message) as caught:
         load_splits(str(folder), PROCESSOR, train_val_split=0.5)
-    assert "dog/bad picture.jpg" in str(caught.value), "the file is named"
+    assert "dog/bad image.jpg" in str(caught.value), "the file is named"
     assert "row 6 of split 'train'" in str(caught.value)
     assert str(caught.value).endswith("repair or remove it.")
 
@@ -236,10 +236,10 @@ def test_bad_images_in_several_places_of_a_table_are_named():
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_a_bad_picture_in_a_table_is_refused_by_row(lazy, monkeypatch):
+def test_a_bad_image_in_a_table_is_refused_by_row(lazy, monkeypatch):
     if lazy:
         monkeypatch.setattr("modeling_vit_scratch.data.splits.MAX_DECODED_BYTES", 0)
-    rows = [encode(PHOTO[:8, :8])] * 11 + [b"no picture"] + [encode(PHOTO[:8, :8])] * 8
+    rows = [encode(PHOTO[:8, :8])] * 11 + [b"no image"] + [encode(PHOTO[:8, :8])] * 8
     with pytest.raises(ValueError, match=r"row 11 of split 'test': unreadable image .* repair or remove it\."):
         splits = load(make_table(n=12), test=make_table(rows))
         for i in range(len(splits.test)):

@@ -21,8 +21,8 @@ def test_columns_are_found(image, label):
 def test_usual_columns_come_before_others_of_their_type():
     """image before mask, fine_label before coarse_label (CIFAR-100)."""
     part = make_dataset(12, image="mask", label="coarse_label", seed=500)
-    pictures = make_dataset(12).cast_column("image", datasets.Image(decode=False))["image"]
-    part = part.add_column("image", list(pictures), feature=datasets.Image())
+    images = make_dataset(12).cast_column("image", datasets.Image(decode=False))["image"]
+    part = part.add_column("image", list(images), feature=datasets.Image())
     part = part.add_column("fine_label", [0, 1] * 6, feature=datasets.ClassLabel(names=["x", "y"]))
     records, names = load_records(datasets.DatasetDict(train=part), train_val_split=0.25)
     assert names == ["x", "y"]

@@ -15,7 +15,7 @@ from transformers import ViTImageProcessorPil
 from modeling_vit_scratch.data import Augmentation, inspect_splits, load_splits
 from modeling_vit_scratch.data import doctor as inspection
 from modeling_vit_scratch.data import splits as splits_module
-from modeling_vit_scratch.data.doctor import fingerprint, near_pairs, perceptual_hash, sample_pictures, sample_sheet
+from modeling_vit_scratch.data.doctor import fingerprint, near_pairs, perceptual_hash, sample_images, sample_sheet
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=Image.Resampling.BICUBIC)
 
@@ -42,9 +42,9 @@ def encode(image: Image.Image, file_format: str = "png", **options) -> bytes:
     return buffer.getvalue()
 
 
-def table(pictures: list, labels: list[int] | None = None, names=("cat", "dog")) -> datasets.Dataset:
-    labels = [i % len(names) for i in range(len(pictures))] if labels is None else labels
-    encoded = [picture if isinstance(picture, bytes) else encode(picture) for picture in pictures]
+def table(images: list, labels: list[int] | None = None, names=("cat", "dog")) -> datasets.Dataset:
+    labels = [i % len(names) for i in range(len(images))] if labels is None else labels
+    encoded = [image if isinstance(image, bytes) else encode(image) for image in images]
     columns = {"image": [{"bytes": content, "path": None} for content in encoded], "label": labels}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
     return datasets.Dataset.from_dict(columns, features=features)
@@ -55,7 +55,7 @@ def split(train, test=None, validation=None, **options) -> splits_module.ImageSp
     raw = datasets.DatasetDict({name: part for name, part in parts.items() if part is not None})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splits_module, "load_raw", lambda *args, **kwargs: raw)
-        return load_splits("some pictures", PROCESSOR, **options)
+        return load_splits("some images", PROCESSOR, **options)
 
 
 def found(report, name: str) -> inspection.Overlap:
@@ -111,7 +111,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_near_duplicates(name):
-    """Of 40 test pictures, 8 are changed training pictures: found, and no other."""
+    """Of 40 test images, 8 are changed training images: found, and no other."""
     train = [photo(i) for i in range(60)]
     test = [CHANGES[name](photo(i)) for i in range(8)] + [photo(300 + i) for i in range(32)]
     report = inspect_splits(split(table(train), table(test)))
@@ -124,9 +124,9 @@ def test_near_duplicates(name):
 
 
 def test_pairs_against_all_pairs():
-    """Whatever the chunks: each pair once, the later picture first."""
-    pictures = [photo(i % 70).resize((16, 16)) for i in range(200)]
-    thumbnails = torch.stack([torch.from_numpy(np.array(picture.convert("L"))) for picture in pictures])
+    """Whatever the chunks: each pair once, the later image first."""
+    images = [photo(i % 70).resize((16, 16)) for i in range(200)]
+    thumbnails = torch.stack([torch.from_numpy(np.array(image.convert("L"))) for image in images])
     pairs = near_pairs(thumbnails)
     assert sorted(map(tuple, pairs.tolist())) == [(i, j) for i in range(200) for j in range(i) if (i - j) % 70 == 0]
     across = near_pairs(thumbnails[:100], thumbnails[100:])
@@ -143,7 +143,7 @@ def scene(down: float, seed: int) -> torch.Tensor:
 
 
 def test_the_hash_alone_proves_nothing():
-    """The same hash: one picture; other details in the same scene; the same details in another scene."""
+    """The same hash: one image; other details in the same scene; the same details in another scene."""
     one, noisy, detail, layout = scene(45, 1), scene(43, 1), scene(45, 2), scene(-45, 1)
     thumbnails = torch.stack([one, noisy, detail, layout])
     bits = perceptual_hash(thumbnails)
@@ -173,7 +173,7 @@ def test_the_hash_is_that_of_the_definition():
         assert int(value).to_bytes(8, "little") == int(bits, 2).to_bytes(8, "big")
 
 
-def test_pictures_of_one_colour_are_no_near_duplicates():
+def test_images_of_one_colour_are_no_near_duplicates():
     """They have no detail that could agree; only equal ones count, as exact."""
     flat = [Image.new("RGB", (32, 32), (i, i, i)) for i in range(50)]
     report = inspect_splits(split(table(flat), table([Image.new("RGB", (32, 32), (7, 7, 7))])))
@@ -181,7 +181,7 @@ def test_pictures_of_one_colour_are_no_near_duplicates():
     assert (found(report, "test").exact, found(report, "test").near) == (1, 0)
 
 
-def test_pictures_alike_by_nature():
+def test_images_alike_by_nature():
     """Of digits nearly each resembles another: said once, and no leak is cried."""
     report = inspect_splits(load_splits("digits", PROCESSOR))
     assert found(report, "train").near > 500
@@ -195,7 +195,7 @@ def test_large_datasets_are_sampled_and_that_is_said(monkeypatch):
     report = inspect_splits(split(table([photo(i) for i in range(50)]), table([photo(300)])))
     assert report.inspected["train"] == 20
     assert sum(report.counts["train"].values()) == 50, "labels are counted in full"
-    assert "Of train, only 20 of 50 pictures were compared." in report.warnings
+    assert "Of train, only 20 of 50 images were compared." in report.warnings
 
 
 # Classes
@@ -228,16 +228,16 @@ def test_the_report_is_json():
 
 
 def test_the_fingerprint_is_of_files_not_of_places(tmp_path):
-    """The same pictures as a table and as a folder, in two places."""
+    """The same images as a table and as a folder, in two places."""
     names = ("cat", "dog")
-    pictures = [encode(photo(i)) for i in range(12)]
+    images = [encode(photo(i)) for i in range(12)]
     for place in ("a", "b"):
-        for i, content in enumerate(pictures):
+        for i, content in enumerate(images):
             path = tmp_path / place / names[i // 6] / f"{i:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     (tmp_path / "hub" / "data").mkdir(parents=True)
-    table(pictures, [0] * 6 + [1] * 6).to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    table(images, [0] * 6 + [1] * 6).to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
     prints = {
         fingerprint(load_splits(str(tmp_path / place), PROCESSOR, train_val_split=0.5)) for place in ("a", "b", "hub")
     }
@@ -246,24 +246,24 @@ def test_the_fingerprint_is_of_files_not_of_places(tmp_path):
 
 
 def test_the_fingerprint_changes_with_the_data():
-    pictures, test = [photo(i) for i in range(12)], table([photo(50)])
+    images, test = [photo(i) for i in range(12)], table([photo(50)])
     other_pixel = photo(3)
     other_pixel.putpixel((5, 5), (1, 2, 3))
     variants = {
-        "same": split(table(pictures), test),
-        "a pixel": split(table([other_pixel if i == 3 else p for i, p in enumerate(pictures)]), test),
-        "a label": split(table(pictures, [0, 1] * 5 + [1, 1]), test),
-        "a class name": split(table(pictures, names=("cat", "Dog")), table([photo(50)], names=("cat", "Dog")),
+        "same": split(table(images), test),
+        "a pixel": split(table([other_pixel if i == 3 else p for i, p in enumerate(images)]), test),
+        "a label": split(table(images, [0, 1] * 5 + [1, 1]), test),
+        "a class name": split(table(images, names=("cat", "Dog")), table([photo(50)], names=("cat", "Dog")),
                               table([photo(9000 + i) for i in range(4)], names=("cat", "Dog"))),
-        "order": split(table(pictures[2:] + pictures[:2]), test),
-        "one less": split(table(pictures[:11]), test),
-        "no test": split(table(pictures)),
-        "fewer samples": split(table(pictures), test, max_train_samples=8),
-        "other samples": split(table(pictures), test, max_train_samples=8, seed=1),
+        "order": split(table(images[2:] + images[:2]), test),
+        "one less": split(table(images[:11]), test),
+        "no test": split(table(images)),
+        "fewer samples": split(table(images), test, max_train_samples=8),
+        "other samples": split(table(images), test, max_train_samples=8, seed=1),
     }  # fmt: skip
     prints = {name: fingerprint(splits) for name, splits in variants.items()}
     assert len(set(prints.values())) == len(prints)
-    assert fingerprint(split(table(pictures), test)) == prints["same"]
+    assert fingerprint(split(table(images), test)) == prints["same"]
 
 
 def test_the_fingerprint_depends_on_the_validation_cut():
@@ -285,12 +285,12 @@ def test_the_fingerprint_does_not_depend_on_the_path_of_decoding(monkeypatch):
 
 def test_the_fingerprint_samples_large_datasets(monkeypatch):
     monkeypatch.setattr(inspection, "MAX_FINGERPRINTED", 6)
-    pictures = [photo(i) for i in range(12)]
-    before = fingerprint(split(table(pictures)))
+    images = [photo(i) for i in range(12)]
+    before = fingerprint(split(table(images)))
     sampled = inspection.evenly(12, 6)
     unseen = next(i for i in range(12) if i not in sampled)
     for position, same in ((unseen, True), (int(sampled[2]), False)):
-        changed = [photo(99) if i == position else picture for i, picture in enumerate(pictures)]
+        changed = [photo(99) if i == position else image for i, image in enumerate(images)]
         assert (fingerprint(split(table(changed))) == before) == same
 
 
@@ -319,12 +319,12 @@ def test_cifar10():
 def test_samples_are_what_the_model_sees():
     splits = split(table([photo(i) for i in range(40)]))
     plain = Augmentation(splits.mean, splits.std)
-    pixels, texts = sample_pictures(splits, plain, 10)
+    pixels, texts = sample_images(splits, plain, 10)
     rows = [round(i * 39 / 9) for i in range(10)]
     assert torch.equal(pixels, splits.train.images[rows])
     assert texts == [("cat", "dog")[row % 2] for row in rows]
     strong = Augmentation(splits.mean, splits.std, rand_augment_ops=2, erasing=1.0, horizontal_flip=0.5, seed=3)
-    pixels, texts = sample_pictures(splits, strong, 40)
+    pixels, texts = sample_images(splits, strong, 40)
     expected = strong(splits.train.images, 0, 0)
     mean, std = torch.tensor(splits.mean).view(-1, 1, 1), torch.tensor(splits.std).view(-1, 1, 1)
     assert torch.equal(pixels, ((expected * std + mean) * 255).round().clamp(0, 255).byte())
@@ -334,7 +334,7 @@ def test_samples_are_what_the_model_sees():
 def test_mixed_labels_are_spelt_out():
     splits = split(table([photo(i) for i in range(40)]))
     mixing = Augmentation(splits.mean, splits.std, mixup_alpha=1.0, num_labels=2)
-    _, texts = sample_pictures(splits, mixing, 40)
+    _, texts = sample_images(splits, mixing, 40)
     _, labels = mixing.with_labels(splits.train.images, splits.train.labels, 0, 0)
     for text, (cat, dog) in zip(texts, labels.tolist(), strict=True):
         if min(cat, dog) < 0.005:
@@ -355,11 +355,11 @@ def test_the_sheet_is_drawn(tmp_path, count, channels):
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
     drawn = (pixels < 255).any(-1)
-    assert drawn.mean() > 0.4, "most of the sheet is pictures"
+    assert drawn.mean() > 0.4, "most of the sheet is images"
     rows, columns = -(-count // 8), min(count, 8)
     height, width = drawn.shape[0] // rows, drawn.shape[1] // columns
     cells = [drawn[i // 8 * height :][:height, i % 8 * width :][:, :width].mean() for i in range(rows * columns)]
-    assert [cell > 0.3 for cell in cells] == [i < count for i in range(rows * columns)], "one picture in each cell"
+    assert [cell > 0.3 for cell in cells] == [i < count for i in range(rows * columns)], "one image in each cell"
 
 
 def test_global_randomness_is_neither_read_nor_moved(tmp_path):

@@ -50,7 +50,7 @@ def test_cifar10():
         "ship",
         "truck",
     ]
-    # The figures that everybody uses for CIFAR-10, within the error of 2,000 pictures.
+    # The figures that everybody uses for CIFAR-10, within the error of 2,000 images.
     np.testing.assert_allclose(splits.mean, [0.4914, 0.4822, 0.4465], atol=0.01)
     np.testing.assert_allclose(splits.std, [0.2470, 0.2435, 0.2616], atol=0.01)
     assert torch.bincount(splits.train.labels).min() > 150
@@ -66,7 +66,7 @@ def test_cifar10_in_full():
     pixels = splits.train.images.numpy()
     mean = [pixels[:, c].mean(dtype=np.float64) / 255 for c in range(3)]
     std = [pixels[:, c].std(dtype=np.float64) / 255 for c in range(3)]
-    np.testing.assert_allclose(splits.mean, mean, atol=3e-3)  # of 8,192 of the pictures
+    np.testing.assert_allclose(splits.mean, mean, atol=3e-3)  # of 8,192 of the images
     np.testing.assert_allclose(splits.std, std, atol=3e-3)
 
 
@@ -87,7 +87,7 @@ def test_image_folder_with_splits(tmp_path, names, upper):
 def test_image_folder_without_splits(tmp_path):
     write_image_folder(tmp_path, 10)
     for litter in (".DS_Store", "Thumbs.db", "desktop.ini"):
-        (tmp_path / "cat" / litter).write_text("not a picture")
+        (tmp_path / "cat" / litter).write_text("not an image")
     (tmp_path / ".git").mkdir()
     (tmp_path / "__MACOSX").mkdir()
     splits = load_splits(str(tmp_path), make_processor(), train_val_split=0.2)
@@ -96,7 +96,7 @@ def test_image_folder_without_splits(tmp_path):
 
 
 def test_image_folder_of_nested_directories(tmp_path):
-    """Pictures may lie deeper below their class."""
+    """Images may lie deeper below their class."""
     write_image_folder(tmp_path, 4)
     (tmp_path / "cat" / "indoors").mkdir()
     (tmp_path / "cat" / "000.png").rename(tmp_path / "cat" / "indoors" / "000.png")
@@ -149,11 +149,11 @@ def test_hub_id(hub, tmp_path):
     for split, part in {"train": make_dataset(40), "test": make_dataset(9, seed=1000)}.items():
         part.to_parquet(tmp_path / f"{split}.parquet")
         api = HfApi(endpoint=hub.url, token=TOKEN)
-        api.create_repo("me/pictures", repo_type="dataset", exist_ok=True)
+        api.create_repo("me/images", repo_type="dataset", exist_ok=True)
         api.upload_file(
             path_or_fileobj=tmp_path / f"{split}.parquet",
             path_in_repo=f"data/{split}-00000-of-00001.parquet",
-            repo_id="me/pictures",
+            repo_id="me/images",
             repo_type="dataset",
         )
     code = """
@@ -161,7 +161,7 @@ def test_hub_id(hub, tmp_path):
     from transformers import ViTImageProcessorPil
     from modeling_vit_scratch.data import load_splits
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
-    splits = load_splits("me/pictures", processor, train_val_split=0.25)
+    splits = load_splits("me/images", processor, train_val_split=0.25)
     print(json.dumps([len(splits.train), len(splits.validation), splits.test.images.sum().item(), splits.class_names]))
     try:
         load_splits("me/nothing", processor)

@@ -65,12 +65,12 @@ def test_decoded_and_lazy_and_the_processor_agree(tmp_path, monkeypatch, size, c
         assert torch.equal(item["pixel_values"], lazy_item["pixel_values"])
         assert item["labels"] == lazy_item["labels"]
     pixels = normalize(all_of(lazy.test)["pixel_values"], processor.image_mean, processor.image_std)
-    pictures = [make_image(i, size, mode) for i in range(7)]
-    expected = processor(pictures, return_tensors="pt")["pixel_values"]
+    images = [make_image(i, size, mode) for i in range(7)]
+    expected = processor(images, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
 
 
-def test_pictures_of_different_sizes_are_lazy(tmp_path):
+def test_images_of_different_sizes_are_lazy(tmp_path):
     sizes = [(32, 32), (40, 20), (1, 60), (300, 10)]
     folder = write_hub_layout(tmp_path, train=make_dataset(24, sizes=sizes), test=make_dataset(6))
     splits = load_splits(folder, make_processor(), crop_scale=0.5)
@@ -165,7 +165,7 @@ def make_lazy(seed=0, crop_scale=0.3) -> LazyImages:
 def test_crops_are_a_function_of_seed_epoch_and_index():
     lazy = make_lazy()
     first = all_of(lazy)["pixel_values"]
-    assert torch.equal(lazy[5]["pixel_values"], first[5]), "the order in which pictures are asked for does not matter"
+    assert torch.equal(lazy[5]["pixel_values"], first[5]), "the order in which images are asked for does not matter"
     assert torch.equal(all_of(lazy)["pixel_values"], first)
     lazy.set_epoch(1)
     second = all_of(lazy)["pixel_values"]
@@ -176,8 +176,8 @@ def test_crops_are_a_function_of_seed_epoch_and_index():
     assert not torch.equal(all_of(make_lazy(seed=1))["pixel_values"], first)
 
 
-def test_crops_differ_between_pictures():
-    """The same picture in two rows is cropped in two ways."""
+def test_crops_differ_between_images():
+    """The same image in two rows is cropped in two ways."""
     part = datasets.concatenate_datasets([make_dataset(1, classes=["a", "b"])] * 2)
     part = part.remove_columns("label").add_column("label", [0, 1], feature=datasets.ClassLabel(names=["a", "b"]))
     records, _ = load_records(datasets.DatasetDict(train=part, validation=part))

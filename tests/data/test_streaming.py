@@ -1,4 +1,4 @@
-"""streaming.py: every picture exactly once per epoch over processes and workers, in an order that is a function."""
+"""streaming.py: every image exactly once per epoch over processes and workers, in an order that is a function."""
 
 import collections
 import io
@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments, ViTImageProcessorPil
 from modeling_vit_scratch.data import Augmentation, inspect_splits, load_splits, load_streaming, streaming
 from modeling_vit_scratch.data import sources as sources_module
 from modeling_vit_scratch.data import splits as splits_module
-from modeling_vit_scratch.data.doctor import fingerprint, sample_pictures
+from modeling_vit_scratch.data.doctor import fingerprint, sample_images
 from modeling_vit_scratch.data.splits import DecodedImages, LazyImages, collate
 from modeling_vit_scratch.data.streaming import StreamedImages, is_held_out
 
@@ -37,7 +37,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def numbered(number: int, size=(4, 4)) -> bytes:
-    """A picture that says its number."""
+    """An image that says its number."""
     buffer = io.BytesIO()
     Image.new("RGB", size, (number // 256, number % 256, 0)).save(buffer, "png")
     return buffer.getvalue()
@@ -56,7 +56,7 @@ def table(numbers, feature=None, size=(4, 4), labels=None) -> datasets.Dataset:
 
 
 def write(folder: Path, n: int, files: int, validation: int = 12, test: int = 9) -> str:
-    """Train pictures 0 ... n - 1 in so many parquet files; validation from 10,000 on, test from 20,000 on."""
+    """Train images 0 ... n - 1 in so many parquet files; validation from 10,000 on, test from 20,000 on."""
     (folder / "data").mkdir(parents=True)
     for i, part in enumerate(np.array_split(np.arange(n), files)):
         table(part.tolist()).to_parquet(folder / "data" / f"train-{i:05}-of-{files:05}.parquet")
@@ -87,8 +87,8 @@ def one_pass(folder: str, rank=0, world_size=1, workers=0, epoch=0, batch_size=4
     ("files", "world_size", "workers"),
     [(4, 2, 2), (3, 2, 2), (1, 2, 2), (8, 2, 2), (5, 1, 2), (5, 2, 0), (2, 3, 0), (1, 1, 0)],
 )
-def test_every_picture_exactly_once(tmp_path, files, world_size, workers):
-    """More files than readers, fewer, a number that does not divide: 101 pictures, 101 numbers."""
+def test_every_image_exactly_once(tmp_path, files, world_size, workers):
+    """More files than readers, fewer, a number that does not divide: 101 images, 101 numbers."""
     folder = write(tmp_path, 101, files)
     for epoch in (0, 3):
         parts = [one_pass(folder, rank, world_size, workers, epoch) for rank in range(world_size)]
@@ -165,7 +165,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(tmp_path):
 
 
 def test_files_are_mixed(tmp_path):
-    """Files are often sorted by class: the first pictures come from all of them, and neighbours are torn apart."""
+    """Files are often sorted by class: the first images come from all of them, and neighbours are torn apart."""
     numbers = one_pass(write(tmp_path, 120, 3), buffer_size=60)
     assert {number // 40 for number in numbers[:20]} == {0, 1, 2}
     assert np.mean([b - a == 1 for a, b in itertools.pairwise(numbers)]) < 0.1
@@ -219,7 +219,7 @@ def test_each_crop_is_drawn_anew(tmp_path, monkeypatch):
     assert {len(key) for key in keys} == {5}
 
 
-def test_uncropped_pictures_are_those_of_the_other_paths(tmp_path):
+def test_uncropped_images_are_those_of_the_other_paths(tmp_path):
     folder = write_photos(tmp_path)
     streamed = {image.numpy().tobytes() for image in sample_stream(folder, crop_scale=None)}
     splits = load_splits(folder, PROCESSOR)
@@ -278,7 +278,7 @@ def sample_pixels(number: int) -> torch.Tensor:
 
 
 def test_validation_is_held_out_of_train(tmp_path):
-    """By content: whatever the number of processes, workers and files, train and validation share no picture."""
+    """By content: whatever the number of processes, workers and files, train and validation share no image."""
     folder = write(tmp_path, 400, 4, validation=0)
     splits = load_streaming(folder, PROCESSOR, train_val_split=0.2)
     held = {number_of(image) for image in splits.validation.images}
@@ -322,7 +322,7 @@ def test_held_out_by_frequency():
     }
 
 
-def test_pictures_of_different_sizes(tmp_path):
+def test_images_of_different_sizes(tmp_path):
     splits = load_streaming(write_photos(tmp_path), PROCESSOR)
     assert isinstance(splits.validation, LazyImages)
     assert splits.validation[0]["pixel_values"].shape == (3, 4, 4)
@@ -369,8 +369,8 @@ def test_the_doctor_looks_at_the_first_of_a_stream(tmp_path, monkeypatch):
     splits = load_streaming(write(tmp_path, 60, 2), PROCESSOR)
     report = inspect_splits(splits)
     assert report.inspected == {"train": 20, "validation": 12, "test": 9}
-    assert any("only the first 20 pictures of the stream" in warning for warning in report.warnings)
-    pixels, texts = sample_pictures(splits, Augmentation(splits.mean, splits.std), 8)
+    assert any("only the first 20 images of the stream" in warning for warning in report.warnings)
+    pixels, texts = sample_images(splits, Augmentation(splits.mean, splits.std), 8)
     assert texts == [CLASSES[number_of(image) % 3] for image in pixels]
 
 
@@ -454,7 +454,7 @@ BAD_STREAMS = {
         lambda parts: parts.update(validation=parts["validation"].rename_column("label", "x")),
         "split 'validation' has no column 'label'; it has img, x",
     ),
-    "no pictures": (
+    "no images": (
         lambda parts: parts.update(train=table(range(3)).remove_columns("img").add_column("image", ["a", "b", "c"])),
         "column 'image' does not hold images but",
     ),
@@ -467,11 +467,11 @@ BAD_STREAMS = {
         lambda parts: parts.update(validation=table(range(6), datasets.ClassLabel(names=["a", "b", "c"]))),
         "other classes",
     ),
-    "unreadable picture": (
+    "unreadable image": (
         lambda parts: parts.update(train=with_picture(b"nothing", "x/599.png")),
         r"x/599.png.*: unreadable image .* repair or remove",
     ),
-    "missing picture": (lambda parts: parts.update(train=with_picture(None)), "there is no image; remove"),
+    "missing image": (lambda parts: parts.update(train=with_picture(None)), "there is no image; remove"),
 }
 
 

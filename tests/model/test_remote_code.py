@@ -57,7 +57,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 
 folder, data, output, again = sys.argv[1:]
 data = load_file(data)
-picture = Image.fromarray(data["picture"].numpy())
+image = Image.fromarray(data["picture"].numpy())
 trust = {"trust_remote_code": True}
 
 config = AutoConfig.from_pretrained(folder, **trust)
@@ -68,7 +68,7 @@ encoder = AutoModel.from_pretrained(folder, **trust)
 reconstructor = AutoModelForMaskedImageModeling.from_pretrained(folder, **trust)
 backbone = get_class_from_dynamic_module("modeling_vit_scratch.ViTScratchBackbone", folder)
 backbone = backbone.from_pretrained(folder, out_indices=[0, -1])
-pixels = processor(picture, return_tensors="pt")["pixel_values"]
+pixels = processor(image, return_tensors="pt")["pixel_values"]
 with torch.no_grad():
     outputs = {
         "pixels": pixels,
@@ -79,9 +79,9 @@ with torch.no_grad():
         "reconstruction": reconstructor(data["pixels"]).reconstruction,
     }
 
-scores = pipeline("image-classification", model=folder, top_k=5, **trust)(picture)
+scores = pipeline("image-classification", model=folder, top_k=5, **trust)(image)
 outputs["scores"] = torch.tensor([{s["label"]: s["score"] for s in scores}[n] for n in config.id2label.values()])
-tokens = pipeline("image-feature-extraction", model=folder, **trust)(picture)
+tokens = pipeline("image-feature-extraction", model=folder, **trust)(image)
 outputs["tokens"] = torch.tensor(tokens)
 save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, output)
 
@@ -93,7 +93,7 @@ assert "modeling_vit_scratch" not in sys.modules
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder as a run leaves it, the model, and a picture."""
+    """A folder as a run leaves it, the model, and an image."""
     torch.manual_seed(0)
     config = ViTScratchConfig(
         hidden_size=32,
@@ -116,16 +116,16 @@ def saved(tmp_path_factory):
     model.save_pretrained(folder)
     size = {"height": 16, "width": 24}
     ViTImageProcessorPil(size=size, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25]).save_pretrained(folder)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    return model, folder, picture
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    return model, folder, image
 
 
-def run_elsewhere(folder, picture, pixels, tmp_path):
+def run_elsewhere(folder, image, pixels, tmp_path):
     """The script's outputs, and the folder it saved."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "script.py").write_text(SCRIPT)
-    save_file({"picture": torch.from_numpy(np.array(picture)), "pixels": pixels}, elsewhere / "data.safetensors")
+    save_file({"picture": torch.from_numpy(np.array(image)), "pixels": pixels}, elsewhere / "data.safetensors")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment |= {
         "HF_HUB_OFFLINE": "1",
@@ -171,9 +171,9 @@ def test_every_name_of_the_auto_map_exists():
 @pytest.mark.slow
 def test_folder_works_and_is_saved_again_where_the_package_is_unknown(saved, tmp_path):
     """Twice: the second time from the folder that the first process saved."""
-    model, folder, picture = saved
+    model, folder, image = saved
     processor = ViTImageProcessorPil.from_pretrained(folder)
-    from_picture = processor(picture, return_tensors="pt")["pixel_values"]
+    from_picture = processor(image, return_tensors="pt")["pixel_values"]
     pixels = torch.randn(4, 3, 16, 24, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits, features = model(pixels).logits, model.vit(pixels).pooler_output
@@ -182,7 +182,7 @@ def test_folder_works_and_is_saved_again_where_the_package_is_unknown(saved, tmp
         picture_tokens = model.vit(from_picture).last_hidden_state
     for number in ("first", "second"):
         (tmp_path / number).mkdir()
-        outputs, folder = run_elsewhere(folder, picture, pixels, tmp_path / number)
+        outputs, folder = run_elsewhere(folder, image, pixels, tmp_path / number)
         assert torch.equal(outputs["logits"], logits)  # bit for bit
         assert torch.equal(outputs["features"], features)
         assert torch.equal(outputs["pixels"], from_picture)

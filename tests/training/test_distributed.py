@@ -51,7 +51,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, optim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [10_000, 9_999])
-def test_evaluation_counts_each_picture_once(tmp_path, size):
+def test_evaluation_counts_each_image_once(tmp_path, size):
     if not CIFAR10.is_dir():
         pytest.skip(f"needs {CIFAR10}")
     changes = {"dataset_name": CIFAR10, "max_eval_samples": size, "max_steps": 2, "per_device_eval_batch_size": 500}

@@ -33,7 +33,7 @@ def adapted(base, tmp_path_factory):
     return folder, argv
 
 
-def pictures(count=4):
+def images(count=4):
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -55,7 +55,7 @@ def test_merged_folder_and_adapter_compute_the_same_and_what_the_run_measured(ba
     folder, _ = adapted
     merged = AutoModelForImageClassification.from_pretrained(folder)
     plain = ViTScratchForImageClassification.from_pretrained(base)
-    x = pictures()
+    x = images()
     with torch.no_grad():
         before = plain(x).logits
         beside = peft.PeftModel.from_pretrained(plain, folder / "adapter").eval()
@@ -82,7 +82,7 @@ def test_merged_folder_and_adapter_compute_the_same_and_what_the_run_measured(ba
 
 def test_checkpoints_hold_both_forms_too(adapted):
     for checkpoint in adapted[0].glob("checkpoint-*"):
-        assert AutoModelForImageClassification.from_pretrained(checkpoint)(pictures()).logits.isfinite().all()
+        assert AutoModelForImageClassification.from_pretrained(checkpoint)(images()).logits.isfinite().all()
         assert (checkpoint / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -121,9 +121,9 @@ def test_adapter_begins_where_the_model_was_and_takes_the_pre_training_head():
     model = ViTScratchForImageClassification(config).eval()
     with torch.no_grad():
         model.classifier.weight.normal_()
-        before = model(pictures()).logits
+        before = model(images()).logits
         lora.add_adapter(model, 4, "somewhere")
-        torch.testing.assert_close(model(pictures()).logits, before, atol=0, rtol=0)
+        torch.testing.assert_close(model(images()).logits, before, atol=0, rtol=0)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(
         "lora_" in name or name.startswith(("classifier.modules_to_save", "pre_logits.modules")) for name in trained

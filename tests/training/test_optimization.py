@@ -222,7 +222,7 @@ def test_two_processes_learn_with_muon_as_one_does(tmp_path):
 
 
 def test_augmentations_reach_the_model_and_stop_when_they_are_told(tmp_path, monkeypatch):
-    """Mixed labels until half of the run, then plain pictures and class numbers."""
+    """Mixed labels until half of the run, then plain images and class numbers."""
     seen = []
     compute_loss = ImageTrainer.compute_loss
 
@@ -247,7 +247,7 @@ def test_augmentations_reach_the_model_and_stop_when_they_are_told(tmp_path, mon
     plain = normalize(splits.train.images, splits.mean, splits.std).flatten(1)
     last = seen[-1]["pixel_values"].flatten(1)
     nearest = [(plain - image).abs().amax(1).min() for image in last]
-    assert max(nearest) < 1e-5  # each is one of the pictures as it is
+    assert max(nearest) < 1e-5  # each is one of the images as it is
     assert min((plain - image).abs().amax(1).min() for image in seen[0]["pixel_values"].flatten(1)) > 0.1
 
 

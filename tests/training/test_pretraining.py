@@ -22,7 +22,7 @@ finetune = load_script("finetune")
 # Masks
 
 
-def test_masks_hide_their_share_of_units_in_every_picture_and_each_unit_as_often():
+def test_masks_hide_their_share_of_units_in_every_image_and_each_unit_as_often():
     mask = draw_mask(4000, (4, 6), (2, 3), 0.6, (1, 2))
     assert mask.shape == (4000, 4, 6) and mask.dtype == torch.bool
     units = mask.unflatten(2, (2, 3)).unflatten(1, (2, 2))  # (B, down, 2, across, 3)
@@ -32,7 +32,7 @@ def test_masks_hide_their_share_of_units_in_every_picture_and_each_unit_as_often
     assert (hidden.mean(0) - 0.75).abs().max() < 0.03
 
 
-def test_masks_are_a_function_of_the_key_and_end_with_the_picture():
+def test_masks_are_a_function_of_the_key_and_end_with_the_image():
     assert torch.equal(draw_mask(3, (8, 8), (1, 1), 0.5, (1, 2)), draw_mask(3, (8, 8), (1, 1), 0.5, (1, 2)))
     assert not torch.equal(draw_mask(3, (8, 8), (1, 1), 0.5, (1, 2)), draw_mask(3, (8, 8), (1, 1), 0.5, (1, 3)))
     assert draw_mask(2, (3, 5), (2, 2), 0.5, (0,)).shape == (2, 3, 5)
@@ -42,8 +42,8 @@ def test_masks_are_a_function_of_the_key_and_end_with_the_picture():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """150 pictures without classes, some of them in folders."""
+def images(tmp_path_factory):
+    """150 images without classes, some of them in folders."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "more" / "deep").mkdir(parents=True)
     places = [folder, folder / "more", folder / "more" / "deep"]
@@ -52,15 +52,15 @@ def pictures(tmp_path_factory):
     for i in range(150):  # a bar of one colour on another: what is hidden can be told from what is seen
         (a, b), wave = rng.integers(0, 256, (2, 3)), np.sin((x if i % 2 else y) / 4 + rng.uniform(0, 6)) > 0
         Image.fromarray(np.where(wave[..., None], a, b).astype(np.uint8)).save(places[i % 3] / f"{i}.png")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
-def settings(output, pictures, **changes):
+def settings(output, images, **changes):
     return options(
         output,
         **{
-            "task": "masked-image-modeling", "dataset_name": pictures, "max_train_samples": None, "mask_patch_size": 8,
+            "task": "masked-image-modeling", "dataset_name": images, "max_train_samples": None, "mask_patch_size": 8,
             "max_eval_samples": None, "config_overrides": f"{RANDOM},patch_size=4", "train_val_split": 0.2,
             "learning_rate": 1e-2, **changes,
         },
@@ -68,15 +68,15 @@ def settings(output, pictures, **changes):
 
 
 @pytest.fixture(scope="module")
-def run(pictures, tmp_path_factory):
+def run(images, tmp_path_factory):
     """A finished run: (folder, its options)."""
     folder = tmp_path_factory.mktemp("run") / "output"
-    argv = settings(folder, pictures, num_train_epochs=6, per_device_train_batch_size=16)
+    argv = settings(folder, images, num_train_epochs=6, per_device_train_batch_size=16)
     assert finetune.main(argv) == 0
     return folder, argv
 
 
-def test_folder_holds_a_masked_image_model_and_its_numbers(run, pictures):
+def test_folder_holds_a_masked_image_model_and_its_numbers(run, images):
     folder, _ = run
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["dataset"]["splits"] == {"train": 120, "validation": 30}
@@ -91,7 +91,7 @@ def test_folder_holds_a_masked_image_model_and_its_numbers(run, pictures):
     assert type(model) is ViTScratchForMaskedImageModeling
     assert metrics["model"]["parameters"] == model.num_parameters() == sum(t.numel() for t in weights(folder).values())
     processor = make_processor(model.config)
-    splits = load_splits(str(pictures), processor, train_val_split=0.2, labelled=False)
+    splits = load_splits(str(images), processor, train_val_split=0.2, labelled=False)
     pixels = normalize(splits.validation.images, splits.mean, splits.std)
     with torch.no_grad():
         loss = model(pixels, bool_masked_pos=draw_mask(30, (8, 8), (2, 2), 0.6, (42, 0, 0, 4))).loss
@@ -134,20 +134,20 @@ def test_stopped_and_resumed_is_bit_identical_to_never_stopping(run, tmp_path, i
     assert losses[0] == losses[1]
 
 
-def test_accumulated_gradients_equal_those_of_one_batch(pictures, tmp_path):
+def test_accumulated_gradients_equal_those_of_one_batch(images, tmp_path):
     plain = {
         "config_overrides": "hidden_size=16,num_attention_heads=2,intermediate_size=16,patch_size=4", "optim": "sgd",
         "horizontal_flip": 0, "crop_padding": 0, "max_grad_norm": 0, "mask_ratio": 0.99, "num_train_epochs": 1,
     }  # fmt: skip
     for name, batch, steps in (("one", 120, 1), ("four", 30, 4)):
         changes = plain | {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
-        assert finetune.main(settings(tmp_path / name, pictures, **changes)) == 0
+        assert finetune.main(settings(tmp_path / name, images, **changes)) == 0
     one, four = weights(tmp_path / "one"), weights(tmp_path / "four")  # all is hidden: the masks are the same
     assert all(torch.allclose(one[name], four[name], atol=1e-6) for name in one)
 
 
-def test_a_dry_run_tries_a_batch(pictures, tmp_path, capsys):
-    assert finetune.main(settings(tmp_path, pictures, dry_run=True)) == 0
+def test_a_dry_run_tries_a_batch(images, tmp_path, capsys):
+    assert finetune.main(settings(tmp_path, images, dry_run=True)) == 0
     text = capsys.readouterr().out
     assert "120 train, 30 validation images, 32x32 px, column image\n" in text and "in order" in text
 
@@ -172,7 +172,7 @@ def test_an_encoder_is_gone_on_with_whose_heads_the_model_has_not(tmp_path):
     assert torch.equal(model.vit.norm.weight, theirs.deit.layernorm.weight)
 
 
-# Pictures without labels
+# Images without labels
 
 
 def test_labels_do_not_matter_and_a_test_split_is_left_alone(tmp_path):
@@ -193,21 +193,21 @@ def test_labels_do_not_matter_and_a_test_split_is_left_alone(tmp_path):
     [
         ({"mask_ratio": 1.0}, "mask_ratio (1.0) must be in (0, 1)"),
         ({"mask_patch_size": 6}, "mask_patch_size (6) must be a multiple of the patch's height (4)"),
-        ({"mask_patch_size": 64}, "at most the picture's (32)"),
+        ({"mask_patch_size": 64}, "at most the image's (32)"),
         ({"mixup_alpha": 0.2, "freeze_backbone": True}, "freeze_backbone, mixup_alpha: not with --task"),
         ({"streaming": True, "max_steps": 3}, "streaming: not with --task"),
         ({"metric_for_best_model": "top5_accuracy"}, "metric_for_best_model: not with --task"),
         ({"head_learning_rate": 0.1, "label_column_name": "x"}, "label_column_name, head_learning_rate: not with"),
-        ({"train_val_split": 0.001}, "0.001 of 150 pictures cannot be held out"),
-        ({"dataset_name": "EMPTY"}, "holds no pictures"),
+        ({"train_val_split": 0.001}, "0.001 of 150 images cannot be held out"),
+        ({"dataset_name": "EMPTY"}, "holds no images"),
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused(pictures, tmp_path, capsys, changes, words):
+def test_what_makes_no_sense_is_refused(images, tmp_path, capsys, changes, words):
     (tmp_path / "empty" / "train").mkdir(parents=True)
     if changes.get("dataset_name"):
         changes = {"dataset_name": tmp_path / "empty"}
-    assert finetune.main(settings(tmp_path / "out", pictures, **changes)) == 2
+    assert finetune.main(settings(tmp_path / "out", images, **changes)) == 2
     assert words in capsys.readouterr().err
 
 

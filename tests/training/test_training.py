@@ -78,7 +78,7 @@ def test_metrics_count_the_whole_split_and_agree_with_the_saved_model(run):
 
 
 def test_saved_folder_predicts_what_the_run_reported(run):
-    """Model and processor from disk, on the original picture, against the row the run wrote for it."""
+    """Model and processor from disk, on the original image, against the row the run wrote for it."""
     from modeling_vit_scratch.data.records import load_records
     from modeling_vit_scratch.data.sources import load_raw
 
@@ -235,8 +235,8 @@ def test_one_process_uses_one_gpu_and_a_cpu_its_own_precision(monkeypatch):
     assert not ImageTrainingArguments("unused", bf16=True).bf16
 
 
-def test_pictures_that_fill_no_batch_are_left_out_of_training_alone(tmp_path, capsys):
-    """330 pictures in batches of 64; the validation and test pictures are fewer than one batch."""
+def test_images_that_fill_no_batch_are_left_out_of_training_alone(tmp_path, capsys):
+    """330 images in batches of 64; the validation and test images are fewer than one batch."""
     changes = {"dataloader_drop_last": True, "max_train_samples": 330, "num_train_epochs": 1}
     assert finetune.main(options(tmp_path / "run", **changes)) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -322,16 +322,16 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
 
 def test_trained_folder_starts_another_run_with_other_classes(run, tmp_path, caplog):
     folder, _ = run
-    pictures = tmp_path / "pictures"
+    images = tmp_path / "pictures"
     from modeling_vit_scratch.data.records import load_records
     from modeling_vit_scratch.data.sources import load_raw
 
     records, _ = load_records(load_raw("digits"))
     for index in range(60):
         name = "even" if records["train"].labels[index] % 2 == 0 else "odd"
-        (pictures / name).mkdir(parents=True, exist_ok=True)
-        records["train"].image(index, 3).save(pictures / name / f"{index}.png")
-    argv = options(tmp_path / "out", dataset_name=pictures, config_overrides=None, model_name_or_path=folder)
+        (images / name).mkdir(parents=True, exist_ok=True)
+        records["train"].image(index, 3).save(images / name / f"{index}.png")
+    argv = options(tmp_path / "out", dataset_name=images, config_overrides=None, model_name_or_path=folder)
     assert finetune.main([*argv, "--train_val_split", "0.2"]) == 0
     assert "The head is new: 2 classes instead of 10" in caplog.text
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
@@ -368,7 +368,7 @@ def test_a_head_that_the_model_has_not_is_made_anew(tmp_path, caplog, name):
 
 
 def test_streaming_stops_and_resumes_as_if_it_had_not(tmp_path, interrupt, capsys):
-    """Pictures of a folder, read while they are trained on; twelve steps, stopped after seven."""
+    """Images of a folder, read while they are trained on; twelve steps, stopped after seven."""
     from modeling_vit_scratch.data.records import load_records
     from modeling_vit_scratch.data.sources import load_raw
 
