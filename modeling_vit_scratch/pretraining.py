@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from transformers import ViTImageProcessorPil
 
-from . import model_card, plots
+from . import plots
 from .arguments import MASKED, DataArguments, ImageTrainingArguments, ModelArguments
 from .augmentation import draw_mask, normalize
 from .configuration_vit_scratch import ViTScratchConfig
 from .data import collate, load_splits
+from .hub import public_command
 from .modeling_vit_scratch import ViTScratchForMaskedImageModeling
 from .trainer import CropEpoch, ImageTrainer, OwnNoise, ResumeLoss, StopOnSignal
 from .training import (
@@ -213,7 +214,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             "loss": trainer.evaluate(splits.validation, metric_key_prefix="validation")["validation_loss"],
         },
         **describe_machine(trainer),
-        "command": model_card.public_command(shlex.join(["python", *sys.argv]), data_name),
+        "command": public_command(shlex.join(["python", *sys.argv]), data_name),
     }
     if args.process_index == 0:
         _finish(trainer, metrics)

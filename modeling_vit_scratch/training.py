@@ -32,7 +32,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments, ViTImageProcessorPil, set_seed
 
-from . import checkpoints, conversion, hub, lora, model_card, plots
+from . import checkpoints, conversion, hub, lora, plots
 from .arguments import (
     DataArguments,
     ImageTrainingArguments,
@@ -719,7 +719,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
     suit_device(args, model, splits)
     stop = StopOnSignal()
     pushes = None
-    if args.push_to_hub:  # by hub.py, which sends everything in one commit, code files included
+    if args.push_to_hub:  # by the hub wing, which sends everything in one commit, code files included
         args.push_to_hub = False
         repo_id = args.hub_model_id or Path(args.output_dir).name
         pushes = hub.HubPushCallback(repo_id, bool(args.hub_private_repo), args.hub_revision, args.hub_token)
@@ -805,7 +805,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
             rows = splits.records[split].rows
             _write_predictions(folder, split, prediction.predictions, prediction.label_ids, rows, splits.class_names)
     metrics |= describe_machine(trainer)
-    metrics["command"] = model_card.public_command(shlex.join(["python", *sys.argv]), data_name)
+    metrics["command"] = hub.public_command(shlex.join(["python", *sys.argv]), data_name)
     if is_main:
         _finish(folder, metrics, trainer.state.log_history)
         pushed = pushes and pushes.push_final(folder)
@@ -829,7 +829,7 @@ def _finish(folder: Path, metrics: dict, log_history: list[dict]):
     (folder / "plots").mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / "plots" / f"{name}.png", dpi=110)
-    model_card.write_model_card(folder)
+    hub.write_model_card(folder)
     flipped = "flip_tta_accuracy" in result
     shown = {
         f"{split} accuracy": f"{metrics[split]['accuracy']:.2%}  (top-5 {metrics[split]['top5_accuracy']:.2%}, "

@@ -32,8 +32,7 @@ from modeling_vit_scratch import cli
 from modeling_vit_scratch.arguments import MASKED, DataArguments, ImageTrainingArguments, ModelArguments
 from modeling_vit_scratch.data import CIFAR10, DIGITS, default_dataset
 from modeling_vit_scratch.defaults import advice, choose_settings, look_at
-from modeling_vit_scratch.hub import HubError
-from modeling_vit_scratch.model_card import mask_tokens
+from modeling_vit_scratch.hub import HubError, mask_tokens
 from modeling_vit_scratch.pretraining import pretrain
 from modeling_vit_scratch.training import finetune
 

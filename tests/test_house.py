@@ -28,45 +28,69 @@ ARROWS = {
     "streaming": {"augmentation", "data", "sources"},
     "inspection": {"augmentation", "data", "streaming"},
     "cuts": {"checkpoints", "data", "inspection", "sources", "streaming"},
-    "model_card": set(),
-    "hub": {"model_card", *MODEL},
+    "hub": MODEL,
     "layouts": set(),
     "conversion": {"checkpoints", "layouts", *MODEL},
     "lora": {"checkpoints", *MODEL},
     "pretraining": {
-        "arguments", "augmentation", "checkpoints", "data", "model_card", "plots", "trainer", "training", *MODEL,
+        "arguments", "augmentation", "checkpoints", "data", "hub", "plots", "trainer", "training", *MODEL,
     },
     "arguments": {"configuration_vit_scratch", "layouts", "optimization"},
     "defaults": {"arguments", "data", "optimization"},
     "trainer": {"augmentation", "checkpoints", "data", "lora", "metrics", "optimization", "streaming", *MODEL},
     "training": {
         "arguments", "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "lora", "metrics",
-        "model_card", "optimization", "plots", "streaming", "trainer", *MODEL,
+        "optimization", "plots", "streaming", "trainer", *MODEL,
+    },
+}
+# Inside a wing; from outside, it is entered by its doors (`from .hub import ...`).
+WINGS = {
+    "hub": {
+        "masking": set(),
+        "model_card": {"masking"},
+        "folder": {"masking", "model_card"},
+        "push": {"folder", "masking", "model_card"},
+        "callback": {"folder", "masking", "model_card", "push"},
+        "probe": set(),
+        "proof": {"masking", "model_card", "probe", "push"},
     },
 }
 # fmt: on
 
 
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """(rooms of this package, other top-level packages) that a file imports anywhere."""
+def imports(path: Path, level: int = 1) -> tuple[set[str], set[str]]:
+    """(rooms beside the file, or `level - 1` folders above it; other top-level packages) that a file imports."""
     rooms, others = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             others |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level:
+        elif isinstance(node, ast.ImportFrom) and node.level == level:
+            assert "." not in (node.module or ""), f"{path.name} enters {node.module}, which has doors"
             rooms |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and not node.level:
             others.add(node.module.partition(".")[0])
     return rooms, others
 
 
 def test_arrows_point_one_way():
     rooms = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert rooms == set(ARROWS)
+    assert rooms | set(WINGS) == set(ARROWS)
     for room in rooms:
         used, others = imports(PACKAGE / f"{room}.py")
         assert used <= ARROWS[room], f"{room} imports {used - ARROWS[room]}"
         assert "modeling_vit_scratch" not in others, f"{room} imports the package by its name"
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_arrows_inside_a_wing_point_one_way(wing):
+    assert {path.stem for path in (PACKAGE / wing).glob("*.py")} - {"__init__"} == set(WINGS[wing])
+    for room, allowed in WINGS[wing].items():
+        path = PACKAGE / wing / f"{room}.py"
+        used, others = imports(path)
+        assert used <= allowed, f"{wing}/{room} imports {used - allowed}"
+        above, _ = imports(path, level=2)
+        assert above <= ARROWS[wing], f"{wing}/{room} imports {above - ARROWS[wing]}"
+        assert "modeling_vit_scratch" not in others, f"{wing}/{room} imports the package by its name"
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)

@@ -9,10 +9,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -26,7 +28,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch import hub as hub_module
-from modeling_vit_scratch.model_card import write_model_card
+from modeling_vit_scratch.configuration_vit_scratch import AUTO_MAP
+from modeling_vit_scratch.hub import push as push_module
+from modeling_vit_scratch.hub import write_model_card
+from modeling_vit_scratch.hub.model_card import REPO_PLACEHOLDER
 
 CLASSES = ["airplane", "cat", "dog"]
 CODE = {"configuration_vit_scratch.py", "modeling_vit_scratch.py"}
@@ -128,6 +133,12 @@ def no_waiting(monkeypatch):
     from huggingface_hub.utils import _http
 
     monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+
+
+def give_up_after(monkeypatch, seconds: float):
+    """The next client, which is made on the next request, waits this long for a byte."""
+    monkeypatch.setattr(push_module, "TIMEOUT_SECONDS", seconds)
+    huggingface_hub.close_session()
 
 
 # The card
@@ -249,11 +260,11 @@ DAMAGES = {
         "auto_map lacks AutoModel",
     ),
     "code elsewhere": (
-        edit_json("config.json", auto_map={**hub_module.AUTO_MAP, "AutoModel": "you/y--modeling_vit_scratch.X"}),
+        edit_json("config.json", auto_map={**AUTO_MAP, "AutoModel": "you/y--modeling_vit_scratch.X"}),
         "not a file of this folder",
     ),
     "class elsewhere": (
-        edit_json("config.json", auto_map={**hub_module.AUTO_MAP, "AutoModel": "modeling_vit_scratch.Nobody"}),
+        edit_json("config.json", auto_map={**AUTO_MAP, "AutoModel": "modeling_vit_scratch.Nobody"}),
         "there is no class Nobody",
     ),
     "unknown architecture": (edit_json("config.json", architectures=["Nobody"]), "names 'Nobody'"),
@@ -274,7 +285,7 @@ DAMAGES = {
     ),
     "other size": (
         edit_json("preprocessor_config.json", size={"height": 24, "width": 24}),
-        "a picture becomes (1, 3, 24, 24), but the model takes (1, 3, 16, 16)",
+        "an image becomes (1, 3, 24, 24), but the model takes (1, 3, 16, 16)",
     ),
     "no card": (lambda f: (f / "README.md").unlink(), "README.md is missing"),
     "card without head": (lambda f: (f / "README.md").write_text("# Model"), "README.md has no YAML head"),
@@ -369,10 +380,7 @@ def test_push_is_one_commit_with_everything(folder, hub):
     assert set(pushed.left_out) == {"checkpoint-10/", "training_args.bin", "trainer_state.json", "run.log", ".secret"}
     for name in set(files) - {"README.md", ".gitattributes"}:
         assert files[name] == (folder / name).read_bytes(), name
-    assert (
-        'repo = "me/x"' in files["README.md"].decode()
-        and hub_module.REPO_PLACEHOLDER not in files["README.md"].decode()
-    )
+    assert 'repo = "me/x"' in files["README.md"].decode() and REPO_PLACEHOLDER not in files["README.md"].decode()
     assert digest(folder) == before
 
 
@@ -505,13 +513,39 @@ def test_a_server_that_accepts_and_never_answers(folder, hub, no_waiting, where,
     hub_module.push_folder(folder, "me/x")
     make_model(seed=1).save_pretrained(folder)
     before, head = digest(folder), hub.head("me/x")
-    monkeypatch.setattr(hub_module, "TIMEOUT_SECONDS", 1.0)
+    give_up_after(monkeypatch, 1.0)
     silent = hub.fault(*where, "hang")
     with pytest.raises(hub_module.HubError, match="Timeout"):
         hub_module.push_folder(folder, "me/x")
     assert silent.hits == 1  # given up at the first, while the server still holds it
-    monkeypatch.setattr(hub_module, "TIMEOUT_SECONDS", 60)
+    give_up_after(monkeypatch, 60)
     assert_untouched_then_retry(folder, hub, before, head)
+
+
+def test_clients_made_anew_give_up_too_and_keep_what_the_user_set(monkeypatch):
+    """huggingface_hub makes a new client when a connection fails; proxies and certificates are set by a factory."""
+    http = push_module._http
+    push_module.give_up_on_silence()
+    for _ in range(2):
+        assert huggingface_hub.get_session().timeout.read == push_module.TIMEOUT_SECONDS
+        assert http.hf_request_event_hook in huggingface_hub.get_session().event_hooks["request"]
+        huggingface_hub.close_session()
+
+    def own(seconds):
+        def make():
+            client = http.default_client_factory()
+            client.headers["x-own"], client.timeout = "yes", seconds
+            return client
+
+        return make
+
+    for seconds, expected in ((None, push_module.TIMEOUT_SECONDS), (7.0, 7.0)):
+        monkeypatch.setattr(http, "_GLOBAL_CLIENT_FACTORY", own(seconds))
+        push_module.give_up_on_silence.__wrapped__()
+        session = huggingface_hub.get_session()
+        assert session.headers["x-own"] == "yes" and session.timeout.read == expected
+    monkeypatch.undo()
+    huggingface_hub.close_session()
 
 
 def test_tokens_appear_nowhere(folder, hub, no_waiting, caplog, capfd, monkeypatch):
@@ -548,7 +582,7 @@ class Joined(TrainerCallback):
         self.pushes = pushes
 
     def on_save(self, args, state, control, **kwargs):
-        self.pushes._join()
+        self.pushes.wait()
 
 
 def train(folder: Path, callback: TrainerCallback, steps: int = 2, **options) -> Trainer:
@@ -593,7 +627,7 @@ def test_training_goes_on_without_the_server_and_the_push_is_retried_at_the_end(
 ):
     shown = []
     callback = hub_module.HubPushCallback("me/t", retry_seconds=(), report=shown.append)
-    monkeypatch.setattr(hub_module, "TIMEOUT_SECONDS", 2.0)
+    give_up_after(monkeypatch, 2.0)
     hub.fault("POST", "/commit/", action, after=1)  # the first checkpoint arrives, the second does not
     folder = tmp_path / "out"
     trainer = train(folder, callback)
@@ -610,6 +644,11 @@ def test_training_goes_on_without_the_server_and_the_push_is_retried_at_the_end(
     else:
         assert hub.commits("me/t") == ["Training in progress, step 1 of 2", "Training in progress, step 2 of 2"]
     assert not list(folder.glob(".hub_push-*"))
+
+
+def pushing() -> list[threading.Thread]:
+    """The threads that push in the background."""
+    return [thread for thread in threading.enumerate() if thread.name == "hub-push"]
 
 
 def saved(folder: Path, step: int, seed: int) -> tuple[SimpleNamespace, SimpleNamespace]:
@@ -649,7 +688,8 @@ def test_a_late_checkpoint_never_lands_on_the_finished_model(folder, tmp_path, h
     callback.on_save(args, state, None)
     while not slow.hits:
         time.sleep(0.01)
-    worker = callback._worker
+    (worker,) = pushing()
+    assert worker.daemon  # a program that ends here does not wait for the server
     callback.on_train_end(args, state, None)
     assert "still under way" in callback.errors[-1]
     callback.push_final(folder)
@@ -665,7 +705,7 @@ def test_only_the_main_process_pushes(tmp_path, hub):
     state.is_world_process_zero = False
     for event in (callback.on_train_begin, callback.on_save, callback.on_train_end):
         event(args, state, None)
-    assert not hub.requests and callback._worker is None
+    assert not hub.requests and not pushing()
 
 
 # The script
@@ -799,7 +839,7 @@ def test_pushed_from_plain_python_it_loads_anywhere(folder, hub):
     torch.set_num_threads(threads)
     assert answers == {"me/plain": expected, "me/folder": expected, "hidden": "refused"}
     copy = hub.files("somebody/copy")
-    assert set(copy) >= MODEL_FILES and json.loads(copy["config.json"])["auto_map"] == hub_module.AUTO_MAP
+    assert set(copy) >= MODEL_FILES and json.loads(copy["config.json"])["auto_map"] == AUTO_MAP
     assert all(copy[name] == hub.files("me/folder")[name] for name in MODEL_FILES - {"config.json"})
     assert TOKEN not in done.stdout + done.stderr and OTHER_TOKEN not in done.stdout + done.stderr
 
@@ -828,7 +868,7 @@ def test_verify_runs_no_code_but_ours_and_notices_a_repository_that_needs_the_pa
         hub_module.verify_repo("me/x")
     with pytest.raises(hub_module.HubError, match=r"does not load without this package: .*is blocked"):
         hub_module.verify_repo("me/x", trust_remote_code=True)
-    edit_json("config.json", auto_map={**hub_module.AUTO_MAP, "AutoModel": "you/evil--evil.Model"})(folder)
+    edit_json("config.json", auto_map={**AUTO_MAP, "AutoModel": "you/evil--evil.Model"})(folder)
     HfApi().upload_file(path_or_fileobj=folder / "config.json", path_in_repo="config.json", repo_id="me/x")
     with pytest.raises(hub_module.HubError, match="its auto_map names other classes than ours"):
         hub_module.verify_repo("me/x")
@@ -841,7 +881,7 @@ def test_verify_where_the_config_says_tuples(folder, hub):
     assert set(hub_module.verify_repo("me/x", folder=folder).shapes) == {
         "last_hidden_state",
         "logits",
-        "picture_logits",
+        "image_logits",
     }
 
 

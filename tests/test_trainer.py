@@ -14,8 +14,9 @@ import torch
 from runs import RANDOM, fork_run, load_script, options, wait_all
 from transformers import Trainer
 
-from modeling_vit_scratch import checkpoints, hub, training
+from modeling_vit_scratch import checkpoints, training
 from modeling_vit_scratch import trainer as trainer_module
+from modeling_vit_scratch.hub.callback import take_snapshot
 from modeling_vit_scratch.plots import read_history
 from modeling_vit_scratch.trainer import TRAINED_WEIGHTS, ImageTrainer, OwnNoise, cpu_seconds
 
@@ -178,7 +179,7 @@ def test_a_push_of_a_checkpoint_has_the_averaged_weights_alone(tmp_path):
     assert finetune.main(options(tmp_path, ema_decay=0.9)) == 0
     checkpoint = tmp_path / "checkpoint-10"
     assert (checkpoint / TRAINED_WEIGHTS).is_file()
-    snapshot = hub._snapshot(checkpoint, "Training is still going on.")
+    snapshot = take_snapshot(checkpoint, "Training is still going on.")
     assert [path.name for path in snapshot.glob("*.safetensors")] == ["model.safetensors"]
 
 

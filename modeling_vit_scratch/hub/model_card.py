@@ -2,18 +2,15 @@
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .masking import is_token_flag, public_command, public_dataset, public_text
+
 TAGS = ["image-classification", "vision", "vit", "vit_scratch", "custom_code"]
 REPO_PLACEHOLDER = "OWNER/REPO"  # stands in a card until it is pushed; then the repository's id
 _PLOTS_FIRST = ("training_curves", "per_class_accuracy", "confusion_matrix")
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_LOCAL_PATH = re.compile(r"(?:[/~]|\.{1,2}(?:[/\\]|$)|[A-Za-z]:[/\\]|\\\\)")
-_TOKEN_FLAG = re.compile(r"--?[\w-]*token")
 
 
 def write_model_card(folder: str | Path, status: str | None = None) -> Path:
@@ -43,7 +40,7 @@ def write_model_card(folder: str | Path, status: str | None = None) -> Path:
 
 def _card_data(metrics: dict) -> ModelCardData:
     """The card's YAML: what the Hub's search, widgets and leaderboards read."""
-    name, hub_id = _dataset_names(metrics)
+    name, hub_id = public_dataset((metrics.get("dataset") or {}).get("name"))
     test = metrics.get("test") or {}
     results = [
         EvalResult(
@@ -75,7 +72,7 @@ def _card_data(metrics: dict) -> ModelCardData:
 
 
 def _card_text(folder: Path, config: dict, metrics: dict, status: str | None) -> str:
-    name, hub_id = _dataset_names(metrics)
+    name, hub_id = public_dataset((metrics.get("dataset") or {}).get("name"))
     link = f"[{name}](https://huggingface.co/datasets/{hub_id})" if hub_id else name and _escape(name)
     sections = [
         _card_head(config, metrics, link, name),
@@ -120,7 +117,7 @@ def _card_head(config: dict, metrics: dict, link: str | None, name: str | None) 
         images = ", ".join(f"{count:,} {_escape(split)}" for split, count in splits.items() if _is_number(count))
         facts.append(f"**Data:** {link}" + (f": {images} images" if images else ""))
     if dataset.get("fingerprint"):
-        facts.append(f"**Data fingerprint:** `{_public(str(dataset['fingerprint']))}`")
+        facts.append(f"**Data fingerprint:** `{public_text(str(dataset['fingerprint']))}`")
     return "\n\n".join([title, text, "\n".join(f"- {fact}" for fact in facts)])
 
 
@@ -234,16 +231,6 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _dataset_names(metrics: dict) -> tuple[str | None, str | None]:
-    """The data set's name as the card shows it, and its Hub id if it has one."""
-    name = (metrics.get("dataset") or {}).get("name")
-    if not isinstance(name, str) or not name.strip():
-        return None, None
-    if _HUB_ID.fullmatch(name) and not Path(name).exists():
-        return name, name
-    return redact(_last_component(name)), None
-
-
 def _class_names(config: dict, metrics: dict) -> list[str]:
     names = (metrics.get("dataset") or {}).get("class_names")
     return [str(n) for n in names or (config.get("id2label") or {}).values()]
@@ -255,63 +242,10 @@ def _settings(settings: dict, prefix: str = "") -> list[list[str]]:
     for key, value in settings.items():
         if isinstance(value, dict):
             rows += _settings(value, f"{prefix}{key}.")
-        elif value is not None and not _TOKEN_FLAG.fullmatch(f"-{key}"):
+        elif value is not None and not is_token_flag(f"-{key}"):
             text = f"{value:g}" if isinstance(value, float) else str(value)
-            rows.append([f"`{_escape(prefix + key)}`", _escape(_public(text))])
+            rows.append([f"`{_escape(prefix + key)}`", _escape(public_text(text))])
     return rows
-
-
-def public_command(command: str, dataset_name: str | None = None) -> str:
-    """A command line as anybody may see it: tokens masked, paths outside the working folder cut to their last part.
-
-    Args:
-        command: The command line, quoted as for a shell.
-        dataset_name: An argument to shorten even if it is a path below the working folder.
-    """
-    shown_name = _dataset_names({"dataset": {"name": dataset_name}})[0]
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        words = command.split()
-    public = []
-    for word in mask_tokens(words):
-        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        if dataset_name and shown_name and value == dataset_name:
-            value = shown_name
-        elif value != "***":
-            value = _public(value)
-        public.append(flag + equals + (value if value == "***" or not value else shlex.quote(value)))
-    return " ".join(public).replace("```", "")
-
-
-def mask_tokens(words: list[str]) -> list[str]:
-    """A command line's words with `***` in place of what is given to an option of a token, or looks like one."""
-    masked, follows = [], False
-    for word in words:
-        flag, equals, _ = word.partition("=")
-        if follows:
-            masked.append("***")
-        else:
-            masked.append(f"{flag}=***" if equals and _TOKEN_FLAG.fullmatch(flag) else redact(word))
-        follows = bool(_TOKEN_FLAG.fullmatch(word)) and not follows
-    return masked
-
-
-def _public(text: str) -> str:
-    """The text with tokens masked and, if it is a path outside the working folder, only its last component."""
-    return redact(_last_component(text) if _LOCAL_PATH.match(text) else text)
-
-
-def redact(text: str, token: str | None = None) -> str:
-    """The text with everything that looks like a Hub token, and the given one, masked."""
-    if token:
-        text = text.replace(token, "***")
-    return _TOKEN.sub("***", text)
-
-
-def _last_component(path: str) -> str:
-    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..", "~")]
-    return parts[-1] if parts else "local folder"
 
 
 def _escape(text) -> str:
