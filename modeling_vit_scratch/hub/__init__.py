@@ -15,18 +15,8 @@ from .model_card import write_model_card
 from .proof import Verified, verify_repo
 from .push import HubError, Pushed, prepare_repo, push_folder
 
+# fmt: off
 __all__ = [
-    "FolderError",
-    "HubError",
-    "HubPushCallback",
-    "Pushed",
-    "Verified",
-    "check_folder",
-    "list_folder",
-    "mask_tokens",
-    "prepare_repo",
-    "public_command",
-    "push_folder",
-    "verify_repo",
-    "write_model_card",
+    "FolderError", "HubError", "HubPushCallback", "Pushed", "Verified", "check_folder", "list_folder", "mask_tokens",
+    "prepare_repo", "public_command", "push_folder", "verify_repo", "write_model_card",
 ]

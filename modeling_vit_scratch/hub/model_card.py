@@ -2,15 +2,15 @@
 
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .masking import is_token_flag, public_command, public_dataset, public_text
 
-TAGS = ["image-classification", "vision", "vit", "vit_scratch", "custom_code"]
 REPO_PLACEHOLDER = "OWNER/REPO"  # stands in a card until it is pushed; then the repository's id
-_PLOTS_FIRST = ("training_curves", "per_class_accuracy", "confusion_matrix")
+_PLOTS_FIRST = ("reconstructions", "training_curves", "per_class_accuracy", "confusion_matrix")
 
 
 def write_model_card(folder: str | Path, status: str | None = None) -> Path:
@@ -20,7 +20,8 @@ def write_model_card(folder: str | Path, status: str | None = None) -> Path:
     machine are cut to their last component, and tokens in the command are masked.
 
     Args:
-        folder: A folder as `save_pretrained` and the training write it; `metrics.json` may be missing.
+        folder: A classifier or a model pre-trained without labels, as `save_pretrained` and the training write it;
+            `metrics.json` may be missing.
         status: A sentence to stand above the results, e.g. that training is still going on.
 
     Returns:
@@ -32,120 +33,123 @@ def write_model_card(folder: str | Path, status: str | None = None) -> Path:
     folder = Path(folder)
     config = read_json(folder / "config.json")
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
-    card = ModelCard(f"---\n{_card_data(metrics).to_yaml()}\n---\n\n{_card_text(folder, config, metrics, status)}")
+    metrics = defaultdict(dict, {key: value for key, value in metrics.items() if value is not None})
+    name, hub_id = public_dataset(metrics["dataset"].get("name"))
+    link = f"[{name}](https://huggingface.co/datasets/{hub_id})" if hub_id else name and _escape(name)
+    if "ViTScratchForMaskedImageModeling" in (config.get("architectures") or ()):
+        data = _data("image-feature-extraction", hub_id)
+        head, results, end = _pretrained_head(metrics, name), _pretrained_results(metrics), [_PRETRAINED_USE]
+        classes = []
+    else:
+        data = _data("image-classification", hub_id, _evaluations(metrics, name, hub_id))
+        head, results, end = _head(metrics, name), _results(metrics), [_use(config), _limits(config, metrics)]
+        classes = [*(metrics["dataset"].get("class_names") or (config.get("id2label") or {}).values())]
+    facts = _facts(config, metrics, link, classes)
+    sections = [*head, facts, status, results, _plots(folder), _training(metrics), *end, _licence(link)]
+    text = "\n\n".join(section for section in sections if section)
     path = folder / "README.md"
-    card.save(path)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(path)
     return path
 
 
-def _card_data(metrics: dict) -> ModelCardData:
+def _data(task: str, dataset: str | None, evaluations: list[EvalResult] | None = None) -> ModelCardData:
     """The card's YAML: what the Hub's search, widgets and leaderboards read."""
-    name, hub_id = public_dataset((metrics.get("dataset") or {}).get("name"))
-    test = metrics.get("test") or {}
-    results = [
+    return ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=[task, "vision", "vit", "vit_scratch", "custom_code"],
+        datasets=[dataset] if dataset else None,
+        metrics=["accuracy"] if evaluations else None,
+        model_name=f"vit_scratch-{evaluations[0].dataset_name.rsplit('/', 1)[-1]}" if evaluations else None,
+        eval_results=evaluations or None,
+    )
+
+
+def _evaluations(metrics: dict, name: str | None, hub_id: str | None) -> list[EvalResult]:
+    return [
         EvalResult(
             task_type="image-classification",
             task_name="Image classification",
             dataset_type=hub_id or name,
             dataset_name=name,
             dataset_split="test",
-            metric_type=metric_type,
+            metric_type=key,
             metric_name=metric_name,
-            metric_value=test[key],
+            metric_value=metrics["test"][key],
         )
-        for key, metric_type, metric_name in (
-            ("accuracy", "accuracy", "Top-1 accuracy"),
-            ("top5_accuracy", "top5_accuracy", "Top-5 accuracy"),
-        )
-        if name and _is_number(test.get(key))
+        for key, metric_name in (("accuracy", "Top-1 accuracy"), ("top5_accuracy", "Top-5 accuracy"))
+        if name and _is_number(metrics["test"].get(key))
     ]
-    return ModelCardData(
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=TAGS,
-        datasets=[hub_id] if hub_id else None,
-        metrics=["accuracy"] if results else None,
-        model_name=f"vit_scratch-{name.rsplit('/', 1)[-1]}" if results else None,
-        eval_results=results or None,
-    )
 
 
-def _card_text(folder: Path, config: dict, metrics: dict, status: str | None) -> str:
-    name, hub_id = public_dataset((metrics.get("dataset") or {}).get("name"))
-    link = f"[{name}](https://huggingface.co/datasets/{hub_id})" if hub_id else name and _escape(name)
-    sections = [
-        _card_head(config, metrics, link, name),
-        status,
-        _card_results(metrics),
-        _card_plots(folder),
-        _card_training(metrics),
-        _card_use(config),
-        _card_limits(config, metrics, link),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _card_head(config: dict, metrics: dict, link: str | None, name: str | None) -> str:
-    parameters = (metrics.get("model") or {}).get("parameters")
-    flops = (metrics.get("model") or {}).get("flops_per_image")
-    layers, hidden, heads = (config.get(k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+def _head(metrics: dict, name: str | None) -> list[str]:
+    parameters = metrics["model"].get("parameters")
     title = "# Vision Transformer" + (f", {parameters:,} parameters" if _is_number(parameters) else "")
-    title += f", trained on {_escape(name)}" if name else ""
     text = "An image classifier after [An Image is Worth 16x16 Words](https://arxiv.org/abs/2010.11929), "
     text += "written from scratch and native to transformers: the two Python files here are all of its code."
-    facts = []
-    classes = _class_names(config, metrics)
+    return [title + (f", trained on {_escape(name)}" if name else ""), text]
+
+
+def _pretrained_head(metrics: dict, name: str | None) -> list[str]:
+    training = metrics["training"]
+    share = f"{training['mask_ratio']:.0%}" if _is_number(training.get("mask_ratio")) else "a part"
+    squares = f", in squares of {_pixels(training['mask_patch_size'])} pixels," if "mask_patch_size" in training else ""
+    title = "# Vision Transformer, pre-trained" + (f" on {_escape(name)}" if name else "") + " without labels"
+    text = "Masked image modelling after [SimMIM](https://arxiv.org/abs/2111.09886): "
+    return [title, f"{text}{share} of an image is hidden{squares} and the model paints it."]
+
+
+def _facts(config: dict, metrics: dict, link: str | None, classes: list[str]) -> str:
+    """A line for each thing that is known of the model and its data."""
+    facts, dataset, model = {}, metrics["dataset"], metrics["model"]
     if classes:
-        shown = ", ".join(_escape(c) for c in classes[:20])
         more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
-        facts.append(f"**Classes ({len(classes)}):** {shown}{more}")
+        facts[f"Classes ({len(classes)})"] = ", ".join(map(_escape, classes[:20])) + more
     if config.get("image_size") is not None and config.get("patch_size") is not None:
         image, patch = _pixels(config["image_size"]), _pixels(config["patch_size"])
-        facts.append(f"**Input:** {image} pixels, in patches of {patch}, {config.get('num_channels', 3)} channels")
+        facts["Input"] = f"{image} pixels, in patches of {patch}, {config.get('num_channels', 3)} channels"
+    layers, hidden, heads = (config.get(k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     if layers and hidden and heads:
         stages = len(config.get("stem_channels") or ())
         stem = f", {stages} convolutional stage{'s' * (stages > 1)} before them" if stages else ""
-        facts.append(f"**Architecture:** {layers} blocks, hidden size {hidden}, {heads} heads{stem}")
-    if _is_number(parameters):
-        facts.append(f"**Parameters:** {parameters:,}")
-    if _is_number(flops):
-        facts.append(f"**FLOPs per image:** {flops:,}")
-    dataset = metrics.get("dataset") or {}
+        facts["Architecture"] = f"{layers} blocks, hidden size {hidden}, {heads} heads{stem}"
+    for key, label in (("parameters", "Parameters"), ("flops_per_image", "FLOPs per image")):
+        if _is_number(model.get(key)):
+            facts[label] = f"{model[key]:,}"
     if link:
-        splits = dataset.get("splits") or {}
-        images = ", ".join(f"{count:,} {_escape(split)}" for split, count in splits.items() if _is_number(count))
-        facts.append(f"**Data:** {link}" + (f": {images} images" if images else ""))
+        counts = (dataset.get("splits") or {}).items()
+        images = ", ".join(f"{count:,} {_escape(split)}" for split, count in counts if _is_number(count))
+        facts["Data"] = link + (f": {images} images" if images else "")
     if dataset.get("fingerprint"):
-        facts.append(f"**Data fingerprint:** `{public_text(str(dataset['fingerprint']))}`")
-    return "\n\n".join([title, text, "\n".join(f"- {fact}" for fact in facts)])
+        facts["Data fingerprint"] = f"`{public_text(str(dataset['fingerprint']))}`"
+    return "\n".join(f"- **{label}:** {fact}" for label, fact in facts.items())
 
 
-def _card_results(metrics: dict) -> str:
+def _results(metrics: dict) -> str:
     columns = {"examples": "images", "accuracy": "top-1", "top5_accuracy": "top-5", "loss": "loss"}
-    if any("flip_tta_accuracy" in (metrics.get(split) or {}) for split in ("test", "validation")):
+    if any("flip_tta_accuracy" in metrics[split] for split in ("test", "validation")):
         columns["flip_tta_accuracy"] = "top-1, mean with the mirror image"
+    shown = defaultdict(lambda: _percent, examples="{:,}".format, loss="{:.4f}".format)
     rows = []
     for split in ("test", "validation"):
-        values = metrics.get(split) or {}
-        if not any(_is_number(values.get(key)) for key in columns):
-            continue
-        cells = [split]
-        for key in columns:
-            value = values.get(key)
-            if not _is_number(value):
-                cells.append("–")
-            elif key == "examples":
-                cells.append(f"{value:,}")
-            else:
-                cells.append(f"{value:.4f}" if key == "loss" else _percent(value))
-        rows.append(cells)
+        values = {key: metrics[split][key] for key in columns if _is_number(metrics[split].get(key))}
+        if values:
+            rows.append([split, *(shown[key](values[key]) if key in values else "–" for key in columns)])
     if not rows:
-        return "## Results\n\nNo results were saved with this model."
+        return _NO_RESULTS
     return "## Results\n\n" + _table(["split", *columns.values()], rows)
 
 
-def _card_plots(folder: Path) -> str | None:
+def _pretrained_results(metrics: dict) -> str:
+    loss, examples = (metrics["validation"].get(key) for key in ("loss", "examples"))
+    if not _is_number(loss):
+        return _NO_RESULTS
+    images = f"{examples:,} images" if _is_number(examples) else "images"
+    return f"## Results\n\nMean error of hidden pixels on {images} held out: {loss:.4f} standard deviations."
+
+
+def _plots(folder: Path) -> str | None:
     plots = [p for p in (folder / "plots").glob("*") if p.suffix in (".png", ".svg", ".jpg") and p.is_file()]
     order = {stem: i for i, stem in enumerate(_PLOTS_FIRST)}
     plots.sort(key=lambda p: (order.get(p.stem, len(order)), p.name))
@@ -154,21 +158,20 @@ def _card_plots(folder: Path) -> str | None:
     return "\n\n".join(f"![{p.stem.replace('_', ' ').capitalize()}](plots/{p.name})" for p in plots)
 
 
-def _card_training(metrics: dict) -> str | None:
-    rows = _settings(metrics.get("training") or {})
-    time, environment = metrics.get("time") or {}, dict(metrics.get("environment") or {})
+def _training(metrics: dict) -> str | None:
+    rows = _settings(metrics["training"])
     for key, label in (("train_seconds", "training time"), ("train_cpu_seconds", "processor time")):
-        if _is_number(time.get(key)):
-            rows.append([label, _duration(time[key])])
-    rows += _settings(environment)
+        if _is_number(metrics["time"].get(key)):
+            rows.append([label, _duration(metrics["time"][key])])
+    rows += _settings(metrics["environment"])
     parts = [_table(["setting", "value"], rows)] if rows else []
-    if metrics.get("command"):
-        command = public_command(str(metrics["command"]), (metrics.get("dataset") or {}).get("name"))
+    if metrics["command"]:
+        command = public_command(str(metrics["command"]), metrics["dataset"].get("name"))
         parts.append(f"The command:\n\n```bash\n{command}\n```")
     return "\n\n".join(["## Training", *parts]) if parts else None
 
 
-def _card_use(config: dict) -> str:
+def _use(config: dict) -> str:
     where = "repo, revision=revision, trust_remote_code=True"
     if config.get("return_dict") is False:  # the pipeline looks outputs up by name
         where += ", return_dict=True"
@@ -189,19 +192,29 @@ processor = AutoImageProcessor.from_pretrained(repo, revision=revision)
 classify = pipeline("image-classification", model=model, image_processor=processor)
 ```
 
-`classify("picture.jpg")` then gives the most likely classes with their probabilities. From a folder on disk, leave
+`classify("image.jpg")` then gives the most likely classes with their probabilities. From a folder on disk, leave
 `revision` out. `AutoConfig`, `AutoModel` (features without the classifier) and
 `pipeline("image-feature-extraction")` load in the same way."""
 
 
-def _card_limits(config: dict, metrics: dict, link: str | None) -> str:
-    limits = ["It gives every picture one of its classes, however little the picture resembles any of them."]
+_PRETRAINED_USE = """## Use
+
+Fine-tune it on images with labels:
+
+```bash
+python scripts/finetune.py --model_name_or_path FOLDER --dataset_name ...
+```"""
+_NO_RESULTS = "## Results\n\nNo results were saved with this model."
+
+
+def _limits(config: dict, metrics: dict) -> str:
+    limits = ["It gives every image one of its classes, however little the image resembles any of them."]
     if config.get("image_size") is not None:
-        limits.append(f"Pictures are resized to {_pixels(config['image_size'])} pixels; finer detail is lost.")
-    test = metrics.get("test") or {}
+        limits.append(f"Images are resized to {_pixels(config['image_size'])} pixels; finer detail is lost.")
+    test = metrics["test"]
     if _is_number(test.get("accuracy")):
         wrong = f"It is wrong on {_percent(1 - test['accuracy'])} of the test images"
-        limits.append(f"{wrong}; on pictures from elsewhere expect more.")
+        limits.append(f"{wrong}; on images from elsewhere expect more.")
     else:
         limits.append("It was not measured on a test split.")
     per_class = {k: v for k, v in (test.get("per_class_accuracy") or {}).items() if _is_number(v)}
@@ -212,11 +225,12 @@ def _card_limits(config: dict, metrics: dict, link: str | None) -> str:
             f"but {_percent(per_class[worst])} of {_escape(worst)}."
         )
     limits.append("Its probabilities were not calibrated, and it was not examined for bias or against attacks.")
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _licence(link: str | None) -> str:
     terms = f" The data it learned from ({link}) has terms of its own." if link else ""
-    return (
-        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits) + "\n\n## Licence\n\n"
-        f"Code and weights: Apache-2.0.{terms}"
-    )
+    return f"## Licence\n\nCode and weights: Apache-2.0.{terms}"
 
 
 def read_json(path: Path) -> dict:
@@ -229,11 +243,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} must hold a JSON object, got {type(content).__name__}.")
     return content
-
-
-def _class_names(config: dict, metrics: dict) -> list[str]:
-    names = (metrics.get("dataset") or {}).get("class_names")
-    return [str(n) for n in names or (config.get("id2label") or {}).values()]
 
 
 def _settings(settings: dict, prefix: str = "") -> list[list[str]]:

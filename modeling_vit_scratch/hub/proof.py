@@ -126,14 +126,9 @@ def _run_probe(job: dict, temporary: Path, endpoint: str, token: str | None) -> 
     try:
         done = subprocess.run(
             [sys.executable, "-c", Path(probe.__file__).read_text(encoding="utf-8")],
-            input=json.dumps(job),
-            text=True,
-            capture_output=True,
-            env=environment,
-            cwd=temporary / "elsewhere",
+            input=json.dumps(job), text=True, capture_output=True, env=environment, cwd=temporary / "elsewhere",
             timeout=LOADING_SECONDS,
-            check=False,
-        )
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise HubError(f"{job['repo']} did not load within {LOADING_SECONDS // 60} minutes.") from None
     if done.returncode:

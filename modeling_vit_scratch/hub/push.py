@@ -129,15 +129,8 @@ def push_folder(
             except HfHubHTTPError as error:
                 if _status(error) not in (409, 412) or attempt == 2:
                     raise
-    return Pushed(
-        repo_id=repo_id,
-        commit=commit.oid,
-        changed=commit.oid != head.sha,
-        url=str(commit.commit_url),
-        pr_url=commit.pr_url,
-        files=contents.files,
-        left_out=contents.left_out,
-    )
+    changed, url = commit.oid != head.sha, str(commit.commit_url)
+    return Pushed(repo_id, commit.oid, changed, url, commit.pr_url, contents.files, contents.left_out)
 
 
 def _head(api: HfApi, repo_id: str, revision: str | None, create_branch: bool):
