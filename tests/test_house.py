@@ -117,7 +117,7 @@ def test_files_that_the_readme_names_exist():
 
 def test_tests_that_the_readme_names_exist():
     named = re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text())
-    defined = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    defined = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert named
     assert [name for name in named if f"def {name}(" not in defined] == []
 

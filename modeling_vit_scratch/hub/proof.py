@@ -69,7 +69,7 @@ def verify_repo(
         source = Path(folder or pulled)
         job = _job(temporary, ViTScratchConfig.from_pretrained(source))
         theirs = _run_probe({**job, "repo": repo_id, "revision": commit}, temporary, api.endpoint, token or get_token())
-        ours = probe.compute(str(source), **job)  # the Auto classes take this package's own, which it has registered
+        ours = probe.compute(str(source), **job, trust_remote_code=False)  # by the classes that this package registers
     reference = str(folder) if folder else "the same weights in this package"
     for key, tensor in ours.items():
         if tensor.dtype != theirs[key].dtype or not torch.equal(tensor, theirs[key]):
