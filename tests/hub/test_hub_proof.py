@@ -17,9 +17,9 @@ from PIL import Image
 from runs import SCRIPTS, load_script
 from safetensors.torch import load_file, save_file
 
-from modeling_vit_scratch import ViTScratchForImageClassification
+from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
 from modeling_vit_scratch.configuration_vit_scratch import AUTO_MAP
-from modeling_vit_scratch.hub import HubError, push_folder, verify_repo
+from modeling_vit_scratch.hub import HubError, push_folder, verify_repo, write_model_card
 
 PULL = """
 import hashlib, io, json, re, sys
@@ -153,6 +153,17 @@ def test_verify_where_the_config_says_tuples(folder, hub):
         "logits",
         "image_logits",
     }
+
+
+@pytest.mark.slow
+def test_verify_a_pretrained_model(folder, hub):
+    config = make_model().config
+    config.encoder_stride = config.patch_size
+    ViTScratchForMaskedImageModeling(config).save_pretrained(folder)
+    write_model_card(folder)
+    push_folder(folder, "me/x")
+    assert b"pre-trained" in hub.files("me/x")["README.md"]
+    assert set(verify_repo("me/x", folder=folder).shapes) == {"last_hidden_state"}
 
 
 DATA = """
