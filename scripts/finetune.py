@@ -30,8 +30,7 @@ from transformers import HfArgumentParser
 
 from modeling_vit_scratch import cli
 from modeling_vit_scratch.data.sources import CIFAR10, DIGITS, default_dataset
-from modeling_vit_scratch.hub import HubError
-from modeling_vit_scratch.model_card import mask_tokens
+from modeling_vit_scratch.hub import HubError, mask_tokens
 from modeling_vit_scratch.training import DataArguments, ImageTrainingArguments, ModelArguments, finetune, pretrain
 from modeling_vit_scratch.training.arguments import MASKED
 from modeling_vit_scratch.training.defaults import advice, choose_settings, look_at

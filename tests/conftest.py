@@ -6,8 +6,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hub_server import hub  # noqa: F401
 
+# The helpers that tests in every folder import: runs, colours, hub_server, hub_folders.
+sys.path.insert(0, str(Path(__file__).parent))
 # Behind all else, so that a script named like a package would be found out (tests/test_house.py).
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
@@ -18,6 +19,8 @@ if PEERS:
     sys.path.append(PEERS)
 
 from benchmarking import peers  # noqa: E402  beside a torchvision that does not import, transformers does only after this
+from hub_folders import folder, made, no_waiting  # noqa: E402, F401
+from hub_server import hub  # noqa: E402, F401
 
 
 def pytest_configure():

@@ -5,7 +5,6 @@ import importlib.util
 import re
 from pathlib import Path
 
-import conftest
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +26,7 @@ WINGS = {
     "conversion": [
         "layouts", "reading", "recognition", "planning", "loading", "processors", "exporting", "proof",
     ],
-    "hub": ["model_card", "folder", "push", "callback", "proof"],
+    "hub": ["masking", "model_card", "folder", "push", "callback", "probe", "proof"],
     "evaluation": ["tables", "metrics", "inference", "reports"],
     "plots": ["drawing", "analysis", "model", "runs", "speed", "sight"],
     "training": [
@@ -68,6 +67,10 @@ def imports(path: Path) -> tuple[list[tuple[str, str | None, str]], set[str]]:
     return found, others
 
 
+def is_attribute_of(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name
+
+
 def test_every_room_has_its_place():
     for wing, names in WINGS.items():
         assert {path.stem for path in (PACKAGE / wing).glob("*.py")} - {"__init__"} == set(names), wing
@@ -89,7 +92,10 @@ def test_arrows_point_down(room):
             continue
         assert target in below, f"imports {name} of {target}"
         assert target in SEALED or not name.startswith("_"), f"imports {name}, which is {target}'s own"
-        if target in WINGS and name != part:
+        if target == name:  # the wing itself: through its doors
+            used = {node.attr for node in ast.walk(ast.parse(room.read_text())) if is_attribute_of(node, name)}
+            assert used <= set(doors(name)), f"{used - set(doors(name))} are no doors of {name}"
+        elif target in WINGS and name != part:
             assert (name in doors(target)) == (part is None), f"imports {name} of {target} by another way than its door"
 
 
@@ -139,7 +145,7 @@ def test_files_that_the_readme_names_exist():
 
 def test_tests_that_the_readme_names_exist():
     named = re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text())
-    defined = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    defined = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert named
     assert [name for name in named if f"def {name}(" not in defined] == []
 
@@ -201,8 +207,9 @@ def test_ci_checks_the_runs_that_it_makes():
     assert f'python .ci/skips.py README.md "{written[0]}" "{written[1]}"' in text.splitlines()[-1]
 
 
-def test_peers_that_do_not_import_stop_the_tests(monkeypatch):
+def test_peers_that_do_not_import_stop_the_tests(monkeypatch, pytestconfig):
     """Where CI says that they are there, no test may skip for want of them."""
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
     monkeypatch.setattr(conftest, "PEERS", "somewhere")
     monkeypatch.setattr(conftest.peers, "REASONS", {"timm": "No module named 'timm'"})
     with pytest.raises(pytest.UsageError, match=r"VIT_SCRATCH_PEERS=somewhere, but from there.*timm"):

@@ -5,7 +5,8 @@
     records       encoded images and checked labels of each split; how validation is cut from train
     splits        decoded once, or image by image in worker processes: uint8 (C, H, W) and a label
     streaming     the same of a dataset that outgrows the disk
-    augmentation  a batch, uint8 (B, C, H, W), becomes floating point, cropped, flipped, normalised (rand_augment too)
+    augmentation  a batch, uint8 (B, C, H, W), becomes floating point: cropped, flipped, mixed, normalised
+    rand_augment  RandAugment's operations on such a batch
     doctor        what is wrong with a dataset: duplicates, leaks, unbalanced classes; and its fingerprint
     cuts          which images a run held out, read back from its folder and proved by the fingerprint
 

@@ -3,6 +3,8 @@
     arguments     the options, and what resuming may change of them
     defaults      settings that suit the data, for what nobody named
     run           all of them settled once: folder, data, model, processor, augmentation, trainer
+    models        the model of a run: new, or trained before; and its image processor
+    schedule      steps of a run, and the learning rate along them
     budget        how many steps fit into a time budget
     finetuning    the acts of a run with labels: set up, look, train, measure, report
     pretraining   the same without labels: masked image modelling

@@ -2,7 +2,7 @@
 
 import json
 
-from .. import hub, model_card, plots
+from .. import hub, plots
 from ..data import inspect_splits
 from ..data.doctor import sample_sheet
 from ..data.sources import public_name
@@ -136,7 +136,7 @@ def report(run: Run, metrics: dict):
     (folder / "plots").mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / "plots" / f"{name}.png", dpi=110)
-    model_card.write_model_card(folder)
+    hub.write_model_card(folder)
     shown = {}
     for split, part in measured.items():
         flipped = f"; with mirror images {part['flip_tta_accuracy']:.2%}" if "flip_tta_accuracy" in part else ""

@@ -5,7 +5,6 @@
 """
 
 import json
-from pathlib import Path
 
 import torch
 from torch.utils.data import default_collate
@@ -14,6 +13,7 @@ from transformers import ViTImageProcessorPil
 from .. import plots
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.augmentation import draw_mask, normalize
+from ..hub import write_model_card
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling
 from .arguments import MASKED, DataArguments, ImageTrainingArguments, ModelArguments
 from .models import load_trained, make_config, make_processor
@@ -168,29 +168,6 @@ def measure(run: Run) -> dict:
     return {"validation": {"examples": len(held_out), "loss": loss}}
 
 
-def _write_card(folder: Path, metrics: dict):
-    """The folder's README: what this is, how good it is, and how to go on."""
-    data, training = metrics["dataset"], metrics["training"]
-    front = {"license": "apache-2.0", "library_name": "transformers", "pipeline_tag": "image-feature-extraction"}
-    lines = [f"{name}: {value}" for name, value in front.items()]
-    (folder / "README.md").write_text(
-        "---\n" + "\n".join(lines) + "\n---\n\n"
-        f"# Vision Transformer, pre-trained on {data['name']} without labels\n\n"
-        "Masked image modelling after [SimMIM](https://arxiv.org/abs/2111.09886): "
-        f"{training['mask_ratio']:.0%} of an image is hidden, in squares of {training['mask_patch_size'][0]} pixels, "
-        "and the model paints it.\n\n"
-        f"- **Parameters:** {metrics['model']['parameters']:,}\n"
-        f"- **Data:** {data['name']}: {data['splits']['train']:,} images, fingerprint `{data['fingerprint']}`\n"
-        f"- **Mean error of hidden pixels on {metrics['validation']['examples']:,} images held out:** "
-        f"{metrics['validation']['loss']:.4f} standard deviations\n"
-        f"- **Training:** {training['epochs']:g} epochs, {metrics['time']['train_seconds']:.0f} s\n\n"
-        "![Reconstructions](plots/reconstructions.png)\n\n"
-        "Fine-tune it on images with labels:\n\n```bash\n"
-        "python scripts/finetune.py --model_name_or_path FOLDER --dataset_name ...\n```\n\n"
-        f"The command:\n\n```bash\n{metrics['command']}\n```\n"
-    )
-
-
 @torch.no_grad()
 def report(run: Run, metrics: dict):
     """Write what people look at: numbers, curve, reconstructions, card; say the result."""
@@ -208,7 +185,7 @@ def report(run: Run, metrics: dict):
     if logged:
         curves = plots.plot_training_curves(folder / "history.csv", plots.LOSSES[MASKED])
         curves.savefig(folder / "plots" / "training_curves.png", dpi=110)
-    _write_card(folder, metrics)
+    write_model_card(folder)
     loss, seconds = metrics["validation"]["loss"], metrics["time"]
     shown = {
         "validation loss": f"{loss:.4f} standard deviations from each hidden pixel, {len(dataset):,} images",

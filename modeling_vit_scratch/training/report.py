@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import transformers
 
-from .. import model_card
 from ..data.splits import DecodedImages
+from ..hub import public_command
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from .arguments import ImageTrainingArguments
 from .models import flops_per_image
@@ -152,7 +152,7 @@ def describe_machine(run: Run) -> dict:
             "transformers": transformers.__version__,
             "accelerate": accelerate.__version__,
         },
-        "command": model_card.public_command(shlex.join(["python", *sys.argv]), run.data_name),
+        "command": public_command(shlex.join(["python", *sys.argv]), run.data_name),
     }
 
 

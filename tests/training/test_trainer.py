@@ -14,7 +14,7 @@ import torch
 from runs import RANDOM, fork_run, load_script, options, wait_all
 from transformers import Trainer
 
-from modeling_vit_scratch import hub
+from modeling_vit_scratch.hub.callback import take_snapshot
 from modeling_vit_scratch.plots.runs import read_history
 from modeling_vit_scratch.training import ImageTrainer, checkpoints
 from modeling_vit_scratch.training import output as output_module
@@ -180,7 +180,7 @@ def test_a_push_of_a_checkpoint_has_the_averaged_weights_alone(tmp_path):
     assert finetune.main(options(tmp_path, ema_decay=0.9)) == 0
     checkpoint = tmp_path / "checkpoint-10"
     assert (checkpoint / TRAINED_WEIGHTS).is_file()
-    snapshot = hub._snapshot(checkpoint, "Training is still going on.")
+    snapshot = take_snapshot(checkpoint, "Training is still going on.")
     assert [path.name for path in snapshot.glob("*.safetensors")] == ["model.safetensors"]
 
 

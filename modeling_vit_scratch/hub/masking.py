@@ -1,0 +1,77 @@
+"""What must not be seen: tokens, and paths of this machine, taken out of texts and command lines."""
+
+import re
+import shlex
+from pathlib import Path
+
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LOCAL_PATH = re.compile(r"(?:[/~]|\.{1,2}(?:[/\\]|$)|[A-Za-z]:[/\\]|\\\\)")
+_TOKEN_FLAG = re.compile(r"--?[\w-]*token")
+
+
+def redact(text: str, token: str | None = None) -> str:
+    """The text with everything that looks like a Hub token, and the given one, masked."""
+    if token:
+        text = text.replace(token, "***")
+    return _TOKEN.sub("***", text)
+
+
+def is_token_flag(word: str) -> bool:
+    """Whether a word of a command line is an option whose value is a token."""
+    return bool(_TOKEN_FLAG.fullmatch(word))
+
+
+def mask_tokens(words: list[str]) -> list[str]:
+    """A command line's words with `***` in place of what is given to an option of a token, or looks like one."""
+    masked, follows = [], False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if follows:
+            masked.append("***")
+        else:
+            masked.append(f"{flag}=***" if equals and is_token_flag(flag) else redact(word))
+        follows = is_token_flag(word) and not follows
+    return masked
+
+
+def public_text(text: str) -> str:
+    """The text with tokens masked and, if it is a path outside the working folder, only its last component."""
+    return redact(_last_component(text) if _LOCAL_PATH.match(text) else text)
+
+
+def public_dataset(name) -> tuple[str | None, str | None]:
+    """A data set's name as anybody may see it, and its Hub id; None for what there is not."""
+    if not isinstance(name, str) or not name.strip():
+        return None, None
+    if _HUB_ID.fullmatch(name) and not Path(name).exists():
+        return name, name
+    return redact(_last_component(name)), None
+
+
+def public_command(command: str, dataset_name: str | None = None) -> str:
+    """A command line as anybody may see it: tokens masked, paths outside the working folder cut to their last part.
+
+    Args:
+        command: The command line, quoted as for a shell.
+        dataset_name: An argument to shorten even if it is a path below the working folder.
+    """
+    shown_name, _ = public_dataset(dataset_name)
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    public = []
+    for word in mask_tokens(words):
+        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        if shown_name and value == dataset_name:
+            value = shown_name
+        elif value != "***":
+            value = public_text(value)
+        public.append(flag + equals + (value if value == "***" or not value else shlex.quote(value)))
+    return " ".join(public).replace("```", "")
+
+
+def _last_component(path: str) -> str:
+    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..", "~")]
+    return parts[-1] if parts else "local folder"

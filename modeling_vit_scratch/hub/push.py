@@ -1,0 +1,205 @@
+"""A folder becomes one commit on the Hub, or nothing does.
+
+`HfApi.create_commit` does the work. Why not `upload_folder`: where hf_xet is installed it cuts a large folder into
+several commits, and nobody can ask between its upload and its commit whether the push is still wanted.
+"""
+
+import contextlib
+import fnmatch
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import _http
+
+from .folder import FolderError, check_folder
+from .masking import redact
+from .model_card import REPO_PLACEHOLDER
+
+# Seconds without one byte from the server before a push gives up; huggingface_hub itself would wait forever.
+TIMEOUT_SECONDS = 120.0
+# Files of a run that describe its weights: those of an earlier push go when they are not in the new one.
+OWNED = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "metrics.json", "history.csv", "predictions*",
+    "plots/*",
+)  # fmt: skip
+
+
+class HubError(RuntimeError):
+    """A push or a check that failed on the way to the Hub or back; its text holds no token."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A finished push: `commit` is the full hash, `changed` is False if the repository was up to date already."""
+
+    repo_id: str
+    commit: str
+    changed: bool
+    url: str
+    pr_url: str | None = None
+    files: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def prepare_repo(repo_id: str, private: bool = False, token: str | None = None) -> str:
+    """Create the repository if there is none, and find out early whether this token may write to it.
+
+    Args:
+        repo_id: `owner/name`, or `name` for one of the token's owner.
+        private: Whether nobody else may see it. An existing public repository is then refused.
+        token: None for the saved login.
+
+    Returns:
+        The full id.
+
+    Raises:
+        HubError: No access, no connection, or a public repository where a private one was asked for.
+    """
+    with hub_errors(repo_id, token, "was not prepared"):
+        return _create_repo(HfApi(token=token), repo_id, private)
+
+
+def _create_repo(api: HfApi, repo_id: str, private: bool) -> str:
+    repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise HubError(f"{repo_id} exists and is public; make it private in its settings, or push without private.")
+    return repo_id
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str = "Upload model",
+    wanted: Callable[[], bool] = lambda: True,
+) -> Pushed:
+    """Push a folder to the Hub in one commit, or not at all; without changes no commit is made.
+
+    The repository and, if named, the branch are created if there are none. Weights, metrics and plots of an earlier
+    push that are not in this folder go in the same commit. In the pushed card the repository's id takes its place.
+
+    Args:
+        folder: A folder that `check_folder` accepts.
+        repo_id: `owner/name`, or `name` for one of the token's owner.
+        private: Whether nobody else may see a new repository. An existing public one is then refused.
+        revision: Branch to push to; None for the default one.
+        create_pr: Whether to open a pull request instead of committing.
+        token: None for the saved login.
+        commit_message: First line of the commit.
+        wanted: Asked when all is uploaded; if the answer is no, nothing is committed.
+
+    Raises:
+        FolderError: The folder would not load; nothing was sent.
+        HubError: The server refused or was not reached, or the push was no longer wanted. The repository is unchanged
+            or, if only the last answer was lost, complete; the folder is untouched. Pushing again is safe.
+    """
+    folder = Path(folder)
+    contents = check_folder(folder, token or get_token())
+    with hub_errors(repo_id, token, "was not pushed"):
+        api = HfApi(token=token)
+        repo_id = _create_repo(api, repo_id, private)
+        for attempt in range(3):
+            head = _head(api, repo_id, revision, create_branch=not create_pr)
+            additions = [_addition(folder, name, repo_id) for name in contents.files]
+            remote = {sibling.rfilename for sibling in head.siblings or []} - set(contents.files)
+            stale = [name for name in sorted(remote) if any(fnmatch.fnmatch(name, pattern) for pattern in OWNED)]
+            api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False)
+            ignored = [addition.path_in_repo for addition in additions if getattr(addition, "_should_ignore", False)]
+            if ignored:
+                raise HubError(f"{repo_id} was not pushed: its .gitignore leaves out {', '.join(ignored)}.")
+            if not wanted():
+                raise HubError(f"{repo_id} was not pushed: a newer push came first.")
+            try:
+                commit = api.create_commit(
+                    repo_id,
+                    additions + [CommitOperationDelete(path_in_repo=name) for name in stale],
+                    commit_message=commit_message,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=head.sha,  # what did not change is not sent, so nothing else may change meanwhile
+                )
+                break
+            except HfHubHTTPError as error:
+                if _status(error) not in (409, 412) or attempt == 2:
+                    raise
+    changed, url = commit.oid != head.sha, str(commit.commit_url)
+    return Pushed(repo_id, commit.oid, changed, url, commit.pr_url, contents.files, contents.left_out)
+
+
+def _head(api: HfApi, repo_id: str, revision: str | None, create_branch: bool):
+    """The commit that a push builds on; a branch that is missing is made from the default one."""
+    try:
+        return api.model_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        if not create_branch or revision.startswith("refs/"):
+            raise
+    api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.model_info(repo_id, revision=revision)
+
+
+def _addition(folder: Path, name: str, repo_id: str) -> CommitOperationAdd:
+    content = folder / name
+    if name == "README.md":
+        content = content.read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo_id).encode()
+    return CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+
+
+@functools.cache
+def give_up_on_silence():
+    """From now on this process's clients have a time-out: a server that accepts and never answers must not hold us.
+
+    It is set where clients are made, since huggingface_hub makes a new one when a connection fails. A factory that the
+    user has set, with proxies or certificates, goes on making them; a time-out that it sets stays.
+    """
+    make_client = _http._GLOBAL_CLIENT_FACTORY
+
+    def make_client_with_timeout():
+        client = make_client()
+        if client.timeout.read is None:
+            client.timeout = TIMEOUT_SECONDS
+        return client
+
+    set_client_factory(make_client_with_timeout)
+
+
+@contextlib.contextmanager
+def hub_errors(repo_id: str, token: str | None, what: str) -> Iterator[None]:
+    """Talk to the Hub: whatever goes wrong becomes one HubError, without tokens and the chain that may hold one.
+
+    Args:
+        repo_id: Begins the error's text.
+        token: Masked in it, like the saved login's.
+        what: Follows the id, e.g. "was not pushed".
+    """
+    give_up_on_silence()
+    try:
+        yield
+    except (HubError, FolderError):
+        raise
+    except Exception as error:
+        text = f"{repo_id} {what}: "
+        if _status(error) in (401, 403) or isinstance(error, RepositoryNotFoundError):
+            text += "it does not exist, or this token may not do that; check the id, and log in with `hf auth login`. "
+        elif _status(error) is None and not isinstance(error, ValueError):
+            text += f"{HfApi().endpoint} does not answer as it should; nothing is lost, and calling again is safe. "
+        raise HubError(redact(text + _one_line(error), token or get_token())[:1000]) from None
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _one_line(error: BaseException | None) -> str:
+    """An error and its causes, five at most, in one line."""
+    texts = []
+    while error is not None and len(texts) < 5:
+        texts.append(f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": "))
+        error = error.__cause__
+    return " <- ".join(texts)

@@ -1,0 +1,117 @@
+"""The model card: everything that the files say, nothing else, and nothing private."""
+
+import re
+import shutil
+
+import pytest
+import yaml
+from hub_folders import CLASSES, METRICS, edit_json, write_metrics
+from hub_server import TOKEN, WRONG_TOKEN
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from modeling_vit_scratch.hub import write_model_card
+
+
+def test_card_says_what_the_files_say(folder):
+    card = ModelCard.load(write_model_card(folder))
+    head = yaml.safe_load(card.content.split("---")[1])
+    assert head["license"] == "apache-2.0" and head["library_name"] == "transformers"
+    assert head["pipeline_tag"] == "image-classification" and "image-classification" in head["tags"]
+    assert head["datasets"] == ["uoft-cs/cifar10"]
+    (result,) = head["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "uoft-cs/cifar10", "type": "uoft-cs/cifar10", "split": "test"}
+    assert [(m["type"], m["value"]) for m in result["metrics"]] == [("accuracy", 0.6184), ("top5_accuracy", 0.9534)]
+    for text in (
+        "| test | 10,000 | 61.84 % | 95.34 % | 1.2345 |",
+        "| validation | 5,000 | 61.23 % | 95.12 % | 1.2500 |",
+        "847,626", "12,345,678", "45,000 train, 5,000 validation, 10,000 test images", "airplane, cat, dog",
+        "| `augmentation.horizontal_flip` | 0.5 |", "5 min 0 s", "4 min 50 s", "A processor, 2 cores", "2.13.0",
+        "python scripts/finetune.py --num_train_epochs 8", "trust_remote_code=True", "revision=revision",
+        "38.16 % of the test images", "71.00 % of airplane is recognised, but 42.00 % of cat",
+    ):  # fmt: skip
+        assert text in card.text, text
+    shown = re.findall(r"\]\(plots/(\w+)\.png\)", card.text)
+    assert shown == ["training_curves", "confusion_matrix", "another"]
+
+
+def test_card_code_runs_where_the_config_says_tuples(folder):
+    edit_json("config.json", return_dict=False)(folder)
+    code = re.search(r"```python\n(.*?)```", ModelCard.load(write_model_card(folder)).text, re.S)[1]
+    code = re.sub("repo = .*", f"repo = {str(folder)!r}", re.sub("revision = .*", "revision = None", code))
+    # Some versions of transformers export it only beside torchvision.
+    code = code.replace("import AutoImageProcessor, ", "import ")
+    names = {"AutoImageProcessor": AutoImageProcessor}
+    exec(code, names)
+    assert {answer["label"] for answer in names["classify"](Image.new("RGB", (20, 20)))} == set(CLASSES)
+
+
+def test_card_invents_nothing(folder):
+    shutil.rmtree(folder / "plots")
+    write_metrics(folder, test=None, training={}, time=None, model=None, environment=None, command=None)
+    card = ModelCard.load(write_model_card(folder))
+    assert "model-index" not in card.content and "metrics" not in card.data.to_dict()
+    assert "not measured on a test split" in card.text and "61.23 %" in card.text
+    for text in ("| test |", "parameters", "FLOPs", "plots/", "## Training", "None", "nan"):
+        assert text not in card.text, text
+    (folder / "metrics.json").unlink()
+    card = ModelCard.load(write_model_card(folder))
+    assert "No results were saved" in card.text and "datasets" not in card.data.to_dict()
+    assert not re.search(r"\d %", card.text)
+
+
+@pytest.mark.parametrize(
+    "name", ["/home/zoe9/secret client/cifar10", "../secret client/cifar10", "~/secret client/cifar10"]
+)
+def test_card_leaks_no_path_and_no_token(folder, name):
+    command = (
+        f"/home/zoe9/venv/bin/python scripts/finetune.py --dataset_name '{name}' --hub_token {TOKEN} --token=abc "
+        f"--output_dir=/home/zoe9/runs/x --note {WRONG_TOKEN}"
+    )
+    write_metrics(folder, command=command, dataset={**METRICS["dataset"], "name": name}, training={"hub_token": TOKEN})
+    text = write_model_card(folder).read_text()
+    for secret in ("zoe9", "secret", TOKEN, WRONG_TOKEN, "abc", "datasets:", "huggingface.co/datasets"):
+        assert secret not in text, secret
+    assert "trained on cifar10" in text and "--dataset_name cifar10" in text and "--output_dir=x" in text
+    assert yaml.safe_load(text.split("---")[1])["model-index"][0]["results"][0]["dataset"]["type"] == "cifar10"
+
+
+def test_card_of_a_local_folder_that_looks_like_a_hub_id(folder, monkeypatch):
+    (folder / "data" / "cifar10").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    write_metrics(folder, dataset={"name": "data/cifar10"}, command="python finetune.py --dataset_name data/cifar10")
+    text = write_model_card(folder).read_text()
+    assert "datasets:" not in text and "data/cifar10" not in text and "--dataset_name cifar10" in text
+
+
+def test_card_of_a_pretrained_model(folder):
+    """It says what pre-training measured, and nothing of classes, which the model does not know."""
+    edit_json("config.json", architectures=["ViTScratchForMaskedImageModeling"])(folder)
+    write_metrics(
+        folder,
+        task="masked-image-modeling",
+        dataset={"name": "/home/zoe9/secret/images", "splits": {"train": 1200}, "fingerprint": "f00"},
+        training={"epochs": 8.0, "mask_ratio": 0.6, "mask_patch_size": [8, 8]},
+        validation={"examples": 300, "loss": 0.51237},
+        test=None,
+        command=f"python scripts/finetune.py --dataset_name /home/zoe9/secret/images --hub_token {TOKEN}",
+    )
+    Image.new("RGB", (4, 4)).save(folder / "plots" / "reconstructions.png")
+    card = ModelCard.load(write_model_card(folder))
+    assert card.data.pipeline_tag == "image-feature-extraction" and "image-classification" not in card.data.tags
+    assert card.data.license == "apache-2.0" and card.data.library_name == "transformers" and not card.data.eval_results
+    for text in (
+        "# Vision Transformer, pre-trained on images without labels",
+        "60% of an image is hidden, in squares of 8x8 pixels, and the model paints it",
+        "**Parameters:** 847,626", "**Data:** images: 1,200 train images", "`f00`",
+        "hidden pixels on 300 images held out: 0.5124 standard deviations", "| `mask_ratio` | 0.6 |", "5 min 0 s",
+        "scripts/finetune.py --model_name_or_path FOLDER", "--dataset_name images --hub_token ***",
+    ):  # fmt: skip
+        assert text in card.text, text
+    assert re.findall(r"\]\(plots/(\w+)\.png\)", card.text)[0] == "reconstructions"
+    for text in ("zoe9", TOKEN, "Classes", "AutoModelForImageClassification", "top-1"):
+        assert text not in card.content, text
+    (folder / "metrics.json").unlink()
+    card = ModelCard.load(write_model_card(folder))
+    assert "No results were saved" in card.text and "a part of an image is hidden and the model paints it" in card.text
