@@ -7,7 +7,7 @@ import torch
 from runs import load_script
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, export
 from modeling_vit_scratch.data import load_split
 
 script = load_script("export")
@@ -16,7 +16,7 @@ FIELDS = {
     "patch_size": 8, "num_channels": 1,
 }  # fmt: skip
 needs_onnx = pytest.mark.skipif(
-    not all(script.importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
+    not all(export.importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="pip install 'modeling_vit_scratch[export]'",
 )
 
@@ -147,8 +147,8 @@ def test_a_file_that_computes_something_else_is_not_kept(trained, formats, tmp_p
     other = save(ViTScratchForImageClassification(ViTScratchConfig(**FIELDS, num_labels=10)), tmp_path / "other")
     with torch.no_grad():
         other.classifier.bias += 2e-4
-    write = script.write_files
-    monkeypatch.setattr(script, "write_files", lambda module, *rest: write(script.Logits(other), *rest))
+    write = export.write_files
+    monkeypatch.setattr(export, "write_files", lambda module, *rest: write(export.Logits(other), *rest))
     status, output, said = run(capsys, folder, tmp_path / "out", "--formats", *formats, "--repeats", 1)
     assert (status, output) == (1, "")
     assert "2.0e-04, where 0.0001 is allowed; nothing was written" in said
@@ -187,8 +187,8 @@ def test_a_model_of_another_library_and_one_without_classes(tmp_path, capsys):
 
 def test_without_the_extra(trained, tmp_path, capsys, monkeypatch):
     _, folder = trained
-    find = script.importlib.util.find_spec
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    find = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     status, _, said = run(capsys, folder, tmp_path / "out")
     assert status == 2
     assert "onnxscript" in said and "modeling_vit_scratch[export]" in said and len(said.splitlines()) == 1

@@ -21,7 +21,7 @@ from .metrics import (
 )
 from .tables import shorten, text_table
 
-# -- numbers of answers ----------------------------------------------------------------------------------------------
+# -- numbers of answers ------------------------------------------------------------------------------------------------
 
 
 def measure(probabilities: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str]) -> dict:
