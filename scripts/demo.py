@@ -1,4 +1,4 @@
-"""Open a page where you drop a picture and watch the model look at it.
+"""Open a page where you drop an image and watch the model look at it.
 
 python scripts/demo.py
 python scripts/demo.py --model google/vit-base-patch16-224 --examples photos/
@@ -19,21 +19,18 @@ import functools
 import os
 import socket
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from modeling_vit_scratch import cli, plots
 from modeling_vit_scratch.conversion import PACKAGED_MODEL
-from modeling_vit_scratch.data.sources import load_image
 from modeling_vit_scratch.evaluation import Predictor
-from modeling_vit_scratch.evaluation.inference import find_pictures
+from modeling_vit_scratch.evaluation.inference import find_images
+from modeling_vit_scratch.plots.views import SHOWN_SIDE, enlargement, view_image
 
 PROGRAM = "demo.py"
-EXAMPLES = Path(__file__).parent / "pictures" / "examples"  # test pictures of CIFAR-10 (JPEG copy)
-SIDE = 448  # pixels, about, of what is shown
+EXAMPLES = Path(__file__).parent / "pictures" / "examples"  # test images of CIFAR-10 (JPEG copy)
 MAX_UPLOAD = "50mb"
 CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
@@ -66,60 +63,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-@dataclass
-class Look:
-    """What the model makes of a picture.
-
-    Args:
-        shown: The picture to draw maps over, uint8 (C, H', W').
-        pixels: The picture as the model gets it, uint8 (C, H, W).
-        answers: The likeliest classes and their probabilities; empty without a classifier.
-        rollout: (h, w), see `plots.patch_map`.
-        heads: (L, A, h, w), likewise.
-        seconds: The model took, and all took.
-    """
-
-    shown: torch.Tensor
-    pixels: torch.Tensor
-    answers: dict[str, float]
-    rollout: torch.Tensor
-    heads: torch.Tensor
-    seconds: tuple[float, float]
-
-
-def look(predictor: Predictor, path: str) -> Look:
-    """Show the model a picture.
-
-    Raises:
-        ValueError: The picture cannot be read.
-    """
-    started = time.perf_counter()
-    config = predictor.config
-    image = load_image(path, config.num_channels)
-    pixels = predictor.pixels([image])
-    shown = predictor.pixels([image], enlarge=enlargement(config))[0]
-    before = time.perf_counter()
-    output = predictor(pixels, output_attentions=True)
-    probabilities = predictor.probabilities(output.logits)[0].cpu()
-    seconds = time.perf_counter() - before
-    where = config.grid_hw, config.num_prefix_tokens, config.pooling
-    best = probabilities.topk(min(5, config.num_labels)) if predictor.can_classify else None
-    names = predictor.class_names
-    return Look(
-        shown,
-        pixels[0],
-        {} if best is None else {names[i]: p for p, i in zip(*(part.tolist() for part in best), strict=True)},
-        plots.patch_map(plots.attention_rollout(output.attentions), *where)[0].cpu(),
-        torch.stack([plots.patch_map(maps, *where)[0].cpu() for maps in output.attentions]),
-        (seconds, time.perf_counter() - started),
-    )
-
-
-def enlargement(config) -> int:
-    """Pixels shown, on a side, for each that the model gets."""
-    return max(1, round(SIDE / max(config.image_hw)))
-
-
 def import_gradio():
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     try:
@@ -135,8 +78,10 @@ def build(predictor: Predictor, examples: list[str]):
     config = predictor.config
     L, A = config.num_hidden_layers, config.num_attention_heads
     (H, W), (height, width), (h, w) = config.image_hw, config.patch_hw, config.grid_hw
-    enlarge, gap = enlargement(config), max(2, SIDE // (24 * max(h, w)))
-    remembered = functools.lru_cache(maxsize=64)(lambda path: look(predictor, path))  # sliders ask again and again
+    enlarge, gap = enlargement(config), max(2, SHOWN_SIDE // (24 * max(h, w)))
+    remembered = functools.lru_cache(maxsize=64)(
+        lambda path: view_image(predictor, path)
+    )  # sliders ask again and again
 
     def answer(path: str | None, layer: int, head: int):
         if path is None:
@@ -146,7 +91,7 @@ def build(predictor: Predictor, examples: list[str]):
         except (ValueError, OSError) as error:
             text = f"This cannot be read as a picture: {str(error).replace(path, Path(path).name)}"
             gr.Warning(text, duration=None)
-            return None, None, None, None, text  # nothing of an earlier picture stays
+            return None, None, None, None, text  # nothing of an earlier image stays
         model_ms, all_ms = (1000 * part for part in found.seconds)
         return (
             found.answers or None,
@@ -224,7 +169,7 @@ def serve(arguments: argparse.Namespace, block: bool = True):
     predictor = cli.load_predictor(arguments, arguments.model)
     config = predictor.config
     predictor(torch.zeros(1, config.num_channels, *config.image_hw, dtype=torch.uint8))  # the first call is slow
-    found = list(find_pictures(arguments.examples or [str(EXAMPLES)]))
+    found = list(find_images(arguments.examples or [str(EXAMPLES)]))
     for name, wrong in found:
         if wrong:
             raise ValueError(f"--examples {name}: {wrong}.")

@@ -122,7 +122,7 @@ def attention_rollout(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
     return rollout
 
 
-def patch_map(
+def attention_on_grid(
     maps: torch.Tensor, grid_hw: tuple[int, int], num_prefix_tokens: int, pooling: str = "cls"
 ) -> torch.Tensor:
     """What the classifier looks at: the share of each patch, relative to an even share.

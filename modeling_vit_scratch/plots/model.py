@@ -229,7 +229,7 @@ def plot_attention_rollout(
 
     Args:
         images: n pictures (C, H, W), uint8, or floating point in [0, 1].
-        maps: (n, h, w), `patch_map` of an `attention_rollout`.
+        maps: (n, h, w), `attention_on_grid` of an `attention_rollout`.
         titles: A line for each picture, e.g. what the model said.
     """
     n = len(maps)
@@ -263,7 +263,7 @@ def plot_attention_heads(image: torch.Tensor, maps: torch.Tensor, title: str = "
 
     Args:
         image: (C, H, W), uint8, or floating point in [0, 1].
-        maps: (A, h, w), `patch_map` of a layer's attention maps.
+        maps: (A, h, w), `attention_on_grid` of a layer's attention maps.
         title: Which layer, say.
     """
     picture = as_pixels(image)
