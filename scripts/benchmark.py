@@ -77,11 +77,10 @@ from modeling_vit_scratch.data import Augmentation, inspect_splits, load_splits
 from modeling_vit_scratch.data.doctor import fingerprint
 from modeling_vit_scratch.data.sources import DIGITS, default_dataset
 from modeling_vit_scratch.data.splits import DecodedImages, collate
-from modeling_vit_scratch.plots import drawing as drawing_module
 from modeling_vit_scratch.training import ImageTrainer, ImageTrainingArguments, checkpoints
+from modeling_vit_scratch.training.models import flops_per_image, make_processor
 from modeling_vit_scratch.training.optimization import parameter_groups
-from modeling_vit_scratch.training.report import flops_per_image, hardware
-from modeling_vit_scratch.training.run import make_processor
+from modeling_vit_scratch.training.report import hardware
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 RECIPES = Path(__file__).parent / "recipes"
@@ -847,7 +846,7 @@ def run(args: argparse.Namespace) -> int:
             return 130
         results[section] = result
         (args.output / f"{section}.json").write_text(json.dumps(result, indent=1) + "\n")
-        drawing_module.save_figure(draw(result), args.output / section)
+        plots.save_figure(draw(result), args.output / section)
         if not args.json:
             print(f"{headline(section, where)}\n\n{show(result)}\n", flush=True)
     if args.json:

@@ -299,7 +299,7 @@ def run_default(url: str, home: Path, code: str) -> list[str]:
 # Says for how long the Hub's answer is waited for, and whether there was none by then; waits a second at most.
 WATCHED = """
 import threading, types, datasets, huggingface_hub
-from modeling_vit_scratch import sources
+from modeling_vit_scratch.data import sources
 
 class Thread(threading.Thread):
     def join(self, timeout=None):

@@ -12,6 +12,7 @@ from modeling_vit_scratch.data.records import Records
 from modeling_vit_scratch.data.sources import CIFAR10, DIGITS
 from modeling_vit_scratch.data.splits import LazyImages
 from modeling_vit_scratch.training import defaults
+from modeling_vit_scratch.training import models as models_module
 from modeling_vit_scratch.training import run as run_module
 from modeling_vit_scratch.training.defaults import Look, advice, choose_settings
 
@@ -84,7 +85,7 @@ def test_the_command_line_puts_a_recipes_length_and_architecture_out_of_force(tm
 
 def test_own_images_get_settings_that_suit_them(folder, capsys):
     model, _, args = parse("--dataset_name", folder)
-    config = run_module.make_config(model, ["cat", "dog"])
+    config = models_module.make_config(model, ["cat", "dog"])
     assert (config.image_hw, config.patch_hw, config.stem_channels) == ((64, 64), (8, 8), (16, 32, 64))
     assert (args.num_train_epochs, args.per_device_train_batch_size) == (defaults.MOST_EPOCHS, 32)
     assert "by the data: 18 training images of 2 classes, 75x100 pixels in the median" in args.settings_from
@@ -112,7 +113,7 @@ def test_every_choice_is_a_run(images, side):
     look = Look(images, 10, (side, side + 7))
     settings = choose_settings(look)
     model, _, args = finetune.parse([*finetune.as_options(settings), "--dataset_name", "digits", "--use_cpu", "True"])
-    config = run_module.make_config(model, [str(i) for i in range(10)])
+    config = models_module.make_config(model, [str(i) for i in range(10)])
     assert config.grid_hw == (8, 8) and defaults.FEWEST_EPOCHS <= args.num_train_epochs <= defaults.MOST_EPOCHS
     with torch.device("meta"):
         parameters = ViTScratchForImageClassification(config).num_parameters()
@@ -131,8 +132,8 @@ def crops_of(monkeypatch):
         keys.append(key)
         return 0, 0, *size
 
-    for module in ("data", "streaming"):
-        monkeypatch.setattr(f"modeling_vit_scratch.{module}.crop_box", note)
+    for module in ("splits", "streaming"):
+        monkeypatch.setattr(f"modeling_vit_scratch.data.{module}.crop_box", note)
     return keys
 
 

@@ -10,63 +10,109 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_vit_scratch"
-MODEL = {"modeling_vit_scratch", "configuration_vit_scratch"}
-# Which rooms a room may import; arrows point one way.
-# fmt: off
-ARROWS = {
-    "configuration_vit_scratch": set(),
-    "modeling_vit_scratch": {"configuration_vit_scratch"},
-    "augmentation": set(),
-    "metrics": set(),
-    "inference": {"conversion", "cuts", "data", "metrics"},
-    "cli": {"conversion", "cuts", "inference", "layouts"},
-    "checkpoints": set(),
-    "optimization": set(),
-    "plots": {"metrics"},
-    "sources": set(),
-    "data": {"augmentation", "sources"},
-    "streaming": {"augmentation", "data", "sources"},
-    "inspection": {"augmentation", "data", "streaming"},
-    "cuts": {"checkpoints", "data", "inspection", "sources", "streaming"},
-    "model_card": set(),
-    "hub": {"model_card", *MODEL},
-    "layouts": set(),
-    "conversion": {"checkpoints", "layouts", *MODEL},
-    "lora": {"checkpoints", *MODEL},
-    "pretraining": {
-        "arguments", "augmentation", "checkpoints", "data", "model_card", "plots", "trainer", "training", *MODEL,
-    },
-    "arguments": {"configuration_vit_scratch", "layouts", "optimization"},
-    "defaults": {"arguments", "data", "optimization"},
-    "trainer": {"augmentation", "checkpoints", "data", "lora", "metrics", "optimization", "streaming", *MODEL},
-    "training": {
-        "arguments", "augmentation", "checkpoints", "conversion", "data", "hub", "inspection", "lora", "metrics",
-        "model_card", "optimization", "plots", "streaming", "trainer", *MODEL,
-    },
-}
-# fmt: on
+# The floors of the house, from the ground: a wing, or a room outside of them, imports from the floors below its own.
+FLOORS = [
+    {"configuration_vit_scratch"},
+    {"modeling_vit_scratch"},
+    {"data"},
+    {"conversion", "hub"},
+    {"evaluation"},
+    {"plots"},
+    {"cli", "export"},
+    {"training"},
+]
+# Inside a wing, a room imports from those that stand before it.
+WINGS = {
+    "data": ["rand_augment", "augmentation", "sources", "columns", "records", "splits", "streaming", "doctor", "cuts"],
+    "conversion": [
+        "layouts", "reading", "recognition", "planning", "loading", "processors", "exporting", "proof",
+    ],
+    "hub": ["model_card", "folder", "push", "callback", "proof"],
+    "evaluation": ["tables", "metrics", "inference", "reports"],
+    "plots": ["drawing", "analysis", "model", "runs", "speed", "views", "figures"],
+    "training": [
+        "optimization", "arguments", "defaults", "checkpoints", "lora", "trainer", "output", "models", "schedule",
+        "budget", "run", "report", "finetuning", "pretraining",
+    ],
+}  # fmt: skip
+SEALED = {"configuration_vit_scratch", "modeling_vit_scratch"}
 
 
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """(rooms of this package, other top-level packages) that a file imports anywhere."""
-    rooms, others = set(), set()
+def rooms() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+def doors(wing: str) -> list[str]:
+    """What a wing's `__all__` names."""
+    for node in ast.parse((PACKAGE / wing / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"{wing} names no doors")
+
+
+def imports(path: Path) -> tuple[list[tuple[str, str | None, str]], set[str]]:
+    """What a file imports anywhere: (wing or room at the door, room of that wing or None, name), and other packages."""
+    found, others = [], set()
+    here = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             others |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
-            rooms |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
+            where = [*here[: len(here) + 1 - node.level], *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                steps = [*where, alias.name]
+                is_room = len(steps) > 1 and (PACKAGE / steps[0] / f"{steps[1]}.py").exists()
+                found.append((steps[0], steps[1] if is_room else None, alias.name))
         elif isinstance(node, ast.ImportFrom):
             others.add(node.module.partition(".")[0])
-    return rooms, others
+    return found, others
 
 
-def test_arrows_point_one_way():
-    rooms = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert rooms == set(ARROWS)
-    for room in rooms:
-        used, others = imports(PACKAGE / f"{room}.py")
-        assert used <= ARROWS[room], f"{room} imports {used - ARROWS[room]}"
-        assert "modeling_vit_scratch" not in others, f"{room} imports the package by its name"
+def test_every_room_has_its_place():
+    for wing, names in WINGS.items():
+        assert {path.stem for path in (PACKAGE / wing).glob("*.py")} - {"__init__"} == set(names), wing
+    at_the_door = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert at_the_door | set(WINGS) == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("room", rooms(), ids=lambda path: str(path.relative_to(PACKAGE).with_suffix("")))
+def test_arrows_point_down(room):
+    """To lower floors, and inside a wing to rooms before this one; through a wing's doors where it has one for it."""
+    wing = room.parent.name if room.parent != PACKAGE else room.stem
+    floor = next(i for i, names in enumerate(FLOORS) if wing in names)
+    below = set().union(*FLOORS[:floor])
+    found, others = imports(room)
+    assert "modeling_vit_scratch" not in others, "it imports the package by its name"
+    for target, part, name in found:
+        if target == wing:
+            assert part in WINGS[wing][: WINGS[wing].index(room.stem)], f"imports {name} of {part}"
+            continue
+        assert target in below, f"imports {name} of {target}"
+        assert target in SEALED or not name.startswith("_"), f"imports {name}, which is {target}'s own"
+        if target in WINGS and name != part:
+            assert (name in doors(target)) == (part is None), f"imports {name} of {target} by another way than its door"
+
+
+def test_no_name_of_one_room_that_begins_with_an_underscore_is_used_in_another():
+    for room in rooms():
+        for target, part, name in imports(room)[0]:
+            assert not name.startswith("_"), f"{room.stem} imports {name} of {part or target}"
+
+
+def test_rooms_and_functions_are_of_a_size_to_read():
+    for room in rooms():
+        text = room.read_text()
+        if room.stem != "modeling_vit_scratch":  # which tests/test_modeling.py looks at
+            assert len(text.splitlines()) <= 450, f"{room.name} is {len(text.splitlines())} lines long"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 90, f"{node.name} in {room.name} is longer than 90 lines"
+
+
+def test_each_wing_says_how_data_flow_through_it():
+    for wing, names in WINGS.items():
+        text = ast.get_docstring(ast.parse((PACKAGE / wing / "__init__.py").read_text()))
+        assert sorted(re.findall(r"^    (\w+)  ", text, re.MULTILINE)) == sorted(names), wing
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)

@@ -1,7 +1,6 @@
 """Muon against plain references, parameter groups, the weight average, and all of it in a run."""
 
 import json
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,8 @@ from modeling_vit_scratch.data import splits as splits_module
 from modeling_vit_scratch.data.augmentation import normalize
 from modeling_vit_scratch.training import ImageTrainer, ImageTrainingArguments, checkpoints, optimization
 from modeling_vit_scratch.training import budget as budget_module
-from modeling_vit_scratch.training import run as run_module
+from modeling_vit_scratch.training import models as models_module
+from modeling_vit_scratch.training import schedule as schedule_module
 from modeling_vit_scratch.training.arguments import parse_duration
 from modeling_vit_scratch.training.optimization import Muon, WeightAverage, orthogonalize, parameter_groups
 from modeling_vit_scratch.training.trainer import TRAINED_WEIGHTS
@@ -242,7 +242,7 @@ def test_augmentations_reach_the_model_and_stop_when_they_are_told(tmp_path, mon
     assert not any(batch["labels"].is_floating_point() for batch in seen[steps // 2 :])
     written = json.loads((tmp_path / "metrics.json").read_text())["training"]["augmentation"]
     assert written["rand_augment"] == 2 and written["until"]["mixup"] == 0.5
-    processor = run_module.make_processor(ViTScratchConfig.preset("showcase"))
+    processor = models_module.make_processor(ViTScratchConfig.preset("showcase"))
     splits = splits_module.load_splits("digits", processor, num_channels=3, max_train_samples=320)
     plain = normalize(splits.train.images, splits.mean, splits.std).flatten(1)
     last = seen[-1]["pixel_values"].flatten(1)
@@ -258,7 +258,7 @@ def test_flip_tta_stands_beside_the_plain_accuracy(tmp_path, capsys):
     assert metrics["test"]["accuracy"] == pytest.approx(sum(row[1] == row[2] for row in plain) / 64)
     model = ViTScratchForImageClassification.from_pretrained(tmp_path).eval()
     splits = splits_module.load_splits(
-        "digits", run_module.make_processor(model.config), num_channels=3, max_eval_samples=64
+        "digits", models_module.make_processor(model.config), num_channels=3, max_eval_samples=64
     )
     processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
     images = normalize(splits.test.images, processor["image_mean"], processor["image_std"])
@@ -285,7 +285,7 @@ def test_schedules_that_follow_a_metric_know_which_way_is_better(name, metric):
         "unused", use_cpu=True, lr_scheduler_type=name, metric_for_best_model=metric,
         lr_scheduler_kwargs={"patience": 1, "factor": 0.5},
     )  # fmt: skip
-    run_module._settle_schedule(args, 5)
+    schedule_module.settle_schedule(args, 5)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     schedule = get_scheduler(name, optimizer, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     for step in range(4):  # better each time
@@ -339,44 +339,6 @@ def test_a_time_budget_settles_the_steps_and_a_resumed_run_keeps_them(tmp_path, 
     assert "time_budget" in capsys.readouterr().err
 
 
-class TimedRun:
-    """What `steps_in_budget` asks of a trainer, on a clock of its own: the first step and batch are compiled."""
-
-    COMPILE, STEP, MEASURE_COMPILE, MEASURE = 20.0, 1.0, 5.0, 0.5
-
-    def __init__(self, **settings):
-        self.args = ImageTrainingArguments(
-            "unused", use_cpu=True, load_best_model_at_end=False, time_budget="10m", flip_tta=True, **settings
-        )
-        self.model, self.eval_dataset, self.now = torch.nn.Linear(1, 1), range(100), 0.0
-        self.losses = self.predictions = 0
-        self.accelerator = SimpleNamespace(autocast=nullcontext)
-
-    def make_optimizer(self, model):
-        return torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def get_train_dataloader(self):
-        return [{"labels": torch.zeros(10)}] * 7
-
-    get_eval_dataloader = get_train_dataloader
-
-    def _prepare_inputs(self, batch):
-        return batch
-
-    def training_inputs(self, batch, step, progress):
-        return batch
-
-    def compute_loss(self, model, inputs):
-        self.now += self.STEP if self.losses else self.COMPILE
-        self.losses += 1
-        return model(torch.ones(1))
-
-    def prediction_step(self, model, inputs, prediction_loss_only):
-        self.now += self.MEASURE if self.predictions else self.MEASURE_COMPILE
-        self.predictions += 1
-        return torch.zeros(()), None, None
-
-
 @pytest.mark.parametrize(
     ("settings", "evaluations", "saves"),
     [
@@ -388,14 +350,19 @@ class TimedRun:
         ({"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "best"}, lambda n: n // 4, lambda n: n // 4),
     ],
 )  # fmt: skip
-def test_a_time_budget_holds_all_that_a_run_does(monkeypatch, settings, evaluations, saves):
-    run = TimedRun(**settings)
-    monkeypatch.setattr(budget_module, "time", SimpleNamespace(monotonic=lambda: run.now))
-    steps = budget_module.steps_in_budget(run, 600.0, last_pictures=200)
-    last = 2 * 200 * run.MEASURE / 10 + budget_module.FINISH_SECONDS
-    measured = evaluations(steps) * len(run.eval_dataset) * run.MEASURE / 10 + saves(steps) * budget_module.SAVE_SECONDS
-    total = run.now + run.COMPILE + run.MEASURE_COMPILE + steps * run.STEP + measured + last
-    assert 0.92 * 600 < total <= 600
+def test_a_time_budget_holds_all_that_a_run_does(settings, evaluations, saves):
+    """The arithmetic alone: 100 images are measured, 7 steps make an epoch."""
+    args = ImageTrainingArguments("unused", use_cpu=True, load_best_model_at_end=False, **settings)
+    step, image, last = 1.0, 0.05, 26.0
+    recurring = budget_module.recurring_parts(args, 100 * image)
+    steps, _, _ = budget_module.steps_that_fit(600.0, step, last, recurring, steps_per_epoch=7)
+    measured = evaluations(steps) * 100 * image + saves(steps) * budget_module.SAVE_SECONDS
+    assert 0.92 * 600 < steps * step + measured + last <= 600
+
+
+def test_no_step_fits_into_the_time_of_the_last_measurements():
+    steps, step, last = budget_module.steps_that_fit(20.0, 1.0, 26.0, [], steps_per_epoch=7)
+    assert steps < 1 and (step, last) == (1.0, 26.0)
 
 
 def test_a_rehearsal_leaves_no_trace(tmp_path, clock):
@@ -427,7 +394,7 @@ def test_bad_settings_are_refused():
             ImageTrainingArguments("unused", use_cpu=True, **settings)
     args = ImageTrainingArguments("unused", use_cpu=True, lr_scheduler_kwargs={"power_of": 2})
     with pytest.raises(ValueError, match=r"lr_scheduler_kwargs .*power_of"):
-        run_module._settle_schedule(args, 5)
+        schedule_module.settle_schedule(args, 5)
     # The library's own prefix is taken, and means the same.
     args = ImageTrainingArguments("unused", use_cpu=True, metric_for_best_model="eval_accuracy")
     assert (args.metric_for_best_model, args.greater_is_better) == ("accuracy", True)

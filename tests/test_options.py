@@ -257,15 +257,10 @@ def mode_options(mode: str, places: dict) -> dict:
 def outcome(monkeypatch, caplog, capsys, tmp_path):
     """A function of options: all that a run left but time, or what it said when it refused."""
     seen = {}
-    monkeypatch.setattr(
-        finetuning, "finish", lambda folder, metrics, log: seen.update(metrics=metrics, rows=log), raising=True
-    )
-    monkeypatch.setattr(
-        pretraining,
-        "_finish",
-        lambda trainer, metrics: seen.update(metrics=metrics, rows=trainer.state.log_history),
-        raising=True,
-    )
+    for task in (finetuning, pretraining):
+        monkeypatch.setattr(
+            task, "report", lambda run, metrics: seen.update(metrics=metrics, rows=run.trainer.state.log_history)
+        )
     counter = iter(range(100))
 
     def run(settings: dict) -> str | tuple:

@@ -81,9 +81,9 @@ def test_script_finds_classes_by_name(script, folder, tmp_path):
     model.config.label2id = {str(9 - i): i for i in range(10)}
     model.save_pretrained(tmp_path)
     ViTImageProcessorPil.from_pretrained(folder).save_pretrained(tmp_path)
-    words = ["features", "--dataset", "digits", "--max_samples", "50"]
-    straight, turned = (
-        script.load_view(script.parse([words[0], str(path), *words[1:]]))[0] for path in (folder, tmp_path)
+    words, rest = ["features"], ["--dataset", "digits", "--max_samples", "50"]
+    (straight, _), (turned, _) = (
+        script.load_view(script.parse([*words, str(path), *rest])) for path in (folder, tmp_path)
     )
     assert turned.class_names == straight.class_names[::-1]
     assert torch.equal(turned.answers.labels, 9 - straight.answers.labels)
@@ -145,9 +145,8 @@ def test_script_draws_pictures_from_all_parts_of_a_split(script, folder, tmp_pat
         for i in range(3):
             image = Image.fromarray(picture(3, 16, 8, seed=3 * label + i).permute(1, 2, 0).numpy())
             image.save(tmp_path / str(label) / f"{i}.png")
-    view = script.load_view(script.parse(["rollout", str(folder), "--dataset", str(tmp_path), "--max_pictures", "3"]))[
-        0
-    ]
+    words = ["rollout", str(folder), "--dataset", str(tmp_path), "--max_pictures", "3"]
+    view, _ = script.load_view(script.parse(words))
     assert view.titles == ["0", "1", "2"]
     shown = torch.stack([view[i] for i in (0, 4, 8)])
     assert torch.equal(torch.stack(view.pixels), shown)

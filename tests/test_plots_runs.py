@@ -26,7 +26,7 @@ def test_saves_png_and_svg_small_and_the_same_each_time(tmp_path):
     def save(name):
         figure = drawing_module.new_figure(1, 1)
         figure.subplots().imshow(noise)
-        return drawing_module.save_figure(figure, tmp_path / "new" / name, max_bytes=12_000)
+        return plots.save_figure(figure, tmp_path / "new" / name, max_bytes=12_000)
 
     (png, svg), (again_png, again_svg) = save("a"), save("b")
     assert (png, svg) == (tmp_path / "new" / "a.png", tmp_path / "new" / "a.svg")
@@ -35,7 +35,7 @@ def test_saves_png_and_svg_small_and_the_same_each_time(tmp_path):
     assert png.stat().st_size <= 12_000  # 40 kB at first
     assert b"<svg" in svg.read_bytes()
 
-    plain = drawing_module.save_figure(plots.plot_confusion_matrix(np.eye(10, dtype=int)), tmp_path / "v1.5")[0]
+    plain = plots.save_figure(plots.plot_confusion_matrix(np.eye(10, dtype=int)), tmp_path / "v1.5")[0]
     assert plain.name == "v1.5.png"
     assert plain.stat().st_size < 150_000
     with Image.open(plain) as picture:

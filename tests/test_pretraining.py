@@ -15,7 +15,7 @@ from modeling_vit_scratch import ViTScratchForMaskedImageModeling
 from modeling_vit_scratch.data import load_splits
 from modeling_vit_scratch.data.augmentation import draw_mask, normalize
 from modeling_vit_scratch.training import ModelArguments, pretraining
-from modeling_vit_scratch.training.run import make_processor
+from modeling_vit_scratch.training.models import make_processor
 
 finetune = load_script("finetune")
 

@@ -28,6 +28,7 @@ from modeling_vit_scratch.training import (
     checkpoints,
 )
 from modeling_vit_scratch.training import arguments as arguments_module
+from modeling_vit_scratch.training import models as models_module
 from modeling_vit_scratch.training import optimization as optimization_module
 from modeling_vit_scratch.training import output as output_module
 from modeling_vit_scratch.training import run as run_module
@@ -264,7 +265,7 @@ def test_pictures_that_fill_no_batch_are_left_out_of_training_alone(tmp_path, ca
     assert metrics["training"]["steps"] == 5
     assert metrics["validation"]["examples"] == metrics["test"]["examples"] == 64
     assert finetune.main(options(tmp_path / "none", **changes, per_device_train_batch_size=331)) == 2
-    assert "no batch is full: 330 pictures for training" in capsys.readouterr().err
+    assert "no batch is full: 330 images for training" in capsys.readouterr().err
 
 
 def test_dry_run_checks_the_data_and_draws_samples(tmp_path, capsys):
@@ -363,10 +364,10 @@ def test_the_source_of_a_trained_model_can_be_named(tmp_path):
     save_file(timm_tensors(classes=None), tmp_path / "dino.safetensors")
     arguments = {"model_name_or_path": str(tmp_path / "dino.safetensors"), "config_overrides": "num_attention_heads=4"}
     for source, mean in ((None, 0.5), ("dino", 0.485)):
-        _, processor = run_module.load_trained(ModelArguments(**arguments, source=source))
+        _, processor = models_module.load_trained(ModelArguments(**arguments, source=source))
         assert processor.image_mean[0] == mean
     with pytest.raises(ValueError, match="source 'keras' is unknown"):
-        run_module.load_trained(ModelArguments(**arguments, source="keras"))
+        models_module.load_trained(ModelArguments(**arguments, source="keras"))
 
 
 @pytest.mark.parametrize("name", ["DeiTForImageClassificationWithTeacher", "Dinov2ForImageClassification"])
@@ -496,9 +497,9 @@ def test_command_line_wins_over_the_recipe(tmp_path):
     path = write(tmp_path, "dataset_name: digits\nlearning_rate: 3e-3\nseed: 1\nconfig_overrides: {hidden_size: 64}\n")
     model, data, args = finetune.parse([str(path), "--seed", "2", "--output_dir", str(tmp_path)])
     assert (data.dataset_name, args.learning_rate, args.seed) == ("digits", 3e-3, 2)
-    assert run_module.make_config(model, ["a", "b"]).hidden_size == 64
+    assert models_module.make_config(model, ["a", "b"]).hidden_size == 64
     model.config_overrides = "stem_channels=[4, 8],patch_size=[4,8], hidden_size=32"
-    config = run_module.make_config(model, ["a", "b"])
+    config = models_module.make_config(model, ["a", "b"])
     assert (config.stem_channels, config.patch_size, config.hidden_size) == ((4, 8), (4, 8), 32)
 
 
@@ -537,7 +538,7 @@ def test_every_recipe_loads_and_names_its_command(recipe, fast, tmp_path, monkey
     text = recipe.read_text()
     assert text.startswith("#") and f"scripts/finetune.py scripts/recipes/{recipe.name}" in text
     model, _, args = finetune.parse([str(recipe), "--output_dir", str(tmp_path), "--dataset_name", "digits"])
-    run_module.make_config(model, ["a", "b"])
+    models_module.make_config(model, ["a", "b"])
     if not torch.accelerator.is_available():
         assert args.bf16 == (fast and "\nbf16: true" in text)
 

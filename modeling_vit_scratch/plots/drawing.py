@@ -130,7 +130,7 @@ def legend_handle(colour, label: str, linestyle: str = "-", marker: str | None =
     return Line2D([], [], color=colour, label=label, linestyle=linestyle, marker=marker, markerfacecolor="white")
 
 
-def legend(place, handles, **kwargs):
+def draw_legend(place, handles, **kwargs):
     legend = place.legend(handles=handles, **{"frameon": False, "fontsize": 9, **kwargs})
     plain(*legend.get_texts())
 

@@ -22,7 +22,7 @@ from .drawing import (
     axis_names,
     caption,
     cut_text,
-    legend,
+    draw_legend,
     legend_handle,
     new_figure,
     overlay,
@@ -215,7 +215,7 @@ def plot_attention_distance(distances: torch.Tensor, uniform: float | None = Non
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     axes.set_title("How far each head looks", fontsize=11)
     tidy(axes, grid="y")
-    legend(figure, handles, loc="outside lower center", ncols=3)
+    draw_legend(figure, handles, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -344,6 +344,6 @@ def plot_features(
         tidy(axes)
     if classes <= 120:
         handles = figure.axes[0].get_legend_handles_labels()[0]
-        legend(figure, handles, loc="outside lower center", markerscale=1.3 if many else 2, **legend)
+        draw_legend(figure, handles, loc="outside lower center", markerscale=1.3 if many else 2, **legend)
     figure.suptitle(f"Features of {len(labels):,} pictures", fontsize=11)
     return figure

@@ -22,7 +22,7 @@ from .drawing import (
     as_pixels,
     axis_names,
     caption,
-    legend,
+    draw_legend,
     legend_handle,
     line_colours,
     new_figure,
@@ -84,7 +84,7 @@ def plot_training_curves(
         tidy(axes)
     panels[0].set(title="Loss", ylabel=loss)
     kinds = [("training", "loss", BLUE, "-" if single else "--"), ("validation", "eval_loss", ORANGE, "-")]
-    legend(
+    draw_legend(
         panels[0],
         [
             legend_handle(colour if single else GREY, label, linestyle)
@@ -96,9 +96,9 @@ def plot_training_curves(
         panels[1].set(title="Validation accuracy", ylabel="right answers (%)")
         panels[1].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     if len(entries) == 1:
-        legend(panels[-1], entries, loc="lower right")
+        draw_legend(panels[-1], entries, loc="lower right")
     elif entries:
-        legend(figure, entries, loc="outside lower center", ncols=1 if len(entries) < 4 else 2)
+        draw_legend(figure, entries, loc="outside lower center", ncols=1 if len(entries) < 4 else 2)
     return figure
 
 
@@ -309,7 +309,7 @@ def plot_mistakes(
         Line2D([], [], marker="s", color="none", markerfacecolor=c, markeredgecolor="none", label=label)
         for c, label in ((BLUE, "true class"), (ORANGE, "predicted class, its probability"))
     ]
-    legend(figure, handles, loc="outside lower center", ncols=2)
+    draw_legend(figure, handles, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -342,12 +342,12 @@ def plot_reliability(probabilities, labels, bins: int = 15) -> Figure:
         lower.axvline(x, ymax=1 / 1.4, color=colour, linewidth=1.5, label=f"{label} {x:.1%}")
     lower.set(xlabel="confidence: largest probability (%)", ylabel="pictures (%)", xlim=(0, 1))
     lower.set_ylim(0, 1.4 * count.max() / n)  # room for the legend
-    legend(lower, lower.get_legend_handles_labels()[0], loc="upper center", ncols=2)
+    draw_legend(lower, lower.get_legend_handles_labels()[0], loc="upper center", ncols=2)
     for axes in (upper, lower):
         tidy(axes)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     upper.set_title(f"Expected calibration error {error:.2%} ({n:,} pictures)", fontsize=11)
     # Below, not inside: a bin of few pictures can have a bar anywhere.
-    legend(figure, upper.get_legend_handles_labels()[0], loc="outside lower center", ncols=3, columnspacing=1)
+    draw_legend(figure, upper.get_legend_handles_labels()[0], loc="outside lower center", ncols=3, columnspacing=1)
     return figure

@@ -9,7 +9,7 @@ from .drawing import (
     BLUE,
     GREY,
     SKY,
-    legend,
+    draw_legend,
     legend_handle,
     line_colours,
     new_figure,
@@ -120,5 +120,5 @@ def plot_race(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], uni
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     tidy(axes)
-    legend(axes, entries, loc="lower right")
+    draw_legend(axes, entries, loc="lower right")
     return figure

@@ -5,37 +5,21 @@
 """
 
 import json
-import shlex
-import sys
-import time
 from pathlib import Path
 
 import torch
+from torch.utils.data import default_collate
 from transformers import ViTImageProcessorPil
 
-from .. import model_card, plots
+from .. import plots
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..data import load_splits
 from ..data.augmentation import draw_mask, normalize
-from ..data.splits import collate
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling
 from .arguments import MASKED, DataArguments, ImageTrainingArguments, ModelArguments
-from .output import check_space, replace_run
-from .report import describe_machine, describe_training, say_how_to_resume, split_sizes, table, write_history
-from .run import (
-    begin_run,
-    check_resuming,
-    data_settings,
-    load_trained,
-    make_augmentation,
-    make_config,
-    make_processor,
-    move_small_data,
-    run_facts,
-    settle_steps,
-    suit_device,
-)
-from .trainer import CropEpoch, ImageTrainer, OwnNoise, ResumeLoss, StopOnSignal
+from .models import load_trained, make_config, make_processor
+from .report import describe, describe_machine, say_what_will_happen, table, write_history
+from .run import Run
+from .trainer import ImageTrainer
 
 # The held-out pictures are hidden in the same places each time, whatever the step.
 _HELD_OUT = 4
@@ -141,78 +125,47 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: ImageTr
         ValueError: Something is wrong with the data, the options or the output folder; said before training.
         FloatingPointError: The loss is no longer finite.
     """
-    started = time.monotonic()
+    run = set_up(model_args, data_args, args)
+    say_what_will_happen(run)
+    if args.dry_run:
+        look(run)
+        return {}
+    if not run.train():
+        return None
+    metrics = describe(run) | measure(run) | describe_machine(run)
+    metrics["training"] |= {"mask_ratio": data_args.mask_ratio, "mask_patch_size": run.facts["mask_patch_size"]}
+    if run.is_main:
+        report(run, metrics)
+    return metrics
+
+
+def set_up(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments) -> Run:
+    """The run, ready to train."""
     _check(model_args, data_args, args)
-    data_name = begin_run(model_args, data_args, args)
+    run = Run(model_args, data_args, args)
     model, processor = make_model(model_args)
     mask_hw = _mask_hw(model.config, data_args.mask_patch_size)
-    settings = data_settings(model_args, data_args, args, model.config.num_channels)
-    with args.main_process_first(desc="loading the data"):
-        splits = load_splits(
-            data_name,
-            processor or make_processor(model.config),
-            **settings,
-            max_train_samples=data_args.max_train_samples,
-            crop_all=data_args.crop_scale is not None,
-            labelled=False,
-        )
-    processor = processor or make_processor(model.config, splits.mean, splits.std)
-    augmentation = make_augmentation(data_args, args, processor, splits)
-    suit_device(args, model, splits)
-    facts = {
-        **run_facts(model.config, splits, args),
-        "mask_patch_size": list(mask_hw),
-    }
-    check_resuming(args, facts)
-    check_space(model, args)
-    stop = StopOnSignal()
-    trainer = MaskedImageTrainer(
-        augmentation,
-        facts,
-        mask_ratio=data_args.mask_ratio,
-        mask_hw=mask_hw,
-        model=model,
-        args=args,
-        train_dataset=splits.train,
-        eval_dataset=splits.validation,
-        processing_class=processor,
-        callbacks=[stop, CropEpoch(), OwnNoise()],
-    )
-    trainer.add_callback(ResumeLoss(trainer))
-    steps, _ = settle_steps(trainer, splits, started)
-    if args.dry_run:
-        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        model(**trainer.training_inputs(batch, 0, 0.0)).loss.backward()
-        if args.process_index == 0:
-            print("Dry run: one batch and the output folder are in order.")
-        return {}
+    run.load_data(processor or make_processor(model.config), model.config.num_channels, labelled=False)
+    processor = processor or make_processor(model.config, run.splits.mean, run.splits.std)
+    run.settle_model(model, processor, mask_patch_size=list(mask_hw))
+    run.make_trainer(MaskedImageTrainer, mask_ratio=data_args.mask_ratio, mask_hw=mask_hw)
+    run.settle_steps()
+    return run
 
-    if args.device.type == "cuda":
-        move_small_data(splits, args)
-    replace_run(args)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if stop.signal is not None:
-        say_how_to_resume(trainer)
-        return None
 
-    trainer.save_model()
-    metrics = {
-        "task": MASKED,
-        "dataset": {"name": facts["dataset"], "fingerprint": facts["fingerprint"], "cut": facts["cut"]}
-        | {"splits": split_sizes(splits)},
-        "model": {"parameters": model.num_parameters()},
-        "training": describe_training(trainer, steps, data_args, None)
-        | {"mask_ratio": data_args.mask_ratio, "mask_patch_size": list(mask_hw)},
-        "validation": {
-            "examples": len(splits.validation),
-            "loss": trainer.evaluate(splits.validation, metric_key_prefix="validation")["validation_loss"],
-        },
-        **describe_machine(trainer),
-        "command": model_card.public_command(shlex.join(["python", *sys.argv]), data_name),
-    }
-    if args.process_index == 0:
-        _finish(trainer, metrics)
-    return metrics
+def look(run: Run):
+    """The dry run: one batch."""
+    batch = run.trainer._prepare_inputs(next(iter(run.trainer.get_train_dataloader())))
+    run.model(**run.trainer.training_inputs(batch, 0, 0.0)).loss.backward()
+    if run.is_main:
+        print("Dry run: one batch and the output folder are in order.")
+
+
+def measure(run: Run) -> dict:
+    """The error on the images held out."""
+    held_out = run.splits.validation
+    loss = run.trainer.evaluate(held_out, metric_key_prefix="validation")["validation_loss"]
+    return {"validation": {"examples": len(held_out), "loss": loss}}
 
 
 def _write_card(folder: Path, metrics: dict):
@@ -239,16 +192,15 @@ def _write_card(folder: Path, metrics: dict):
 
 
 @torch.no_grad()
-def _finish(trainer: MaskedImageTrainer, metrics: dict):
+def report(run: Run, metrics: dict):
     """Write what people look at: numbers, curve, reconstructions, card; say the result."""
-    folder = Path(trainer.args.output_dir)
+    folder, trainer, dataset = run.folder, run.trainer, run.splits.validation
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     logged = write_history(folder, trainer.state.log_history)
-    dataset = trainer.eval_dataset
-    images = collate([dataset[i] for i in range(min(SHOWN, len(dataset)))])["pixel_values"]
+    images = default_collate([dataset[i] for i in range(min(SHOWN, len(dataset)))])["pixel_values"]
     inputs = trainer.held_out_inputs(images)
-    painted = trainer.model.eval()(**inputs).reconstruction.cpu()
-    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (trainer.augmentation.mean, trainer.augmentation.std))
+    painted = run.model.eval()(**inputs).reconstruction.cpu()
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (run.augmentation.mean, run.augmentation.std))
     mask = inputs["bool_masked_pos"].cpu()
     (folder / "plots").mkdir(exist_ok=True)
     figure = plots.plot_reconstructions(images.cpu(), mask, (painted * std + mean).clamp(0, 1))

@@ -1,7 +1,6 @@
-"""What a run says, writes and draws: its summary, its history, its numbers and its pictures."""
+"""What a run says and writes: its summary before, and its numbers, history and predictions after."""
 
 import csv
-import json
 import math
 import platform
 import shlex
@@ -12,28 +11,64 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainingArguments
 
-from .. import model_card, plots
-from ..data import ImageSplits
+from .. import model_card
 from ..data.splits import DecodedImages
-from ..data.streaming import StreamedImages
-from ..modeling_vit_scratch import ViTScratchForImageClassification
-from .arguments import DataArguments
+from ..modeling_vit_scratch import ViTScratchPreTrainedModel
+from .arguments import ImageTrainingArguments
+from .models import flops_per_image
 from .optimization import describe_groups, parameter_groups
-from .trainer import ImageTrainer
+from .run import Run
 
 
-def flops_per_image(model: ViTScratchForImageClassification) -> int:
-    """Floating-point operations (a multiplication and an addition are two) of a forward pass on one picture."""
-    config = model.config
-    pixels = torch.zeros(1, config.num_channels, *config.image_hw, device=model.device)
-    training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(pixels, output_attentions=True)  # eager attention: the counter knows matrix products
-    model.train(training)
-    return counter.get_total_flops()
+def say_what_will_happen(run: Run):
+    """Print the summary that a run begins with."""
+    args, config, data = run.args, run.model.config, run.splits
+    sizes = ["streamed train"] * run.streamed + [f"{count:,} {name}" for name, count in run.sizes.items()]
+    classes = f"{len(data.class_names)} classes, " if data.class_names else ""
+    columns = f"column{'s' * (data.columns[1] is not None)} {' and '.join(filter(None, data.columns))}"
+    processes = f"{args.world_size} process{'es' * (args.world_size > 1)}"
+    rate = "set by validation" if run.last_rate is None else f"{run.last_rate:.3g}"
+    height, width = config.image_hw
+    epochs = ""
+    if not run.streamed:
+        per_epoch = math.ceil(len(run.trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+        epochs = f" ({run.steps / per_epoch:g} epochs)"
+    rows = {
+        "model": f"ViT, {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} "
+        f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}",
+        "parameters": f"{run.model.num_parameters():,}{_frozen(run.model)}",
+        "FLOPs per image": f"{flops_per_image(run.model):,} (forward)",
+        "data": f"{data.name}: {', '.join(sizes)} images, {classes}{height}x{width} px, {columns}",
+        "global batch": f"{global_batch_size(args)} = {args.per_device_train_batch_size} per device x {processes} "
+        f"x {args.gradient_accumulation_steps} accumulated",
+        "steps": f"{run.steps:,}{epochs}",
+        "learning rate": f"{args.learning_rate:.3g}, {args.lr_scheduler_type.value}, last step {rate}",
+        "optimizer": describe_groups(parameter_groups(run.model, args), args.optim.value),
+        "device": f"{hardware(args.device)}, {precision_of(args)}",
+        "settings": args.settings_from,
+        "output": args.output_dir,
+    }
+    for change in run.facts["changes"]:
+        options = (f"{name} {values[0]} -> {values[1]}" for name, values in change.items() if name != "step")
+        rows[f"from step {change['step']:,}"] = ", ".join(options)
+    if run.is_main:
+        print(table(rows), flush=True)
+
+
+def _frozen(model: ViTScratchPreTrainedModel) -> str:
+    trained = model.num_parameters(only_trainable=True)
+    return "" if trained == model.num_parameters() else f", of which {trained:,} are trained"
+
+
+def global_batch_size(args: ImageTrainingArguments) -> int:
+    """Images of an optimizer step, over all processes."""
+    return args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+
+def precision_of(args: ImageTrainingArguments) -> str:
+    """What it computes in."""
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
 
 
 def hardware(device: torch.device) -> str:
@@ -53,58 +88,72 @@ def table(rows: dict[str, object]) -> str:
     return "\n".join(f"  {name:<{width}}  {str(value).replace(chr(10), next_line)}" for name, value in rows.items())
 
 
-def summary(trainer: ImageTrainer, splits: ImageSplits, steps: int, last_rate: float | None) -> str:
-    args, config = trainer.args, trainer.model.config
-    sizes = [f"{count:,} {name}" for name, count in split_sizes(splits).items()]
-    if isinstance(splits.train, StreamedImages):
-        sizes.insert(0, "streamed train")
-    global_batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    classes = f"{len(splits.class_names)} classes, " if splits.class_names else ""
-    rate = "set by validation" if last_rate is None else f"{last_rate:.3g}"
-    height, width = config.image_hw
-    epochs = ""
-    if not isinstance(splits.train, StreamedImages):
-        per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
-        epochs = f" ({steps / per_epoch:g} epochs)"
-    rows = {
-        "model": f"ViT, {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} "
-        f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}",
-        "parameters": f"{trainer.model.num_parameters():,}{_frozen(trainer.model)}",
-        "FLOPs per image": f"{flops_per_image(trainer.model):,} (forward)",
-        "data": f"{splits.name}: {', '.join(sizes)} images, {classes}{height}x{width} px, "
-        f"column{'s' * (splits.columns[1] is not None)} {' and '.join(filter(None, splits.columns))}",
-        "global batch": f"{global_batch} = {args.per_device_train_batch_size} per device x {args.world_size} "
-        f"process{'es' * (args.world_size > 1)} x {args.gradient_accumulation_steps} accumulated",
-        "steps": f"{steps:,}{epochs}",
-        "learning rate": f"{args.learning_rate:.3g}, {args.lr_scheduler_type.value}, last step {rate}",
-        "optimizer": describe_groups(parameter_groups(trainer.model, args), args.optim.value),
-        "device": f"{hardware(args.device)}, {precision_of(args)}",
-        "settings": args.settings_from,
-        "output": args.output_dir,
+def describe(run: Run) -> dict:
+    """Data, model and settings of a run, for `metrics.json`."""
+    facts = run.facts
+    classes = {"class_names": run.splits.class_names} if run.splits.class_names else {}
+    return {
+        "task": run.model_args.task,
+        "dataset": {"name": facts["dataset"], "fingerprint": facts["fingerprint"], "cut": facts["cut"]}
+        | {"splits": run.sizes, **classes},
+        "model": {"parameters": run.model.num_parameters()},
+        "training": _describe_training(run),
     }
-    for change in trainer.run_facts["changes"]:
-        options = (f"{name} {values[0]} -> {values[1]}" for name, values in change.items() if name != "step")
-        rows[f"from step {change['step']:,}"] = ", ".join(options)
-    return table(rows)
 
 
-def _frozen(model: ViTScratchForImageClassification) -> str:
-    trained = model.num_parameters(only_trainable=True)
-    return "" if trained == model.num_parameters() else f", of which {trained:,} are trained"
+def _describe_training(run: Run) -> dict:
+    args, trainer, augmentation = run.args, run.trainer, run.augmentation
+    lazy = not isinstance(trainer.train_dataset, DecodedImages)
+    return {
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+        "optimizer": args.optim.value,
+        "learning_rate": args.learning_rate,
+        "muon_learning_rate": args.muon_learning_rate,
+        "changed_on_resuming": run.facts["changes"],
+        "lora_rank": run.model_args.lora_rank,
+        "ema_decay": args.ema_decay,
+        "lr_scheduler_type": args.lr_scheduler_type.value,
+        "warmup_steps": args.get_warmup_steps(run.steps),
+        "weight_decay": args.weight_decay,
+        "global_batch_size": global_batch_size(args),
+        "label_smoothing": args.label_smoothing_factor,
+        "seed": args.seed,
+        "precision": precision_of(args),
+        "augmentation": {
+            "crop_padding": augmentation.crop_padding,
+            "crop_mode": augmentation.crop_mode,
+            "crop_scale": trainer.train_dataset.crop_scale if lazy else None,
+            "horizontal_flip": augmentation.horizontal_flip,
+            "rand_augment": augmentation.rand_augment_ops,
+            "rand_augment_magnitude": augmentation.rand_augment_magnitude if augmentation.rand_augment_ops else None,
+            "random_erasing": augmentation.erasing,
+            "mixup_alpha": augmentation.mixup_alpha,
+            "cutmix_alpha": augmentation.cutmix_alpha,
+            "mix_probability": augmentation.mix_probability,
+            "until": dict(augmentation.until),
+        },
+    }
 
 
-def parts_of(splits: ImageSplits) -> dict[str, torch.utils.data.Dataset]:
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def split_sizes(splits: ImageSplits) -> dict[str, int]:
-    """Pictures of each split; a stream has no known number."""
-    return {name: len(part) for name, part in parts_of(splits).items() if not isinstance(part, StreamedImages)}
-
-
-def precision_of(args: TrainingArguments) -> str:
-    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+def describe_machine(run: Run) -> dict:
+    """Time, environment and command of a run, for `metrics.json`; each process takes part."""
+    args, clock = run.args, run.trainer.clock
+    cpu = torch.tensor(clock.cpu, dtype=torch.float64)
+    if args.world_size > 1:
+        cpu = run.trainer.accelerator.gather(cpu.to(args.device).view(1)).sum()
+    return {
+        "time": {"train_seconds": clock.wall, "train_cpu_seconds": cpu.item()},
+        "environment": {
+            "hardware": hardware(args.device),
+            "processes": args.world_size,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "command": model_card.public_command(shlex.join(["python", *sys.argv]), run.data_name),
+    }
 
 
 def write_history(folder: Path, log_history: list[dict]) -> bool:
@@ -129,107 +178,3 @@ def write_predictions(folder: Path, split: str, logits: np.ndarray, labels: np.n
         own = probabilities[torch.arange(len(labels)), torch.from_numpy(labels)]
         for row, label, guess, p, q in zip(rows, labels, predicted.tolist(), confidence, own, strict=True):
             writer.writerow([row, names[label], names[guess], f"{p:.6f}", f"{q:.6f}"])
-
-
-def _without_resuming(command: list[str]) -> list[str]:
-    """A command without the options that are about to be added to it."""
-    kept, skip = [], False
-    for word in command:
-        if not skip and word.partition("=")[0] not in ("--output_dir", "--resume_from_checkpoint"):
-            kept.append(word)
-        skip = word in ("--output_dir", "--resume_from_checkpoint")
-    return kept
-
-
-def say_how_to_resume(trainer: ImageTrainer):
-    """Print the command that continues a run that was stopped."""
-    if trainer.args.process_index == 0:
-        options = ["--output_dir", trainer.args.output_dir, "--resume_from_checkpoint", "last"]
-        command = shlex.join(["python", *_without_resuming(sys.argv), *options])
-        print(f"Stopped at step {trainer.state.global_step}. To continue:\n  {command}")
-
-
-def describe_training(trainer: ImageTrainer, steps: int, data_args: DataArguments, lora_rank: int | None) -> dict:
-    """The settings of a run, for `metrics.json`."""
-    args, augmentation = trainer.args, trainer.augmentation
-    lazy = not isinstance(trainer.train_dataset, DecodedImages)
-    return {
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
-        "optimizer": args.optim.value,
-        "learning_rate": args.learning_rate,
-        "muon_learning_rate": args.muon_learning_rate,
-        "changed_on_resuming": trainer.run_facts["changes"],
-        "lora_rank": lora_rank,
-        "ema_decay": args.ema_decay,
-        "lr_scheduler_type": args.lr_scheduler_type.value,
-        "warmup_steps": args.get_warmup_steps(steps),
-        "weight_decay": args.weight_decay,
-        "global_batch_size": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
-        "label_smoothing": args.label_smoothing_factor,
-        "seed": args.seed,
-        "precision": precision_of(args),
-        "augmentation": {
-            "crop_padding": augmentation.crop_padding,
-            "crop_mode": augmentation.crop_mode,
-            "crop_scale": trainer.train_dataset.crop_scale if lazy else None,
-            "horizontal_flip": augmentation.horizontal_flip,
-            "rand_augment": augmentation.rand_augment_ops,
-            "rand_augment_magnitude": augmentation.rand_augment_magnitude if augmentation.rand_augment_ops else None,
-            "random_erasing": augmentation.erasing,
-            "mixup_alpha": augmentation.mixup_alpha,
-            "cutmix_alpha": augmentation.cutmix_alpha,
-            "mix_probability": augmentation.mix_probability,
-            "until": dict(augmentation.until),
-        },
-    }
-
-
-def describe_machine(trainer: ImageTrainer) -> dict:
-    """Time and environment of a run, for `metrics.json`."""
-    args, clock = trainer.args, trainer.clock
-    cpu = torch.tensor(clock.cpu, dtype=torch.float64)
-    if args.world_size > 1:
-        cpu = trainer.accelerator.gather(cpu.to(args.device).view(1)).sum()
-    return {
-        "time": {"train_seconds": clock.wall, "train_cpu_seconds": cpu.item()},
-        "environment": {
-            "hardware": hardware(args.device),
-            "processes": args.world_size,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-        },
-    }
-
-
-def finish(folder: Path, metrics: dict, log_history: list[dict]):
-    """Write what people look at: numbers, curves, card; say the result."""
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    logged = write_history(folder, log_history)
-    final = "test" if "test" in metrics else "validation"
-    names, result = metrics["dataset"]["class_names"], metrics[final]
-    figures = {
-        "per_class_accuracy": plots.plot_per_class_accuracy(list(result["per_class_accuracy"].values()), names),
-        "confusion_matrix": plots.plot_confusion_matrix(result["confusion_matrix"], names),
-    }
-    if logged:
-        figures["training_curves"] = plots.plot_training_curves(folder / "history.csv")
-    (folder / "plots").mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / "plots" / f"{name}.png", dpi=110)
-    model_card.write_model_card(folder)
-    flipped = "flip_tta_accuracy" in result
-    shown = {
-        f"{split} accuracy": f"{metrics[split]['accuracy']:.2%}  (top-5 {metrics[split]['top5_accuracy']:.2%}, "
-        f"loss {metrics[split]['loss']:.4f}, {metrics[split]['examples']:,} images)"
-        + (f"; with mirror images {metrics[split]['flip_tta_accuracy']:.2%}" if flipped else "")
-        for split in ("validation", "test")
-        if split in metrics
-    }
-    shown["training time"] = (
-        f"{metrics['time']['train_seconds']:.0f} s ({metrics['time']['train_cpu_seconds']:.0f} CPU s)"
-    )
-    shown["everything is in"] = folder
-    print(table(shown))

@@ -1,11 +1,13 @@
-"""A run is settled."""
+"""A run, settled once from its options: folder, data, model, trainer and number of steps.
+
+Fine-tuning and pre-training share it. Both fill it in the same order, from `Run(...)` to `settle_steps`, and then
+`train`; what differs between them (which model, which trainer, what is measured) stands in their own files.
+"""
 
 import ctypes
 import json
-import logging
-import math
 import os
-import re
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -13,20 +15,17 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
 from accelerate.utils import broadcast_object_list
-from PIL import Image
-from transformers import TrainingArguments, ViTImageProcessorPil, set_seed
+from transformers import ViTImageProcessorPil, set_seed
 
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..conversion import convert_checkpoint, image_processor_for
-from ..data import Augmentation, ImageSplits
+from ..data import Augmentation, ImageSplits, load_splits, load_streaming
 from ..data.augmentation import check_padding, parse_until
 from ..data.doctor import fingerprint
 from ..data.sources import DIGITS, public_name
 from ..data.splits import DecodedImages
 from ..data.streaming import StreamedImages
-from ..modeling_vit_scratch import ViTScratchForImageClassification
+from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from . import checkpoints
 from .arguments import (
     DataArguments,
@@ -37,189 +36,203 @@ from .arguments import (
     run_options,
 )
 from .budget import steps_in_budget
-from .output import settle_output
-from .report import parts_of, split_sizes, summary
-from .trainer import ImageTrainer
-
-logger = logging.getLogger(__name__)
-
+from .output import check_space, replace_run, settle_output
+from .schedule import settle_crops, settle_schedule
+from .trainer import CropEpoch, ImageTrainer, OwnNoise, ResumeLoss, StopOnSignal
 
 # Smallest share of an image's area that a random crop keeps, where nothing else is given.
 CROP_SCALE = 0.35
 
 
-def config_overrides(arguments: ModelArguments) -> dict:
-    """The fields that `--config_overrides` names, with their values."""
-    overrides = {}
-    for item in filter(None, re.split(r",(?![^\[]*\])", arguments.config_overrides or "")):  # no comma of a list
-        name, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"config_overrides: {item!r} is not of the form field=value.")
-        overrides[name.strip()] = yaml.safe_load(value)
-    return overrides
-
-
-def make_config(arguments: ModelArguments, class_names: list[str]) -> ViTScratchConfig:
-    """The preset's config with its overrides, for these classes."""
-    overrides = config_overrides(arguments)
-    if arguments.image_size is not None:
-        overrides["image_size"] = arguments.image_size
-    labels = dict(enumerate(class_names))
-    return ViTScratchConfig.preset(
-        arguments.preset or "showcase",
-        **{"problem_type": "single_label_classification", **overrides},
-        id2label=labels,
-        label2id={name: index for index, name in labels.items()},
-    )
-
-
-def make_processor(
-    config: ViTScratchConfig, mean: list[float] | None = None, std: list[float] | None = None
-) -> ViTImageProcessorPil:
-    """transformers' image processor for this model's size and pixels of this mean and standard deviation."""
-    height, width = config.image_hw
-    return ViTImageProcessorPil(
-        size={"height": height, "width": width}, image_mean=mean, image_std=std, resample=Image.Resampling.BICUBIC
-    )
-
-
-def load_trained(arguments: ModelArguments) -> tuple[ViTScratchForImageClassification, ViTImageProcessorPil]:
-    """A trained classifier, ours or converted from another library, and an image processor with its mean and std."""
-    name, fields = arguments.model_name_or_path, config_overrides(arguments)
-    where = {"source": arguments.source, "cache_dir": arguments.cache_dir, "token": arguments.token}
-    model = convert_checkpoint(name, image_size=arguments.image_size, replace_head=True, **where, **fields)
-    processor = image_processor_for(name, model, **where)
-    return model, make_processor(model.config, processor.image_mean, processor.image_std)
-
-
-def with_classes(model: ViTScratchForImageClassification, class_names: list[str]) -> ViTScratchForImageClassification:
-    """The model for these classes: unchanged if it knows them already, else with a new head (all zero)."""
-    config = model.config
-    if [config.id2label[index] for index in range(config.num_labels)] != class_names:
-        logger.warning("The head is new: %d classes instead of %d.", len(class_names), config.num_labels)
-        config.id2label = dict(enumerate(class_names))
-        config.label2id = {name: index for index, name in enumerate(class_names)}
-        width = config.representation_size or config.hidden_size
-        model.num_labels, model.classifier = config.num_labels, torch.nn.Linear(width, config.num_labels)
-        model.classifier.apply(model._init_weights)
-    config.problem_type = "single_label_classification"
-    return model
-
-
-def _settle_schedule(arguments: ImageTrainingArguments, batches: int | None) -> tuple[int, float | None]:
-    """Optimizer steps of the run, and the learning rate of its last one (None where it depends on validation).
+class Run:
+    """What a run is made of; each method settles a part of it and needs those before.
 
     Args:
-        arguments: Of the run; `num_decay_steps` of a warmup-stable-decay schedule becomes a number of steps where it
-            is a share of them (0.2 if not given), and schedules that follow a metric are told its direction.
-        batches: In an epoch; None for a stream, which has `max_steps`.
+        model_args: Which model.
+        data_args: Which data, and how they are augmented.
+        args: All else; settled options are written into it (`output_dir`, `max_steps`).
+
+    Attributes:
+        data_name: Of the dataset, as it was given.
+        splits: After `load_data`; `parts` are those that there are, by name.
+        model, processor, augmentation, facts: After `settle_model`. `facts` are what a checkpoint must share with the
+            run that continues it.
+        trainer: After `make_trainer`.
+        steps, last_rate: After `settle_steps`: optimizer steps, and the learning rate of the last one (None where
+            validation sets it).
 
     Raises:
-        ValueError: The schedule does not take the given settings.
+        ValueError: An option is wrong, or the output folder is taken or cannot be written.
     """
-    steps = arguments.max_steps
-    if steps <= 0:
-        per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
-        steps = math.ceil(arguments.num_train_epochs * per_epoch)
-    if arguments.lr_scheduler_type == "warmup_stable_decay":
-        settings = {"num_decay_steps": 0.2, **(arguments.lr_scheduler_kwargs or {})}
-        decay = settings["num_decay_steps"]
-        settings["num_decay_steps"] = round(decay * steps) if decay < 1 else decay
-        arguments.lr_scheduler_kwargs = settings
-    if arguments.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):  # they take every metric for a loss
-        mode = "max" if arguments.greater_is_better else "min"
-        arguments.lr_scheduler_kwargs = {"mode": mode, **(arguments.lr_scheduler_kwargs or {})}
-    try:
-        scheduler = transformers.get_scheduler(
-            arguments.lr_scheduler_type,
-            torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate),
-            num_warmup_steps=arguments.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+
+    def __init__(self, model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments):
+        self.started = time.monotonic()
+        check_options(model_args, data_args, args)
+        args.recorded, args.changeable = run_options(model_args, data_args, args)
+        self.model_args, self.data_args, self.args = model_args, data_args, args
+        self.is_main = args.process_index == 0
+        self.data_name = data_args.dataset_name or data_args.train_dir
+        if self.is_main:
+            settle_output(args, model_args, self.data_name)
+        if args.world_size > 1:  # one process decides, before any of them makes a folder
+            args.output_dir, args.resume_from_checkpoint = broadcast_object_list(
+                [args.output_dir, args.resume_from_checkpoint]
+            )
+        set_seed(args.seed)
+        transformers.utils.logging.disable_progress_bar()  # of reading and writing files; training keeps its own
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.args.output_dir)
+
+    @property
+    def parts(self) -> dict[str, torch.utils.data.Dataset]:
+        """The datasets of train, validation and, where there is one, test."""
+        parts = {"train": self.splits.train, "validation": self.splits.validation, "test": self.splits.test}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def streamed(self) -> bool:
+        return isinstance(self.splits.train, StreamedImages)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Images of each split; a stream has no known number."""
+        return {name: len(part) for name, part in self.parts.items() if not isinstance(part, StreamedImages)}
+
+    def load_data(self, processor: ViTImageProcessorPil, num_channels: int, labelled: bool = True):
+        """Load the splits, as the options say.
+
+        Args:
+            processor: Whose size the images are brought to.
+            num_channels: 1 or 3.
+            labelled: False for images alone.
+        """
+        model_args, data_args, args = self.model_args, self.data_args, self.args
+        folders = {"train": data_args.train_dir, "validation": data_args.validation_dir, "test": data_args.test_dir}
+        settings = {
+            "num_channels": num_channels,
+            "config_name": data_args.dataset_config_name,
+            "data_files": {split: folder for split, folder in folders.items() if folder},
+            "image_column": data_args.image_column_name,
+            "label_column": data_args.label_column_name,
+            "train_val_split": data_args.train_val_split,
+            "max_eval_samples": data_args.max_eval_samples,
+            "crop_scale": CROP_SCALE if data_args.crop_scale is None else data_args.crop_scale,
+            "seed": args.seed,
+            "cache_dir": model_args.cache_dir,
+            "token": model_args.token,
+        }
+        with args.main_process_first(desc="loading the data"):
+            if data_args.streaming:
+                ranks = {"rank": args.process_index, "world_size": args.world_size}
+                self.splits = load_streaming(self.data_name, processor, **settings, **ranks)
+            else:
+                settings |= {"max_train_samples": data_args.max_train_samples, "labelled": labelled}
+                settings |= {"crop_all": data_args.crop_scale is not None}
+                self.splits = load_splits(self.data_name, processor, **settings)
+
+    def settle_model(self, model: ViTScratchPreTrainedModel, processor: ViTImageProcessorPil, **facts):
+        """Take the model, and settle what follows from it and the data; refuse a checkpoint of another run.
+
+        Args:
+            model: On the CPU.
+            processor: With the data's mean and standard deviation, or those that the model was trained with.
+            **facts: That a checkpoint must share beside `run_facts`.
+        """
+        args, splits = self.args, self.splits
+        self.model, self.processor = model, processor
+        self.augmentation = make_augmentation(self.data_args, args, processor, splits)
+        suit_device(args, model, splits)
+        self.facts = {**facts, **self._facts(), **facts}
+        if args.resume_from_checkpoint:
+            checkpoint = Path(args.resume_from_checkpoint)
+            fields = {name: field.default for name, field in ViTScratchConfig.__dataclass_fields__.items()}
+            self.facts["changes"] = checkpoints.check_run(checkpoint, self.facts, {**fields, **default_options()})
+            if self.streamed:  # what was trained on before is read, but not decoded
+                done = trainer_state(checkpoint)["global_step"] * args.gradient_accumulation_steps
+                splits.train.skip_decoding(done, args.per_device_train_batch_size)
+        check_space(model, args)
+
+    def _facts(self) -> dict:
+        """What a checkpoint must share with the run that continues it; and, below "changeable", what it need not."""
+        args, options = self.args, self.args.recorded
+        if self.streamed:  # which worker reads what decides the order
+            options = options | {"stream_workers": args.dataloader_num_workers}
+        return {
+            **{name: getattr(self.model.config, name) for name in ViTScratchConfig.__annotations__},
+            "dataset": public_name(self.splits.name),
+            "classes": self.splits.class_names,
+            "images": self.sizes,
+            "processes": args.world_size,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            **options,
+            "cut": asdict(self.splits.cut),
+            "fingerprint": fingerprint(self.splits),  # last: what else differs says more
+            "changeable": args.changeable,
+            "changes": [],
+        }
+
+    def make_trainer(self, trainer_class: type[ImageTrainer] = ImageTrainer, callbacks=(), **kwargs):
+        """The trainer of the run; `kwargs` are those that its class has beside ImageTrainer's."""
+        self.stop = StopOnSignal()
+        self.trainer = trainer_class(
+            self.augmentation,
+            self.facts,
+            model=self.model,
+            args=self.args,
+            train_dataset=self.splits.train,
+            eval_dataset=self.splits.validation,
+            processing_class=self.processor,
+            callbacks=[self.stop, CropEpoch(), OwnNoise(), *callbacks],
+            **kwargs,
         )
-    except TypeError as error:
-        raise ValueError(f"lr_scheduler_kwargs ({arguments.lr_scheduler_kwargs}): {error}") from error
-    factors = getattr(scheduler, "lr_lambdas", None)
-    return steps, None if factors is None else arguments.learning_rate * factors[0](steps - 1)
+        self.trainer.add_callback(ResumeLoss(self.trainer))
 
+    def settle_steps(self):
+        """Steps of the run, within its time budget if it has one.
 
-def move_small_data(splits: ImageSplits, args: TrainingArguments):
-    """Pictures that take less than a tenth of the GPU's free memory live there: no batch is copied while training."""
-    decoded = [part for part in parts_of(splits).values() if isinstance(part, DecodedImages)]
-    free, _ = torch.cuda.mem_get_info(args.device)
-    if args.dataloader_num_workers == 0 and sum(part.images.nbytes for part in decoded) < free / 10:
-        args.dataloader_pin_memory = False
-        for part in decoded:
-            part.to(args.device)
+        Raises:
+            ValueError: No batch is full, the time is too short, or a checkpoint is past the end.
+        """
+        args, resumed = self.args, self.args.resume_from_checkpoint
+        batches = None if self.streamed else len(self.trainer.get_train_dataloader())
+        if batches == 0:
+            raise ValueError(
+                f"no batch is full: {len(self.splits.train)} images for training, per_device_train_batch_size "
+                f"{args.per_device_train_batch_size}; lower it, or leave out dataloader_drop_last."
+            )
+        if args.time_budget_seconds is not None and resumed:
+            args.max_steps = trainer_state(resumed)["max_steps"]
+        elif args.time_budget_seconds is not None:
+            left = args.time_budget_seconds - (time.monotonic() - self.started)
+            at_end = sum(len(part) for name, part in self.parts.items() if name != "train")
+            args.max_steps = steps_in_budget(self.trainer, left, at_end)
+        self.steps, self.last_rate = settle_schedule(args, batches)
+        settle_crops(self.trainer, self.steps, batches)
+        done = trainer_state(resumed)["global_step"] if resumed else 0
+        if self.steps < done:
+            raise ValueError(
+                f"{resumed} is past the end: it has taken {done:,} steps, and this run has {self.steps:,}; "
+                "give max_steps or num_train_epochs of that many or more."
+            )
 
-
-def trainer_state(checkpoint: str) -> dict:
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-
-
-def run_facts(config: ViTScratchConfig, splits: ImageSplits, args: ImageTrainingArguments) -> dict:
-    """What a checkpoint must share with the run that continues it; and, below "changeable", what it need not."""
-    options = args.recorded
-    if isinstance(splits.train, StreamedImages):  # which worker reads what decides the order
-        options = options | {"stream_workers": args.dataloader_num_workers}
-    return {
-        **{name: getattr(config, name) for name in ViTScratchConfig.__annotations__},
-        "dataset": public_name(splits.name),
-        "classes": splits.class_names,
-        "images": split_sizes(splits),
-        "processes": args.world_size,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        **options,
-        "cut": asdict(splits.cut),
-        "fingerprint": fingerprint(splits),  # last: what else differs says more
-        "changeable": args.changeable,
-        "changes": [],
-    }
-
-
-def check_resuming(args: ImageTrainingArguments, facts: dict):
-    """Refuse a checkpoint of another run, or note in `facts` what this run does otherwise from here on."""
-    if args.resume_from_checkpoint:
-        fields = {name: field.default for name, field in ViTScratchConfig.__dataclass_fields__.items()}
-        checkpoint = Path(args.resume_from_checkpoint)
-        facts["changes"] = checkpoints.check_run(checkpoint, facts, {**fields, **default_options()})
-
-
-def begin_run(model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments) -> str:
-    """Check and note the options, settle the output folder, seed everything; the dataset's name."""
-    check_options(model_args, data_args, args)
-    args.recorded, args.changeable = run_options(model_args, data_args, args)
-    data_name = data_args.dataset_name or data_args.train_dir
-    if args.process_index == 0:
-        settle_output(args, model_args, data_name)
-    if args.world_size > 1:  # one process decides, before any of them makes a folder
-        args.output_dir, args.resume_from_checkpoint = broadcast_object_list(
-            [args.output_dir, args.resume_from_checkpoint]
-        )
-    set_seed(args.seed)
-    transformers.utils.logging.disable_progress_bar()  # of reading and writing files; training keeps its own
-    return data_name
-
-
-def data_settings(
-    model_args: ModelArguments, data_args: DataArguments, args: ImageTrainingArguments, num_channels: int
-) -> dict:
-    """What `load_splits` and `load_streaming` have in common, as the options say."""
-    folders = {"train": data_args.train_dir, "validation": data_args.validation_dir, "test": data_args.test_dir}
-    return {
-        "num_channels": num_channels,
-        "config_name": data_args.dataset_config_name,
-        "data_files": {split: folder for split, folder in folders.items() if folder},
-        "image_column": data_args.image_column_name,
-        "label_column": data_args.label_column_name,
-        "train_val_split": data_args.train_val_split,
-        "max_eval_samples": data_args.max_eval_samples,
-        "crop_scale": CROP_SCALE if data_args.crop_scale is None else data_args.crop_scale,
-        "seed": args.seed,
-        "cache_dir": model_args.cache_dir,
-        "token": model_args.token,
-    }
+    def train(self) -> bool:
+        """Train and save the model; False if a signal stopped it, once the command that continues it was said."""
+        if self.args.device.type == "cuda":
+            move_small_data(self.parts, self.args)
+        replace_run(self.args)
+        self.trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        if self.stop.signal is None:
+            self.trainer.save_model()
+            return True
+        if self.is_main:
+            options = ["--output_dir", self.args.output_dir, "--resume_from_checkpoint", "last"]
+            command = shlex.join(["python", *_without_resuming(sys.argv), *options])
+            print(f"Stopped at step {self.trainer.state.global_step}. To continue:\n  {command}")
+        return False
 
 
 def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, processor, splits: ImageSplits):
@@ -253,6 +266,17 @@ def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, pr
     )
 
 
+def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
+    """Set what the options leave open as the device and the data want it."""
+    if not isinstance(splits.train, DecodedImages) and args.dataloader_num_workers == 0:
+        args.dataloader_num_workers = max((os.cpu_count() or 1) - 1, 1)
+    if args.device.type == "cpu":
+        keep_freed_memory()
+        args.dataloader_pin_memory = False
+        if args.bf16:  # torch's fused attention has a slow backward pass in bfloat16 on CPUs
+            model.set_attn_implementation("eager")
+
+
 def keep_freed_memory():
     """Let the C library keep the memory that a step frees, for the next step, where it can (glibc).
 
@@ -265,77 +289,25 @@ def keep_freed_memory():
         mallopt(mmap_threshold, one_gib)
 
 
-def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
-    """Set what the options leave open as the device and the data want it."""
-    if not isinstance(splits.train, DecodedImages) and args.dataloader_num_workers == 0:
-        args.dataloader_num_workers = max((os.cpu_count() or 1) - 1, 1)
-    if args.device.type == "cpu":
-        keep_freed_memory()
+def move_small_data(parts: dict[str, torch.utils.data.Dataset], args: ImageTrainingArguments):
+    """Pictures that take less than a tenth of the GPU's free memory live there: no batch is copied while training."""
+    decoded = [part for part in parts.values() if isinstance(part, DecodedImages)]
+    free, _ = torch.cuda.mem_get_info(args.device)
+    if args.dataloader_num_workers == 0 and sum(part.images.nbytes for part in decoded) < free / 10:
         args.dataloader_pin_memory = False
-        if args.bf16:  # torch's fused attention has a slow backward pass in bfloat16 on CPUs
-            model.set_attn_implementation("eager")
+        for part in decoded:
+            part.to(args.device)
 
 
-def _settle_crops(trainer: ImageTrainer, steps: int, batches: int | None):
-    """Tell images that are cropped when they are read when that ends (`augment_until`).
-
-    Args:
-        trainer: Of the run.
-        steps: Of the run.
-        batches: In an epoch; None for a stream.
-
-    Raises:
-        ValueError: No epoch begins after that share of the training, and crops can end between two epochs only.
-    """
-    args, images = trainer.args, trainer.train_dataset
-    until = trainer.augmentation.until.get("crop", 1.0)
-    if until == 1 or isinstance(images, DecodedImages):
-        return
-    if isinstance(images, StreamedImages):
-        trained = steps * args.gradient_accumulation_steps  # batches
-        images.crop_until(math.ceil(until * trained), args.per_device_train_batch_size)
-        return
-    epochs = steps / math.ceil(batches / args.gradient_accumulation_steps)
-    epoch = math.ceil(until * epochs)
-    if epoch >= epochs:
-        raise ValueError(
-            f"augment_until: no epoch begins after {until:g} of {epochs:g} epochs, and random crops of "
-            f"images of different sizes end between epochs: train for {math.ceil(1 / (1 - until) - 1e-6)} or more, or "
-            "add crop=1 to augment_until."
-        )
-    images.crop_until(epoch)
+def trainer_state(checkpoint: str | Path) -> dict:
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())
 
 
-def settle_steps(trainer: ImageTrainer, splits: ImageSplits, started: float) -> tuple[int, float | None]:
-    """Steps of the run, within its time budget if it has one, and the learning rate of the last; say what will happen.
-
-    Args:
-        trainer: Of the run.
-        splits: Its pictures.
-        started: `time.monotonic()` when the run began.
-    """
-    args, streamed = trainer.args, isinstance(splits.train, StreamedImages)
-    batches = None if streamed else len(trainer.get_train_dataloader())
-    if batches == 0:
-        raise ValueError(
-            f"no batch is full: {len(splits.train)} pictures for training, per_device_train_batch_size "
-            f"{args.per_device_train_batch_size}; lower it, or leave out dataloader_drop_last."
-        )
-    if args.time_budget_seconds is not None:
-        if args.resume_from_checkpoint:
-            args.max_steps = trainer_state(args.resume_from_checkpoint)["max_steps"]
-        else:
-            left = args.time_budget_seconds - (time.monotonic() - started)
-            measured = (len(part) for name, part in parts_of(splits).items() if name != "train")
-            args.max_steps = steps_in_budget(trainer, left, sum(measured))
-    steps, last_rate = _settle_schedule(args, batches)
-    _settle_crops(trainer, steps, batches)
-    done = trainer_state(args.resume_from_checkpoint)["global_step"] if args.resume_from_checkpoint else 0
-    if steps < done:
-        raise ValueError(
-            f"{args.resume_from_checkpoint} is past the end: it has taken {done:,} steps, and this run has {steps:,}; "
-            "give max_steps or num_train_epochs of that many or more."
-        )
-    if args.process_index == 0:
-        print(summary(trainer, splits, steps, last_rate), flush=True)
-    return steps, last_rate
+def _without_resuming(command: list[str]) -> list[str]:
+    """A command without the options that are about to be added to it."""
+    kept, skip = [], False
+    for word in command:
+        if not skip and word.partition("=")[0] not in ("--output_dir", "--resume_from_checkpoint"):
+            kept.append(word)
+        skip = word in ("--output_dir", "--resume_from_checkpoint")
+    return kept
