@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from figures import picture, small_config, write_history
+from drawings import picture, small_config, write_history
 from PIL import Image
 from runs import load_script
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil

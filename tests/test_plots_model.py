@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from figures import draw, overlaps, picture, small_config
+from drawings import draw, overlaps, picture, small_config
 
 from modeling_vit_scratch import ViTScratchForImageClassification, plots
 

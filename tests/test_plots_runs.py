@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from figures import HEADER, draw, overlaps, write_history
+from drawings import HEADER, draw, overlaps, write_history
 from matplotlib.figure import Figure
 from PIL import Image
 
