@@ -5,7 +5,7 @@ python scripts/demo.py --model google/vit-base-patch16-224 --examples photos/
 python scripts/demo.py --model vit --host 0.0.0.0 --port 8000
 
 The page shows the five likeliest classes, the attention rollout over the
-picture, each layer's and head's attention, the patches as the model gets them,
+image, each layer's and head's attention, the patches as the model gets them,
 and the time taken. It is for this computer only, unless --host says otherwise;
 it asks nothing of the network. It needs gradio: pip install -e ".[demo]"
 Ctrl-C closes it.
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     cli.add_model_options(model)
     page = parser.add_argument_group("page")
-    page.add_argument("--examples", nargs="+", metavar="PICTURE", help="files or folders; default: some of CIFAR-10")
+    page.add_argument("--examples", nargs="+", metavar="IMAGE", help="files or folders; default: some of CIFAR-10")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this computer")
     page.add_argument("--port", type=cli.at_least_one, metavar="N", help="default: the first free one from 7860")
     arguments = parser.parse_args(argv)
@@ -123,19 +123,19 @@ def build(predictor: Predictor, examples: list[str]):
         )
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(
+                image = gr.Image(
                     label="Picture", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="picture",
                     placeholder="Drop a picture here, paste it,\nor click to pick one",
                 )  # fmt: skip
                 # gr.Image would open the file itself, and fail without a word where it cannot.
-                picture.preprocess = lambda upload: upload and upload.path
+                image.preprocess = lambda upload: upload and upload.path
             with gr.Column():
                 label = gr.Label(
                     num_top_classes=5, label="The model says", visible=predictor.can_classify, elem_id="answer"
                 )
                 took = gr.Markdown(elem_id="took")
         if examples:
-            gr.Examples(examples, picture, label="Examples", examples_per_page=12)
+            gr.Examples(examples, image, label="Examples", examples_per_page=12)
         with gr.Row():
             with gr.Column(min_width=280):
                 rollout = view(
@@ -150,11 +150,9 @@ def build(predictor: Predictor, examples: list[str]):
                 patches = view("patches", "Patches", "The picture as the model gets it, read row by row.")
         shown = [label, rollout, one_head, patches, took]
         limit = {"concurrency_limit": os.cpu_count(), "show_progress": "hidden"}
-        picture.change(answer, [picture, layer, head], shown, api_name="classify", **limit)
+        image.change(answer, [image, layer, head], shown, api_name="classify", **limit)
         for slider in (layer, head):
-            slider.change(
-                overlay, [picture, layer, head], one_head, api_name=False, trigger_mode="always_last", **limit
-            )
+            slider.change(overlay, [image, layer, head], one_head, api_name=False, trigger_mode="always_last", **limit)
     return page
 
 

@@ -1,16 +1,16 @@
-"""Classify pictures.
+"""Classify images.
 
 python scripts/predict.py photo.jpg
 python scripts/predict.py photos/ "more/*.png" --top_k 3 \\
     --model google/vit-base-patch16-224
 python scripts/predict.py photos/ --model vit --json > predictions.json
 
-PICTURE is a file, a folder (its pictures, and those in folders below it) or a
-pattern. Pictures are turned upright as their EXIF data says and converted to
+IMAGE is a file, a folder (its images, and those in folders below it) or a
+pattern. Images are turned upright as their EXIF data says and converted to
 the model's channels. Those that cannot be read are named on the standard error
 while the others finish.
 
-Exit status: 0; 1 if a picture cannot be read; 2 if the model or an option is
+Exit status: 0; 1 if an image cannot be read; 2 if the model or an option is
 wrong.
 """
 
@@ -29,9 +29,9 @@ PROGRAM = "predict.py"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__, f"{PROGRAM} PICTURE... [--model MODEL] [--option value ...]")
-    what = parser.add_argument_group("pictures and model")
-    what.add_argument("pictures", metavar="PICTURE", nargs="+", help="file, folder, or pattern such as 'photos/*.jpg'")
+    parser = cli.Parser(__doc__, f"{PROGRAM} IMAGE... [--model MODEL] [--option value ...]")
+    what = parser.add_argument_group("images and model")
+    what.add_argument("images", metavar="IMAGE", nargs="+", help="file, folder, or pattern such as 'photos/*.jpg'")
     what.add_argument(
         "--model",
         default=str(PACKAGED_MODEL),
@@ -41,11 +41,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_model_options(what)
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--top_k", type=cli.at_least_one, default=5, metavar="N", help="classes for each picture; default: 5"
+        "--top_k", type=cli.at_least_one, default=5, metavar="N", help="classes for each image; default: 5"
     )
     output.add_argument("--json", action="store_true", help="JSON instead of a table")
     output.add_argument(
-        "--batch_size", type=cli.at_least_one, default=32, metavar="N", help="pictures at once; default: 32"
+        "--batch_size", type=cli.at_least_one, default=32, metavar="N", help="images at once; default: 32"
     )
     return parser.parse_args(argv)
 
@@ -65,7 +65,7 @@ def table(results: list[dict]) -> str:
 def run(arguments: argparse.Namespace) -> int:
     predictor = cli.load_predictor(arguments, arguments.model)
     predictor.require_classifier()
-    files = list(find_images(arguments.pictures))
+    files = list(find_images(arguments.images))
 
     results = []
     with tqdm(total=len(files), unit="picture", delay=2, file=sys.stderr) as progress:

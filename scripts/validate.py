@@ -1,4 +1,4 @@
-"""Measure a model on labelled pictures, or say which of two is better.
+"""Measure a model on labelled images, or say which of two is better.
 
 python scripts/validate.py runs/showcase uoft-cs/cifar10        one model
 python scripts/validate.py runs/a runs/b uoft-cs/cifar10        A against B
@@ -7,12 +7,12 @@ python scripts/validate.py vit photos/ --split validation --flip --json
 MODEL is a folder, file or Hub id: of this package, or what convert.py reads.
 DATASET is a Hub id, a folder with one directory per class, or 'digits'; its
 classes are found among the model's by name. Intervals are of 95 % (Wilson's; of
-a difference, Tango's); two models are compared on the same pictures (McNemar's
+a difference, Tango's); two models are compared on the same images (McNemar's
 exact test).
 --split validation is what the model's run held out of train, where its folder
 tells and the data are the same; a line says what was taken.
 
-Exit status: 0; 1 if a picture cannot be read; 2 if the model, the dataset or
+Exit status: 0; 1 if an image cannot be read; 2 if the model, the dataset or
 an option is wrong.
 """
 

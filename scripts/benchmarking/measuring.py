@@ -52,7 +52,7 @@ def interleave(contestants: dict[str, Callable[[], float]], rounds: int, title: 
 
 
 def faster(samples: dict[str, list[float]], name: str, other: str) -> float:
-    """How many times as fast `name` is as `other`: the median, over the rounds, of the ratio within a round."""
+    """The speed of `name` over that of `other`: the median, over the rounds, of the ratio within a round."""
     return float(np.median(np.divide(samples[other], samples[name])))
 
 
