@@ -171,7 +171,7 @@ def _write_and_measure(
         ExportDifferenceError: A file does not compute what the model does.
     """
     config, module = predictor.config, Logits(predictor.model)
-    example = torch.randn(2, config.num_channels, *config.image_hw)
+    example = torch.zeros(2, config.num_channels, *config.image_hw)
     with warnings.catch_warnings(action="ignore"), _quiet(logging.WARNING):
         write_files(module, example, folder, names, opset)
     rows = _measure(predictor, module, folder, names, split, batch_size, repeats)
@@ -230,7 +230,8 @@ def open_file(path: Path) -> Runtime:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # they have no class in common
-        raise ValueError(f"onnxruntime cannot run {path.name}, maybe for its --opset: {error}") from error
+        text = " ".join(str(error).split())
+        raise ValueError(f"onnxruntime cannot run {path.name}, maybe for its --opset: {text}") from error
     return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 
 
@@ -250,7 +251,8 @@ def _measure(
     sizes = {"PyTorch": sum(p.numel() * p.element_size() for p in module.parameters())}
     for name in names:
         sizes[name] = sum(file.stat().st_size for file in folder.glob(f"{FILES[name]}*"))
-    times = median_milliseconds(runtimes, torch.randn(batch_size, *shape), repeats)
+    pixels = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+    times = median_milliseconds(runtimes, pixels, repeats)
     rows = [
         {
             "format": name,

@@ -79,9 +79,8 @@ def build(predictor: Predictor, examples: list[str]):
     L, A = config.num_hidden_layers, config.num_attention_heads
     (H, W), (height, width), (h, w) = config.image_hw, config.patch_hw, config.grid_hw
     enlarge, gap = enlargement(config), max(2, SHOWN_SIDE // (24 * max(h, w)))
-    remembered = functools.lru_cache(maxsize=64)(
-        lambda path: view_image(predictor, path)
-    )  # sliders ask again and again
+    # Sliders ask again and again.
+    remembered = functools.lru_cache(maxsize=64)(lambda path: view_image(predictor, path))
 
     def answer(path: str | None, layer: int, head: int):
         if path is None:

@@ -232,7 +232,9 @@ def test_help_begins_with_an_example_and_fits(capsys):
 def test_export_model_gives_the_report_that_the_script_prints(trained, tmp_path, capsys):
     model, folder = trained
     settings = {"batch_size": 2, "repeats": 1}
+    state = torch.get_rng_state()
     report = export.export_model(folder, tmp_path / "a", "program", dataset="digits", max_samples=90, **settings)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's randomness is left alone
     words = ["--formats", "program", "--dataset", "digits", "--max_samples", 90, "--batch_size", 2, "--repeats", 1]
     status, output, _ = run(capsys, folder, tmp_path / "b", *words, "--json")
     assert status == 0

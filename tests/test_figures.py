@@ -76,6 +76,16 @@ def test_figures_of_a_split(folder):
     assert len(loaded["mistakes"].axes) == 3
 
 
+def test_the_seed_of_the_cut_is_another_than_that_of_the_features(folder):
+    settings = {"dataset": "digits", "split": "validation", "train_val_split": 0.03}
+
+    def points(**seeds):
+        figure = draw_figures(folder, "features", **settings, **seeds)["features"]
+        return [points.get_offsets().data.tolist() for points in figure.axes[0].collections]  # by PCA
+
+    assert points(seed=1) == points(seed=1, features_seed=2) != points(seed=2)
+
+
 def test_curves_of_several_runs_need_no_model(tmp_path):
     runs = []
     for name in ("first", "second"):

@@ -61,13 +61,13 @@ class Choices:
         layer: Of heads: from 1, or from -1 backwards.
         count: Number of mistakes.
         max_images: Number of images of patches, rollout and heads.
-        seed: Of features: which images, and t-SNE.
+        features_seed: Of features: which images, and t-SNE.
     """
 
     layer: int = -1
     count: int = 25
     max_images: int = 4
-    seed: int = 0
+    features_seed: int = 0
 
 
 def draw_figures(
@@ -80,7 +80,7 @@ def draw_figures(
     layer: int = -1,
     count: int = 25,
     max_images: int = 4,
-    seed: int = 0,
+    features_seed: int = 0,
     batch_size: int = 64,
     **options,
 ) -> dict[str, Figure]:
@@ -100,7 +100,7 @@ def draw_figures(
         layer: Whose heads: from 1, or from -1 backwards.
         count: Number of mistakes.
         max_images: Number of images of patches, rollout and heads.
-        seed: Of features: which images, and t-SNE.
+        features_seed: Of features: which images, and t-SNE.
         batch_size: Images at once.
         **options: Of `load_split`, as for `evaluate_model`.
 
@@ -128,7 +128,7 @@ def draw_figures(
     paths = [run.name if isinstance(run, Predictor) else str(run) for run in runs]
     figures = {}
     for kind in kinds:
-        figures |= draw_figure(kind, view, paths, Choices(layer, count, max_images, seed))
+        figures |= draw_figure(kind, view, paths, Choices(layer, count, max_images, features_seed))
     return figures
 
 
@@ -240,7 +240,7 @@ def _draw_distance(view: ModelView, choices: Choices) -> Figure:
 
 
 def _draw_features(view: ModelView, choices: Choices) -> Figure:
-    return plot_features(view.answers.features, view.answers.labels, view.class_names, seed=choices.seed)
+    return plot_features(view.answers.features, view.answers.labels, view.class_names, seed=choices.features_seed)
 
 
 def _draw_reliability(view: ModelView, choices: Choices) -> Figure:
