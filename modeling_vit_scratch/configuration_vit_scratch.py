@@ -70,7 +70,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps: Epsilon of every LayerNorm.
         image_size: Pixels, one number or (height, width).
         patch_size: Pixels, one number or (height, width); must divide `image_size`.
-        num_channels: Channels C of a picture.
+        num_channels: Channels C of an image.
         stem_channels: Channels of each stage of early convolutions (Xiao et al., 2021) before the patches; empty for
             none. Each halves height and width, so `patch_size` must be a multiple of 2 ** stages.
         qkv_bias: Whether the query, key and value projections have biases.
@@ -336,7 +336,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             if patch % stride:
                 raise ValueError(
                     f"patch_size ({axis} {patch}) must be divisible by {stride}, which {len(self.stem_channels)} "
-                    f"stem_channels halve a picture to; use {math.ceil(patch / stride) * stride}, or fewer stages."
+                    f"stem_channels halve an image to; use {math.ceil(patch / stride) * stride}, or fewer stages."
                 )
         for axis, image, patch in zip(("height", "width"), self.image_hw, self.patch_hw, strict=True):
             if image % patch:

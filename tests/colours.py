@@ -1,4 +1,4 @@
-"""A model made by hand that knows three colours, and pictures of them."""
+"""A model made by hand that knows three colours, and images of them."""
 
 import torch
 from PIL import Image
@@ -36,3 +36,12 @@ def processor(**fields) -> ViTImageProcessorPil:
 
 def paint(colour: tuple[int, int, int], size: tuple[int, int] = (20, 30)) -> Image.Image:
     return Image.new("RGB", size, colour)
+
+
+def paint_folder(folder, **classes):
+    """A folder with a directory of one-coloured images for each class."""
+    for name, colours in classes.items():
+        (folder / name).mkdir(parents=True)
+        for i, colour in enumerate(colours):
+            paint(colour).save(folder / name / f"{i}.png")
+    return str(folder)

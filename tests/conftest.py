@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from hub_server import hub  # noqa: F401
 
@@ -22,3 +23,11 @@ from benchmarking import peers  # noqa: E402  beside a torchvision that does not
 def pytest_configure():
     if PEERS and peers.REASONS:
         raise pytest.UsageError(f"VIT_SCRATCH_PEERS={PEERS}, but from there {peers.REASONS} do not import.")
+
+
+@pytest.fixture
+def offline(tmp_path_factory, monkeypatch):
+    """What `datasets` prepares goes to a temporary folder, and nothing is asked of the Hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

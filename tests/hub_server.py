@@ -577,3 +577,9 @@ def _git_oid(content: bytes) -> str:
 
 def _oid(path: str, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest() if path.endswith(LFS_SUFFIXES) else _git_oid(content)
+
+
+def put_on_hub(hub, repo_id: str, folder: Path, ref: str = "main"):
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    repo = hub.repos.setdefault(("model", repo_id), Repo(private=False))
+    repo.add(ref, "files", files, None)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
+CIFAR10_COPY = ROOT.parent / "shared" / "cifar10"  # CIFAR-10 as JPEG, in the Hub's layout; not part of the repository
 TINY = "hidden_size=16,num_attention_heads=2,intermediate_size=16"
 RANDOM = f"{TINY},hidden_dropout_prob=0.1,attention_probs_dropout_prob=0.1,drop_path_rate=0.2"
 

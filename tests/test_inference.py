@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from colours import BLUE, GREEN, NAMES, RED, colour_model, paint, processor
+from colours import BLUE, GREEN, NAMES, RED, colour_model, paint, paint_folder, processor
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
@@ -29,15 +29,6 @@ def save(model, folder, image_processor=None) -> Predictor:
     model.save_pretrained(folder)
     (image_processor or processor()).save_pretrained(folder)
     return Predictor(str(folder), "cpu")
-
-
-def paint_folder(folder, **classes):
-    """A folder with a directory of one-coloured pictures for each class."""
-    for name, colours in classes.items():
-        (folder / name).mkdir(parents=True)
-        for i, colour in enumerate(colours):
-            paint(colour).save(folder / name / f"{i}.png")
-    return str(folder)
 
 
 def encode(image: Image.Image) -> bytes:

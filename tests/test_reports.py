@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from colours import BLUE, GREEN, NAMES, RED, colour_model, processor
-from test_inference import paint_folder
+from colours import BLUE, GREEN, NAMES, RED, colour_model, paint_folder, processor
 
 from modeling_vit_scratch.data import load_split
 from modeling_vit_scratch.data.records import BadImages

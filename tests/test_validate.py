@@ -5,9 +5,8 @@ import re
 
 import pytest
 import torch
-from colours import BLUE, GREEN, NAMES, RED, colour_model, processor
+from colours import BLUE, GREEN, NAMES, RED, colour_model, paint_folder, processor
 from runs import load_script
-from test_inference import paint_folder
 
 from modeling_vit_scratch.evaluation import reports
 from modeling_vit_scratch.evaluation.metrics import wilson_interval

@@ -28,7 +28,7 @@ from .layouts import (
 )
 from .recognition import to_jax
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 def export_checkpoint(
@@ -141,7 +141,7 @@ def _obstacles(config: ViTScratchConfig) -> dict[str, dict[str, bool]]:
             **stem,
             "no bias of query, key and value": not config.qkv_bias,
             f"the activation {config.hidden_act}": config.hidden_act != "gelu",
-            "pictures or patches that are no squares": len({*config.image_hw}) + len({*config.patch_hw}) > 2,
+            "images or patches that are no squares": len({*config.image_hw}) + len({*config.patch_hw}) > 2,
             f"{config.num_channels} channels": config.num_channels != 3,
             "no classifier": not config.num_labels,
         },

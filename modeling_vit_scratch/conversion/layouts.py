@@ -1,6 +1,6 @@
 """What other libraries call a Vision Transformer's tensors, and what their tensors cannot tell: tables of facts.
 
-`conversion.py` reads and writes weights by them.
+The other rooms of this wing read and write weights by them.
 """
 
 import re
@@ -198,7 +198,7 @@ class Family:
         layouts: The layouts its files come in.
         mean, std: Of the image processor, per channel.
         resample: PIL's number of the interpolation.
-        crop: Share of the resized picture's side that the central crop keeps, or None: resized without a crop.
+        crop: Share of the resized image's side that the central crop keeps, or None: resized without a crop.
         interpolation: How its authors' own code resizes positions, as the config's `position_interpolation`.
         in_transformers: The same of transformers' class for it, whose tensors have other names.
     """

@@ -18,7 +18,7 @@ from .planning import Plan, as_pair, make_plan, raise_unfit
 from .reading import Checkpoint, first_few, locate, one_line, open_checkpoint, read_json, silent
 from .recognition import NamedTensors, recognise
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 # A trained model of CIFAR-10's classes that comes with the package (scripts/recipes/budget.yaml).

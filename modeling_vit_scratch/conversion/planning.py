@@ -25,7 +25,7 @@ from .layouts import (
 from .reading import Checkpoint, first_few
 from .recognition import NamedTensors, refuse
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 def raise_unfit(title: str, problems: dict[str, list[str]]):

@@ -16,7 +16,7 @@ from .layouts import FAMILIES, TIMM_RESAMPLE, Family
 from .reading import locate, one_line, open_checkpoint, read_json, silent
 from .recognition import recognise
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 def image_processor_for(checkpoint, model: ViTScratchForImageClassification, source: str | None = None, **hub):

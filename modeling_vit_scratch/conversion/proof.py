@@ -24,7 +24,7 @@ from .planning import make_plan
 from .reading import Checkpoint, first_few, locate, open_checkpoint, silent
 from .recognition import recognise
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 TOLERANCE = 1e-4
@@ -37,9 +37,9 @@ class Verification:
     Args:
         reference: Whose model it was compared with.
         differences: Output -> largest absolute difference, in the order they are computed.
-        top5: Pictures for which the five largest logits are the same classes in the same order, or None without
+        top5: Images for which the five largest logits are the same classes in the same order, or None without
             logits.
-        num_images: Pictures compared.
+        num_images: Images compared.
     """
 
     reference: str
@@ -54,7 +54,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every output agrees to 1e-4, and the top-5 of every picture."""
+        """Whether every output agrees to 1e-4, and the top-5 of every image."""
         return self.largest <= TOLERANCE and self.top5 in (None, self.num_images)
 
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..configuration_vit_scratch import ViTScratchConfig
 from .layouts import SUFFIXES, WEIGHT_FILES, WRAPPERS
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Augmentation: batched tensor operations on the training device, with randomness that has no state.
 
-What is drawn for a batch is a function of (seed, step, rank), and for one picture in a worker process of (seed, epoch,
+What is drawn for a batch is a function of (seed, step, rank), and for one image in a worker process of (seed, epoch,
 index); the global generators are neither read nor moved. A run that is resumed therefore draws what it would have
 drawn, whatever was prefetched when it stopped.
 """
@@ -27,7 +27,7 @@ def stateless_generator(*key: int) -> torch.Generator:
 
 
 def crop_box(size: tuple[int, int], scale: float, key: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """A random part of a picture (Szegedy et al., 2015, "Going deeper with convolutions", sec. 6).
+    """A random part of an image (Szegedy et al., 2015, "Going deeper with convolutions", sec. 6).
 
     Args:
         size: (width, height) in pixels.
@@ -36,7 +36,7 @@ def crop_box(size: tuple[int, int], scale: float, key: tuple[int, ...]) -> tuple
         key: What the randomness is a function of: (seed, epoch, index).
 
     Returns:
-        (left, top, right, bottom) in pixels; the whole picture where ten draws do not fit into it.
+        (left, top, right, bottom) in pixels; the whole image where ten draws do not fit into it.
     """
     width, height = size
     generator = np.random.default_rng(key)
@@ -51,7 +51,7 @@ def crop_box(size: tuple[int, int], scale: float, key: tuple[int, ...]) -> tuple
 
 
 def random_crop(images: torch.Tensor, padding: int, mode: str, generator: torch.Generator) -> torch.Tensor:
-    """Shift each picture by up to `padding` pixels each way: uint8 (B, C, H, W) -> uint8 (B, C, H, W).
+    """Shift each image by up to `padding` pixels each way: uint8 (B, C, H, W) -> uint8 (B, C, H, W).
 
     Args:
         padding: Pixels added on every side before a window of the old size is cut out at random.
@@ -84,7 +84,7 @@ def check_padding(padding: int, mode: str, size: tuple[int, int]):
 
 
 def random_flip(images: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tensor:
-    """Mirror each picture left to right with probability p: (B, C, H, W) -> (B, C, H, W)."""
+    """Mirror each image left to right with probability p: (B, C, H, W) -> (B, C, H, W)."""
     flip = beside(torch.rand(len(images), generator=generator) < p, images)
     return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
@@ -92,17 +92,17 @@ def random_flip(images: torch.Tensor, p: float, generator: torch.Generator) -> t
 def draw_erasing(batch: int, size: tuple[int, int], p: float, key: tuple[int, ...]) -> np.ndarray:
     """Rectangles of random erasing (Zhong et al., 2020, alg. 1); a function of the key alone.
 
-    The area is uniform in [0.02, 0.4] of the picture's and the aspect ratio uniform in [0.3, 1 / 0.3], the published
+    The area is uniform in [0.02, 0.4] of the image's and the aspect ratio uniform in [0.3, 1 / 0.3], the published
     settings; the position is uniform among those that fit.
 
     Args:
-        batch: Number of pictures B.
+        batch: Number of images B.
         size: (height, width) in pixels.
         p: Probability in [0, 1].
         key: What the randomness is a function of.
 
     Returns:
-        int64 (B, 4): top, left, height, width in pixels; height and width 0 for a picture that stays as it is.
+        int64 (B, 4): top, left, height, width in pixels; height and width 0 for an image that stays as it is.
     """
     generator = np.random.default_rng(key)
     H, W = size
@@ -118,7 +118,7 @@ def draw_erasing(batch: int, size: tuple[int, int], p: float, key: tuple[int, ..
 
 
 def random_erasing(images: torch.Tensor, boxes: np.ndarray, key: tuple[int, ...]) -> torch.Tensor:
-    """Fill each picture's rectangle with noise, uniform in [0, 255]: uint8 (B, C, H, W) -> uint8 (B, C, H, W).
+    """Fill each image's rectangle with noise, uniform in [0, 255]: uint8 (B, C, H, W) -> uint8 (B, C, H, W).
 
     Args:
         boxes: int64 (B, 4), as `draw_erasing` gives them.
@@ -134,7 +134,7 @@ def random_erasing(images: torch.Tensor, boxes: np.ndarray, key: tuple[int, ...]
 
 
 def _inside(boxes: np.ndarray, images: torch.Tensor) -> torch.Tensor:
-    """Whether a pixel lies in its picture's box (top, left, height, width): bool (n, 1, H, W)."""
+    """Whether a pixel lies in its image's box (top, left, height, width): bool (n, 1, H, W)."""
     top, left, height, width = beside(boxes, images).view(-1, 4, 1, 1, 1).unbind(1)
     down = torch.arange(images.shape[2], device=images.device)[:, None]
     across = torch.arange(images.shape[3], device=images.device)
@@ -146,18 +146,18 @@ def draw_mixing(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What mixup (Zhang et al., 2018) and cutmix (Yun et al., 2019, eq. 2) do; a function of the key alone.
 
-    With both, each mixed picture gets the one or the other at even odds.
+    With both, each mixed image gets the one or the other at even odds.
 
     Args:
-        batch: Number of pictures B.
+        batch: Number of images B.
         size: (height, width) in pixels.
         mixup_alpha: Of the Beta distribution of shares; 0 for no mixup.
         cutmix_alpha: Likewise for cutmix.
-        p: Probability in [0, 1] that a picture is mixed.
+        p: Probability in [0, 1] that an image is mixed.
         key: What the randomness is a function of.
 
     Returns:
-        int64 (B,), whom each picture is mixed with, a permutation; float32 (B,), mixup's share of its own pixels; and
+        int64 (B,), whom each image is mixed with, a permutation; float32 (B,), mixup's share of its own pixels; and
         int64 (B, 4), cutmix's box (top, left, height, width), which the partner's pixels fill.
     """
     generator = np.random.default_rng(key)
@@ -185,7 +185,7 @@ def mix(
     shares: np.ndarray,
     boxes: np.ndarray,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix pictures and labels as `draw_mixing` says; a label's share is the share of its pixels.
+    """Mix images and labels as `draw_mixing` says; a label's share is the share of its pixels.
 
     Args:
         images: Floating point (B, C, H, W).
@@ -193,7 +193,7 @@ def mix(
         num_labels: Number of classes K.
 
     Returns:
-        Pictures (B, C, H, W) and class probabilities, float32 (B, K).
+        Images (B, C, H, W) and class probabilities, float32 (B, K).
     """
     partners, shares = beside(partners, images), beside(shares, images)
     own = torch.where(_inside(boxes, images), 0, shares.view(-1, 1, 1, 1))  # (B, 1, H, W)
@@ -206,11 +206,11 @@ def mix(
 def draw_mask(
     batch: int, grid_hw: tuple[int, int], unit_hw: tuple[int, int], ratio: float, key: tuple[int, ...]
 ) -> torch.Tensor:
-    """Which patches of each picture are hidden (SimMIM, Xie et al., 2022, sec. 3.2).
+    """Which patches of each image are hidden (SimMIM, Xie et al., 2022, sec. 3.2).
 
     Args:
-        batch: Number of pictures B.
-        grid_hw: Patches (h, w) of a picture.
+        batch: Number of images B.
+        grid_hw: Patches (h, w) of an image.
         unit_hw: Patches (down, across) that are hidden or shown together.
         ratio: Share of the units that is hidden, rounded up.
         key: What the draw is a function of.
@@ -263,12 +263,12 @@ class Augmentation:
         crop_mode: "constant" or "reflect".
         horizontal_flip: Probability in [0, 1].
         seed: What all randomness is a function of, with the step and the rank.
-        rand_augment_ops: Operations of RandAugment that each picture goes through; 0 switches it off.
+        rand_augment_ops: Operations of RandAugment that each image goes through; 0 switches it off.
         rand_augment_magnitude: Their strength in [0, 10]; see `rand_augment`.
         erasing: Probability in [0, 1] of erasing a rectangle; see `draw_erasing`.
         mixup_alpha: Of the Beta distribution of shares; 0 switches mixup off. See `draw_mixing`.
         cutmix_alpha: Likewise for cutmix.
-        mix_probability: In [0, 1]: how many pictures are mixed, with either.
+        mix_probability: Share of the images that are mixed, with either, in [0, 1].
         num_labels: Number of classes; needed for mixing.
         until: Of `AUGMENTATIONS`, by name: the share of the training, in [0, 1], after which it stops; 1 if not named.
     """
@@ -348,7 +348,7 @@ class Augmentation:
             progress: Share of the training that is done, in [0, 1].
 
         Returns:
-            float32 (B, C, H, W); and the labels as they were, or, where pictures are mixed, class probabilities,
+            float32 (B, C, H, W); and the labels as they were, or, where images are mixed, class probabilities,
             float32 (B, K).
         """
         images = self(images, step, rank, progress)

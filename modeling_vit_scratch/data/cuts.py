@@ -1,6 +1,6 @@
 """Which images a run held out: read back from its folder, cut again, and proved by the fingerprint.
 
-A run writes how it cut its dataset (`data.Cut`), and the fingerprint of what came out, into `metrics.json` and into
+A run writes how it cut its dataset (`Cut`), and the fingerprint of what came out, into `metrics.json` and into
 each checkpoint's `run.json`. `load_split` gives a trained model the split that it is asked for: that of its run where
 the fingerprint proves it, and never one that passes for validation and was trained on.
 """
@@ -31,7 +31,7 @@ class RunRecord:
 
     Args:
         dataset: Its name, without a path.
-        fingerprint: Of the dataset as the run cut it; see `inspection.fingerprint`.
+        fingerprint: Of the dataset as the run cut it; see `doctor.fingerprint`.
         cut: How that was.
     """
 
@@ -41,7 +41,7 @@ class RunRecord:
 
 
 class Trained(Protocol):
-    """A trained model, e.g. an `inference.Predictor`; `record` is None if it is not one of this package."""
+    """A trained model, e.g. an `evaluation.Predictor`; `record` is None if it is not one of this package."""
 
     name: str
     image_hw: tuple[int, int]

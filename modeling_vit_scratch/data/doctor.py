@@ -1,6 +1,6 @@
 """A doctor for data: duplicates, leaks from train to test, classes out of balance, and a fingerprint.
 
-`inspect_splits` looks at every picture once (CIFAR-10's 60,000 in about ten seconds) and returns a `Report`, whose text
+`inspect_splits` looks at every image once (CIFAR-10's 60,000 in about ten seconds) and returns a `Report`, whose text
 is what `finetune.py --dry_run` shows. `fingerprint` is cheap enough for every run. `sample_sheet` draws what the model
 will see.
 """
@@ -22,15 +22,15 @@ from .augmentation import Augmentation
 from .records import Records
 from .splits import DecodedImages, ImageSplits, LazyImages, bounded_map, collate, progress_bar
 
-# Pictures of a split that are looked at, evenly spaced: comparing all pairs grows with the square.
+# Images of a split that are looked at, evenly spaced: comparing all pairs grows with the square.
 MAX_INSPECTED = {"train": 60_000, "validation": 20_000, "test": 20_000}
-# Pictures of a split whose bytes the fingerprint covers, evenly spaced.
+# Images of a split whose bytes the fingerprint covers, evenly spaced.
 MAX_FINGERPRINTED = 65_536
-# Two pictures are near duplicates if at most so many of 64 bits differ, and both correlations reach so much. Found on
+# Two images are near duplicates if at most so many of 64 bits differ, and both correlations reach so much. Found on
 # CIFAR-10: nearly all pairs that pass are one photo in two versions. Crops, shifts, mirror images are not looked for.
 HASH_DISTANCE, LIKENESS, DETAIL_LIKENESS = 10, 0.9, 0.75
 IMBALANCE = 3.0
-# Share of training pictures with a near twin in train, above which near means little.
+# Share of training images with a near twin in train, above which near means little.
 ALIKE = 0.2
 SHOWN = 5
 
@@ -46,9 +46,9 @@ def fingerprint(splits: HasRecords) -> str:
     """32 hexadecimal digits that tell a dataset, as it is split here, from any other.
 
     A BLAKE2b digest over the class names, and for train, validation and test in this order, as far as they exist: the
-    number of pictures, their labels (int64, little-endian), and length and bytes of each encoded picture, in order;
-    beyond 65,536 pictures of a split, those of so many evenly spaced ones. Nothing else counts: the same files give
-    the same fingerprint from a folder, a table or the Hub, on every machine; of a stream, its first pictures do.
+    number of images, their labels (int64, little-endian), and length and bytes of each encoded image, in order;
+    beyond 65,536 images of a split, those of so many evenly spaced ones. Nothing else counts: the same files give
+    the same fingerprint from a folder, a table or the Hub, on every machine; of a stream, its first images do.
     """
     digest = hashlib.blake2b(json.dumps(splits.class_names).encode(), digest_size=16)
     for split in ("train", "validation", "test"):
@@ -70,11 +70,11 @@ def evenly(count: int, limit: int) -> np.ndarray:
 
 @dataclass
 class Overlap:
-    """Pictures of one split that occur in train as well, or twice in train.
+    """Images of one split that occur in train as well, or twice in train.
 
     Args:
         split: Which split.
-        exact: How many have exactly the pixels of another picture in train.
+        exact: Number of images with exactly the pixels of another image in train.
         near: How many others are nearly the same as one in train.
         contradictory: How many of the exact ones carry another label than their twin.
         examples: Some of them: where it is, where its twin in train is, "exact" or "near".
@@ -94,8 +94,8 @@ class Report:
     Args:
         name: Of the dataset.
         fingerprint: See `fingerprint`.
-        counts: Split -> class name -> pictures.
-        inspected: Split -> pictures that were looked at.
+        counts: Split -> class name -> images.
+        inspected: Split -> images that were looked at.
         overlaps: One for each split.
         warnings: What is wrong, one sentence each, with the mend.
     """
@@ -129,17 +129,17 @@ class Report:
 
 
 def inspect_splits(splits: ImageSplits) -> Report:
-    """Look at every picture of every split; see `Report`. Takes time: about a minute for 400,000 small pictures."""
+    """Look at every image of every split; see `Report`. Takes time: about a minute for 400,000 small images."""
     parts = {"train": _by_index(splits), "validation": splits.validation, "test": splits.test}
     looks, warnings = {}, []
     if parts["train"] is not splits.train:
-        warnings.append(f"Of train, only the first {len(parts['train']):,} pictures of the stream were compared.")
+        warnings.append(f"Of train, only the first {len(parts['train']):,} images of the stream were compared.")
     for split, part in parts.items():
         if part is None:
             continue
         look = looks[split] = _look(part, splits.records[split], split)
         if len(look.index) < look.total:
-            warnings.append(f"Of {split}, only {len(look.index):,} of {look.total:,} pictures were compared.")
+            warnings.append(f"Of {split}, only {len(look.index):,} of {look.total:,} images were compared.")
     classes = len(splits.class_names)
     counts = {
         split: dict(zip(splits.class_names, np.bincount(look.all_labels, minlength=classes).tolist(), strict=True))
@@ -152,7 +152,7 @@ def inspect_splits(splits: ImageSplits) -> Report:
 
 
 def _by_index(splits: ImageSplits) -> torch.utils.data.Dataset:
-    """The training pictures; of a stream, those that were read at the start."""
+    """The training images; of a stream, those that were read at the start."""
     train = splits.train
     if not isinstance(train, torch.utils.data.IterableDataset):
         return train
@@ -199,12 +199,12 @@ def _overlap_warnings(overlaps: list[Overlap], train_images: int) -> list[str]:
     return warnings
 
 
-# Looking at pictures
+# Looking at images
 
 
 @dataclass
 class _Look:
-    """What is kept of a split's pictures.
+    """What is kept of a split's images.
 
     Args:
         records: Where they are.
@@ -212,7 +212,7 @@ class _Look:
         labels: int64 (n,).
         digests: Of all pixels, 16 bytes each.
         thumbnails: uint8 (n, 16, 16), grey.
-        all_labels: int64 (N,), also of the pictures that were not looked at.
+        all_labels: int64 (N,), also of the images that were not looked at.
         total: N.
     """
 
@@ -230,7 +230,7 @@ def _look(dataset: torch.utils.data.Dataset, records: Records, split: str) -> _L
     labels = dataset.labels.numpy()
     digests, thumbnails = [], []
     with progress_bar(len(index), f"Inspecting {split}") as bar:
-        for images in _pictures(dataset, index):
+        for images in _batches_of_images(dataset, index):
             digests += [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.numpy()]
             thumbnails.append(F.adaptive_avg_pool2d(_grey(images), 16).round().byte())
             bar.update(len(images))
@@ -243,8 +243,8 @@ def _grey(images: torch.Tensor) -> torch.Tensor:
     return torch.einsum("nchw,c->nhw", images.float(), torch.tensor(weights))
 
 
-def _pictures(dataset: torch.utils.data.Dataset, index: np.ndarray) -> Iterator[torch.Tensor]:
-    """Pictures at the model's size, without random crops: uint8 (n, C, H, W), up to 256 at a time."""
+def _batches_of_images(dataset: torch.utils.data.Dataset, index: np.ndarray) -> Iterator[torch.Tensor]:
+    """Images at the model's size, without random crops: uint8 (n, C, H, W), up to 256 at a time."""
     chunks = [index[start : start + 256] for start in range(0, len(index), 256)]
     if isinstance(dataset, DecodedImages):
         yield from (dataset.images[torch.from_numpy(chunk)] for chunk in chunks)
@@ -254,11 +254,11 @@ def _pictures(dataset: torch.utils.data.Dataset, index: np.ndarray) -> Iterator[
         yield from bounded_map(pool, lambda chunk: torch.stack([whole[int(i)]["pixel_values"] for i in chunk]), chunks)
 
 
-# Comparing pictures
+# Comparing images
 
 
 def perceptual_hash(thumbnails: torch.Tensor) -> np.ndarray:
-    """64 bits that change little when a picture does: uint8 (n, 16, 16), grey -> uint64 (n,).
+    """64 bits that change little when an image does: uint8 (n, 16, 16), grey -> uint64 (n,).
 
     Bit (i, j) says whether cell (i, j + 1) of 8 x 9 is brighter than cell (i, j) ("dHash").
     """
@@ -277,11 +277,11 @@ def _descriptors(thumbnails: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def near_pairs(thumbnails: torch.Tensor, others: torch.Tensor | None = None) -> np.ndarray:
-    """Pairs of nearly the same picture: int64 (M, 2), positions in `thumbnails` and in `others`.
+    """Pairs of nearly the same image: int64 (M, 2), positions in `thumbnails` and in `others`.
 
     Args:
         thumbnails: uint8 (n, 16, 16), grey.
-        others: Likewise; None for pairs within `thumbnails`, the later picture first.
+        others: Likewise; None for pairs within `thumbnails`, the later image first.
     """
     hashes, whole, detail = perceptual_hash(thumbnails), *_descriptors(thumbnails)
     within = others is None
@@ -298,7 +298,7 @@ def near_pairs(thumbnails: torch.Tensor, others: torch.Tensor | None = None) -> 
         first += start
         if within:
             first, second = first[second < first], second[second < first]
-        for part in range(0, len(first), 65_536):  # where all pictures resemble each other
+        for part in range(0, len(first), 65_536):  # where all images resemble each other
             a, b = first[part : part + 65_536], second[part : part + 65_536]
             like = (whole[a].float() * other_whole[b].float()).sum(1) >= LIKENESS
             like &= (detail[a].float() * other_detail[b].float()).sum(1) >= DETAIL_LIKENESS
@@ -342,15 +342,15 @@ def _compare(looks: dict[str, _Look]) -> list[Overlap]:
 # Samples
 
 
-def sample_pictures(splits: ImageSplits, augmentation: Augmentation, count: int = 40) -> tuple[torch.Tensor, list[str]]:
-    """Training pictures as the model will see them in its first step, in colours a person can look at.
+def sample_images(splits: ImageSplits, augmentation: Augmentation, count: int = 40) -> tuple[torch.Tensor, list[str]]:
+    """Training images as the model will see them in its first step, in colours a person can look at.
 
     Args:
-        splits: Where they are from: `count` training pictures, evenly spaced.
+        splits: Where they are from: `count` training images, evenly spaced.
         augmentation: What happens to them.
 
     Returns:
-        uint8 (count, C, H, W); and the label of each, or the shares of its labels where pictures are mixed.
+        uint8 (count, C, H, W); and the label of each, or the shares of its labels where images are mixed.
     """
     train = _by_index(splits)
     batch = collate([train[int(i)] for i in evenly(len(train), count)])
@@ -367,10 +367,10 @@ def sample_pictures(splits: ImageSplits, augmentation: Augmentation, count: int 
 
 
 def sample_sheet(splits: ImageSplits, augmentation: Augmentation, path: str | Path, count: int = 40) -> Path:
-    """Draw `sample_pictures` with their labels into a picture file, and return its path."""
+    """Draw `sample_images` with their labels into an image file, and return its path."""
     from matplotlib.figure import Figure
 
-    pixels, texts = sample_pictures(splits, augmentation, count)
+    pixels, texts = sample_images(splits, augmentation, count)
     columns = min(8, len(texts))
     rows = -(-len(texts) // columns)
     figure = Figure(figsize=(1.5 * columns, 1.7 * rows), layout="constrained")

@@ -21,7 +21,7 @@ def beside(values: torch.Tensor | np.ndarray, images: torch.Tensor) -> torch.Ten
 
 
 def draw_rand_augment(batch: int, num_ops: int, key: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which operations, and in which direction, each picture gets; a function of the key alone.
+    """Which operations, and in which direction, each image gets; a function of the key alone.
 
     Returns:
         int64 (num_ops, B), indices into `RAND_AUGMENT_OPS`; and float32 (num_ops, B), -1 or 1. On the CPU.
@@ -42,7 +42,7 @@ def rand_augment(
 
     Args:
         images: 1 or 3 channels.
-        ops: int64 (N, B), on the CPU: what each picture goes through, one row after the other.
+        ops: int64 (N, B), on the CPU: what each image goes through, one row after the other.
         signs: float32 (N, B), on the CPU: direction, -1 or 1, of operations that have one.
         magnitude: In [0, 10].
         fill: Of pixels that come from outside, one byte per channel.
@@ -126,7 +126,7 @@ def _by_table(images, slices, strength, magnitude, fill) -> torch.Tensor:
 
 
 def _by_blend(images, slices, strength, magnitude, fill) -> torch.Tensor:
-    """Operations that move a picture to or from another one made of it: its grey, or its smoothed version."""
+    """Operations that move an image to or from another one made of it: its grey, or its smoothed version."""
     base = images.clone()
     base[slices["color"]] = _grey(images[slices["color"]]).byte()
     rows = slices["sharpness"]

@@ -37,7 +37,7 @@ class BadImages(ValueError):
 
 
 class Records:
-    """Encoded pictures and checked labels of one split, by row; no picture is decoded here."""
+    """Encoded images and checked labels of one split, by row; no image is decoded here."""
 
     def __init__(self, dataset: datasets.Dataset, image_column: str, labels: np.ndarray, rows: np.ndarray, split: str):
         self.dataset, self.image_column, self.rows, self.split = dataset, image_column, rows, split
@@ -53,7 +53,7 @@ class Records:
         return records
 
     def encoded(self) -> Iterator[bytes]:
-        """The files' contents, in order; nothing of a missing picture."""
+        """The files' contents, in order; nothing of a missing image."""
         for start in range(0, len(self), 1024):
             for value in self.dataset[self.rows[start : start + 1024]][self.image_column]:
                 value = value or {"bytes": b"", "path": None}
@@ -82,7 +82,7 @@ class Records:
         return images, bad
 
     def where(self, index: int) -> str:
-        """The place of a picture in words: its row in the dataset, and its file if there is one."""
+        """The place of an image in words: its row in the dataset, and its file if there is one."""
         row = int(self.rows[index])
         value = self.dataset[row][self.image_column] or {}
         return self._where(row, value.get("path"))
@@ -106,7 +106,7 @@ class Cut:
 
     Args:
         method: "given" (the dataset has a validation split), "stratified" (`load_records`), "random"
-            (`load_unlabelled`), or "by content" (`streaming.is_held_out`).
+            (`load_unlabelled`), or "by content" (`is_held_out`).
         train_val_split: Share of train that was held out; None where none was.
         seed: Of the cut, and of what the limits left.
         max_train_samples: None for no limit.
@@ -147,14 +147,24 @@ class Cut:
         return ", ".join([self.method, *share, f"seed {self.seed}", *limits])
 
 
+def check_limits(train_val_split: float, max_train_samples: int | None = None, max_eval_samples: int | None = None):
+    """Refuse a share that is none, and limits that leave no image."""
+    if not 0 < train_val_split < 1:
+        raise ValueError(f"train_val_split ({train_val_split}) must be in (0, 1), e.g. 0.1.")
+    for option, value in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} ({value}) must be at least 1.")
+
+
 def train_of(dataset: datasets.DatasetDict) -> datasets.Dataset:
+    """The train split; a ValueError where there is none."""
     if "train" not in dataset:
         raise ValueError(f"there is no 'train' split; the dataset has {', '.join(dataset) or 'none'}.")
     return dataset["train"]
 
 
 def _stratified_cut(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (kept, cut), each sorted; every class gives the same share, as nearly as whole pictures allow."""
+    """Rows (kept, cut), each sorted; every class gives the same share, as nearly as whole images allow."""
     from sklearn.model_selection import train_test_split
 
     try:
@@ -274,8 +284,7 @@ def load_unlabelled(
         held_out = round(train_val_split * count)
         if not 0 < held_out < count:
             raise ValueError(
-                f"{train_val_split:g} of {count} pictures cannot be held out; add pictures, or change "
-                "--train_val_split."
+                f"{train_val_split:g} of {count} images cannot be held out; add images, or change --train_val_split."
             )
         order = np.random.default_rng(seed).permutation(count)
         records = {"train": train.select(np.sort(order[held_out:])), "validation": train.select(order[:held_out])}

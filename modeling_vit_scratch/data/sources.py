@@ -1,6 +1,6 @@
-"""Where pictures come from: a Hub dataset, a folder, or the bundled digits; and how one picture is decoded.
+"""Where images come from: a Hub dataset, a folder, or the bundled digits; and how one image is decoded.
 
-Everything here is still encoded pictures in `datasets` tables; `data.py` makes tensors of them.
+Everything here is still encoded images in `datasets` tables; `splits` makes tensors of them.
 """
 
 import contextlib
@@ -30,20 +30,20 @@ LITTER = ("thumbs.db", "desktop.ini")
 
 
 def load_image(source: bytes | str | Path | Image.Image, num_channels: int = 3) -> Image.Image:
-    """Decode a picture to 8-bit grey (1 channel) or RGB (3 channels), upright.
+    """Decode an image to 8-bit grey (1 channel) or RGB (3 channels), upright.
 
     EXIF rotation is applied; 16-bit and floating-point grey are scaled to 8 bits; transparent pixels are laid on
-    white; CMYK, palette, 1-bit and grey pictures are converted; an animation gives its first frame.
+    white; CMYK, palette, 1-bit and grey images are converted; an animation gives its first frame.
 
     Args:
-        source: Encoded bytes, a path, or an open picture.
+        source: Encoded bytes, a path, or an open image.
         num_channels: 1 or 3.
 
     Raises:
-        ValueError: The picture cannot be decoded, has NaN or infinite pixels, or more pixels than PIL thinks safe.
+        ValueError: The image cannot be decoded, has NaN or infinite pixels, or more pixels than PIL thinks safe.
     """
     if num_channels not in (1, 3):
-        raise ValueError(f"pictures have 1 or 3 channels, not {num_channels}; set num_channels to 1 or 3.")
+        raise ValueError(f"images have 1 or 3 channels, not {num_channels}; set num_channels to 1 or 3.")
     try:
         if isinstance(source, Image.Image):
             image = _upright(source)
@@ -108,7 +108,7 @@ def load_raw(
     streaming: bool = False,
     labelled: bool = True,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """A dataset by its Hub id, its folder, or the name "digits"; pictures still encoded.
+    """A dataset by its Hub id, its folder, or the name "digits"; images still encoded.
 
     Args:
         name: Where it is; a folder is in the Hub's layout, or has one directory per class (with or without directories
@@ -119,7 +119,7 @@ def load_raw(
         token: For private Hub datasets.
         image_size: (height, width) at which digits are drawn.
         streaming: Read a Hub dataset, or a folder in its layout, while it is used instead of preparing it on disk.
-        labelled: Whether the directories of a folder are classes; if not, it is the pictures below it that count.
+        labelled: Whether the directories of a folder are classes; if not, it is the images below it that count.
 
     Raises:
         ValueError: There is no such dataset, or a class directory of an image folder has no images.
@@ -132,7 +132,7 @@ def load_raw(
         folders = _split_folders(Path(name))
     if folders:
         _refuse_configuration(config_name, name or ", ".join(map(str, folders.values())))
-        read = _image_folder if labelled else _loose_pictures
+        read = _image_folder if labelled else _loose_images
         return datasets.DatasetDict({split: read(folder, split) for split, folder in folders.items()})
     try:
         return datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
@@ -189,12 +189,12 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 
 
 def _image_folder(folder: Path, split: str) -> datasets.Dataset:
-    """Pictures of a folder with one directory per class, labelled by the directories' sorted names."""
+    """Images of a folder with one directory per class, labelled by the directories' sorted names."""
     if not folder.is_dir():
         raise ValueError(f"split {split!r}: there is no folder {folder}.")
     directories = _visible_directories(folder)
     if not directories:
-        raise ValueError(f"split {split!r}: {folder} has no directories; put the pictures into one per class.")
+        raise ValueError(f"split {split!r}: {folder} has no directories; put the images into one per class.")
     loose = [path.name for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions()]
     if loose:
         raise ValueError(f"split {split!r}: {loose[0]} lies in {folder} beside the classes; move it into one of them.")
@@ -217,17 +217,17 @@ def _image_folder(folder: Path, split: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def _loose_pictures(folder: Path, split: str) -> datasets.Dataset:
-    """Every picture in a folder and below it."""
-    paths = pictures_below(folder)
+def _loose_images(folder: Path, split: str) -> datasets.Dataset:
+    """Every image in a folder and below it."""
+    paths = images_below(folder)
     if not paths:
-        raise ValueError(f"split {split!r}: {folder} holds no pictures.")
+        raise ValueError(f"split {split!r}: {folder} holds no images.")
     columns = {"image": [{"bytes": None, "path": str(path)} for path in paths]}
     return datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(decode=False)}))
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """The files in a folder and below it whose names are of pictures that can be read, sorted; no hidden ones."""
+def images_below(folder: Path) -> list[Path]:
+    """The files in a folder and below it whose names are of images that can be read, sorted; no hidden ones."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and _is_visible(path, folder))
     return sorted(path for path in files if path.is_file())

@@ -1,11 +1,11 @@
-"""Pictures and labels, from wherever they are to uint8 tensors.
+"""Images and labels, from wherever they are to uint8 tensors.
 
-What `sources.py` finds becomes an `ImageSplits`: train, validation and test datasets whose samples are
+What `sources` finds becomes an `ImageSplits`: train, validation and test datasets whose samples are
 `{"pixel_values": uint8 (C, H, W), "labels": int}`, and what belongs to them (class names, mean, standard deviation).
-Pixels stay integers until they are augmented and normalised as a batch on the training device (`augmentation.py`).
+Pixels stay integers until they are augmented and normalised as a batch on the training device (`augmentation`).
 
-Pictures of one size that fit in memory are decoded once (`DecodedImages`); others are decoded and resized sample by
-sample in worker processes (`LazyImages`). Both give the same pixels for the same picture.
+Images of one size that fit in memory are decoded once (`DecodedImages`); others are decoded and resized sample by
+sample in worker processes (`LazyImages`). Both give the same pixels for the same image.
 """
 
 import os
@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 
 from .augmentation import crop_box
 from .columns import IMAGE_COLUMNS, find_column, find_columns
-from .records import BadImages, Cut, Records, load_records, load_unlabelled, train_of
+from .records import BadImages, Cut, Records, check_limits, load_records, load_unlabelled, train_of
 from .sources import VALIDATION_SPLITS, load_raw
 
 # Half of a small machine's memory; CIFAR-10 takes 0.18e9.
 MAX_DECODED_BYTES = 4e9
-# Pictures that mean and standard deviation are taken from; at 32 px already 8 million pixels.
+# Images that mean and standard deviation are taken from; at 32 px already 8 million pixels.
 MAX_STATISTICS_IMAGES = 8192
 
 
@@ -40,7 +40,7 @@ def to_tensor(image: Image.Image, processor) -> torch.Tensor:
 
 
 class DecodedImages(torch.utils.data.Dataset):
-    """Pictures in one uint8 tensor.
+    """Images in one uint8 tensor.
 
     Args:
         images: uint8 (N, C, H, W).
@@ -51,7 +51,7 @@ class DecodedImages(torch.utils.data.Dataset):
         self.images, self.labels = images, labels
 
     def to(self, device: torch.device) -> "DecodedImages":
-        """Move the pictures to a device, where batches are then gathered."""
+        """Move the images to a device, where batches are then gathered."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         return self
 
@@ -68,16 +68,16 @@ class DecodedImages(torch.utils.data.Dataset):
 
 
 class LazyImages(torch.utils.data.Dataset):
-    """Pictures decoded and resized when they are asked for, in the DataLoader's worker processes.
+    """Images decoded and resized when they are asked for, in the DataLoader's worker processes.
 
-    In training, a random part of the picture is cut out first (`augmentation.crop_box`), as a function of (seed,
+    In training, a random part of the image is cut out first (`crop_box`), as a function of (seed,
     epoch, index) only.
 
     Args:
-        records: Where the pictures are.
+        records: Where the images are.
         processor: The image processor that resizes them.
         num_channels: 1 or 3.
-        crop_scale: Smallest share of a picture's area that a random crop keeps, in (0, 1]; None for no crop.
+        crop_scale: Smallest share of an image's area that a random crop keeps, in (0, 1]; None for no crop.
         seed: Of the random crop.
     """
 
@@ -118,8 +118,8 @@ class ImageSplits:
 
     Args:
         name: Hub id, folder, or "digits".
-        train: Pictures to learn from.
-        validation: Pictures to choose the model by, given, or cut from train.
+        train: Images to learn from.
+        validation: Images to choose the model by, given, or cut from train.
         test: Images to measure the chosen model on, or None where the dataset has none, or hides their labels.
         class_names: By label.
         mean: Of the training pixels per channel, in [0, 1].
@@ -211,7 +211,7 @@ def progress_bar(total: int, text: str) -> tqdm:
 
 
 def pixel_statistics(images: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, in [0, 1], of uint8 (N, C, H, W) pictures."""
+    """Mean and standard deviation per channel, in [0, 1], of uint8 (N, C, H, W) images."""
     if len(images) > MAX_STATISTICS_IMAGES:
         images = images[torch.linspace(0, len(images) - 1, MAX_STATISTICS_IMAGES).long()]
     # Exact integer sums: a float32 mean over millions of pixels drifts.
@@ -241,13 +241,13 @@ def load_splits(
     token: str | None = None,
     labelled: bool = True,
 ) -> ImageSplits:
-    """Load a dataset for training; everything is checked before the first picture is decoded.
+    """Load a dataset for training; everything is checked before the first image is decoded.
 
     Args:
         name: Hub id, folder, or "digits"; see `load_raw`, also for `config_name` and `data_files`.
-        processor: Image processor whose `size` the pictures are brought to.
+        processor: Image processor whose `size` the images are brought to.
         num_channels: 1 or 3.
-        image_column: Name of the picture column; found if None.
+        image_column: Name of the image column; found if None.
         label_column: Name of the label column; found if None.
         train_val_split: Share in (0, 1) of train that becomes validation where the dataset has none: the same share of
             each class, or, of images without labels, any.
@@ -258,17 +258,13 @@ def load_splits(
         seed: Of the validation cut and of random crops.
         cache_dir: Where `datasets` keeps its files.
         token: For private Hub datasets.
-        labelled: False for pictures alone: a folder may then hold them without directories for classes, and there
+        labelled: False for images alone: a folder may then hold them without directories for classes, and there
             are no class names and no test split.
 
     Raises:
         ValueError: Says which row, column, split or class is wrong, and the mend.
     """
-    if not 0 < train_val_split < 1:
-        raise ValueError(f"train_val_split ({train_val_split}) must be in (0, 1), e.g. 0.1.")
-    for option, value in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
-        if value is not None and value < 1:
-            raise ValueError(f"{option} ({value}) must be at least 1.")
+    check_limits(train_val_split, max_train_samples, max_eval_samples)
     size = processor.size["height"], processor.size["width"]
     raw = load_raw(name, config_name, data_files, cache_dir, token, size, labelled=labelled)
     limits = train_val_split, max_train_samples, max_eval_samples, seed

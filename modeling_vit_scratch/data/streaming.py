@@ -1,7 +1,7 @@
-"""Pictures that are read while they are needed: for a dataset larger than the disk.
+"""Images that are read while they are needed: for a dataset larger than the disk.
 
-`load_streaming` gives what `data.load_splits` gives, but its train split is a `StreamedImages`, which has no length and
-no end. Validation and test are read at the start, since they are measured picture by picture, and stay encoded in
+`load_streaming` gives what `load_splits` gives, but its train split is a `StreamedImages`, which has no length and
+no end. Validation and test are read at the start, since they are measured image by image, and stay encoded in
 memory.
 """
 
@@ -18,15 +18,15 @@ from datasets.distributed import split_dataset_by_node
 
 from .augmentation import crop_box
 from .columns import all_hidden, find_columns
-from .records import Cut, Records, check_split
+from .records import Cut, Records, check_limits, check_split, train_of
 from .sources import VALIDATION_SPLITS, load_image, load_raw
 from .splits import ImageSplits, LazyImages, decode_all, pixel_statistics, to_tensor
 
 logger = logging.getLogger(__name__)
 
-# Training pictures that are read at the start: for mean and standard deviation, the fingerprint, and the doctor.
+# Training images that are read at the start: for mean and standard deviation, the fingerprint, and the doctor.
 HEAD_IMAGES = 512
-# Validation pictures that are held out of train where the dataset has none of its own, if nobody says how many.
+# Validation images that are held out of train where the dataset has none of its own, where no number is given.
 MAX_HELD_OUT = 5_000
 # Test labels that tell whether all of them are hidden.
 FIRST_LABELS = 16
@@ -35,25 +35,25 @@ MIN_SHARDS = 8
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
-    """Training pictures without an end: each pass is one epoch, in which every picture comes exactly once.
+    """Training images without an end: each pass is one epoch, in which every image comes exactly once.
 
     Of `world_size` processes, each reads its own part, and of that each of its worker processes its own. The order, by
-    files and by a buffer, is a function of (seed, epoch); the random crop of a picture one of (seed, epoch, process,
+    files and by a buffer, is a function of (seed, epoch); the random crop of an image one of (seed, epoch, process,
     worker, position). An endless stream keeps processes in step that have parts of different sizes: each begins its
     next epoch when its part is through.
 
     Args:
-        stream: Of encoded pictures and labels.
+        stream: Of encoded images and labels.
         columns: Names of (image, label).
         class_names: By label.
-        processor: The image processor that resizes pictures.
+        processor: The image processor that resizes images.
         num_channels: 1 or 3.
         crop_scale: See `LazyImages`.
         seed: Of order and crops.
         rank: Of this process.
         world_size: Number of processes.
-        buffer_size: Pictures, encoded, that each worker draws the next one from.
-        held_out: Share of pictures that are never given, because they are validation's; see `is_held_out`.
+        buffer_size: Images, encoded, that each worker draws the next one from.
+        held_out: Share of images that are never given, because they are validation's; see `is_held_out`.
         endless: False for a single pass.
     """
 
@@ -139,7 +139,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 yield example
 
     def _sample(self, example: dict, key: tuple[int, ...], crop_scale: float | None) -> dict:
-        where = f"picture {example['image']['path'] or key[-1]} of the stream"
+        where = f"image {example['image']['path'] or key[-1]} of the stream"
         if not example["image"]["bytes"]:
             raise ValueError(f"{where}: there is no image; remove it.")
         try:
@@ -153,7 +153,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
 
 def _with_bytes(value: dict | None) -> dict:
-    """An encoded picture whose bytes are here, wherever its file is."""
+    """An encoded image whose bytes are here, wherever its file is."""
     value = value or {"bytes": None, "path": None}
     if value["bytes"] is None and value["path"]:
         with datasets.utils.file_utils.xopen(value["path"], "rb") as file:
@@ -162,7 +162,7 @@ def _with_bytes(value: dict | None) -> dict:
 
 
 def is_held_out(encoded: bytes | None, share: float) -> bool:
-    """Whether a picture belongs to validation; a function of its bytes, so that no process has to ask another."""
+    """Whether an image belongs to validation; a function of its bytes, so that no process has to ask another."""
     digest = hashlib.blake2b(encoded or b"", digest_size=8, person=b"held out").digest()
     return int.from_bytes(digest, "little") < share * 2**64
 
@@ -211,8 +211,7 @@ def open_streams(
 ) -> Streams:
     """What `load_streaming` gives, not decoded; arguments as there, and (height, width) at which digits are drawn."""
     raw = load_raw(name, config_name, data_files, cache_dir, token, image_size, streaming=True)
-    if "train" not in raw:
-        raise ValueError(f"there is no 'train' split; the dataset has {', '.join(raw) or 'none'}.")
+    train_of(raw)
     streams = {split: _as_stream(raw[split], split) for split in raw}
     columns = find_columns(streams["train"], image_column, label_column)
     given = next((split for split in VALIDATION_SPLITS if split in streams), None)
@@ -266,7 +265,7 @@ def load_streaming(
     world_size: int = 1,
     buffer_size: int = 1000,
 ) -> ImageSplits:
-    """Like `data.load_splits`, for a dataset that is read over the network while it is trained on.
+    """Like `load_splits`, for a dataset that is read over the network while it is trained on.
 
     Validation and test are read whole, or `max_eval_samples` of their first images. Where there is no validation split,
     images of train are held out by a digest of their bytes, about `train_val_split` of them, and `max_eval_samples`
@@ -277,13 +276,12 @@ def load_streaming(
         rank: Of this process.
         world_size: Number of processes.
         buffer_size: See `StreamedImages`.
-        name: This, and what is not named here, as in `data.load_splits`.
+        name: This, and what is not named here, as in `load_splits`.
 
     Raises:
         ValueError: Says what is wrong, and the mend.
     """
-    if not 0 < train_val_split < 1:
-        raise ValueError(f"train_val_split ({train_val_split}) must be in (0, 1), e.g. 0.1.")
+    check_limits(train_val_split, max_eval_samples=max_eval_samples)
     size = processor.size["height"], processor.size["width"]
     opened = open_streams(
         name, size, config_name, data_files, image_column, label_column,
@@ -330,8 +328,8 @@ def _undecoded(stream: datasets.IterableDataset, columns: tuple[str, str], split
 def _read(
     stream: datasets.IterableDataset, columns: tuple[str, str], limit: int | None, seed: int, keep=lambda encoded: True
 ) -> datasets.Dataset:
-    """The first pictures of a stream that are to be kept, still encoded, in memory; all of them without a limit."""
-    if limit is not None:  # files are often sorted by class: not the first pictures, but some of the first
+    """The first images of a stream that are to be kept, still encoded, in memory; all of them without a limit."""
+    if limit is not None:  # files are often sorted by class: not the first images, but some of the first
         stream = stream.shuffle(seed=seed, buffer_size=2 * min(limit, 5_000), max_buffer_input_shards=1)
     images, labels = [], []
     for example in stream:

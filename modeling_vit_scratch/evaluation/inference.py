@@ -26,7 +26,7 @@ from ..conversion.loading import own_folder
 from ..data import load_split
 from ..data.cuts import RunRecord, Split, read_record
 from ..data.records import Records
-from ..data.sources import load_image, pictures_below
+from ..data.sources import images_below, load_image
 from ..data.splits import bounded_map, progress_bar, to_tensor
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def find_images(patterns: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            found = list(map(str, pictures_below(path)))
+            found = list(map(str, images_below(path)))
             wrong = "the folder holds no pictures"
         elif path.exists():
             found, wrong = [pattern], None

@@ -316,7 +316,7 @@ def plot_mistakes(
 def plot_reliability(probabilities, labels, bins: int = 15) -> Figure:
     """Is the model right as often as it is sure? Accuracy over confidence in bins, and the calibration error.
 
-    ECE = sum_m |B_m| / n * |acc(B_m) - conf(B_m)| (Guo et al., 2017, eq. 3 and fig. 1); see `metrics.reliability_bins`.
+    ECE = sum_m |B_m| / n * |acc(B_m) - conf(B_m)| (Guo et al., 2017, eq. 3 and fig. 1); see `reliability_bins`.
 
     Args:
         probabilities: (n, classes).

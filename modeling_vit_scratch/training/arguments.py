@@ -27,7 +27,7 @@ FIXED = {
     "eval_do_concat_batches": True, "restore_callback_states_from_checkpoint": False,
 }  # fmt: skip
 
-# The --task of pretraining.py.
+# The --task of `pretrain`.
 MASKED = "masked-image-modeling"
 
 # Options that a resumed run may change: its length, what it runs on, what is measured, logged, saved and sent. Every
@@ -54,7 +54,7 @@ OF_THE_CALL = frozenset({
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "cache_dir", "token", "hub_token",
     "local_rank",
 })  # fmt: skip
-# Options that `training.run_facts` has in other words: the architecture that comes of them, and the data's fingerprint.
+# Options that a run's facts have in other words: the architecture that comes of them, and the data's fingerprint.
 RECORDED_OTHERWISE = frozenset({
     "preset", "config_overrides", "image_size", "dataset_name", "train_dir", "validation_dir", "test_dir",
     "dataset_config_name", "image_column_name", "label_column_name", "streaming",
@@ -107,7 +107,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which pictures to train on, and how."""
+    """Which images to train on, and how."""
 
     _argument_group_name = "data"
 
@@ -122,12 +122,10 @@ class DataArguments:
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one directory per class to train on."})
     validation_dir: str | None = field(default=None, metadata={"help": "Likewise, to choose the best model by."})
     test_dir: str | None = field(default=None, metadata={"help": "Likewise, to measure the best model on at the end."})
-    image_column_name: str | None = field(
-        default=None, metadata={"help": "Column of the pictures; found if not given."}
-    )
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images; found if not given."})
     label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; found if not given."})
     streaming: bool = field(
-        default=False, metadata={"help": "Read training pictures while training, for data larger than the disk."}
+        default=False, metadata={"help": "Read training images while training, for data larger than the disk."}
     )
     train_val_split: float = field(
         default=0.1,
@@ -161,26 +159,26 @@ class DataArguments:
         },
     )
     horizontal_flip: float | None = field(
-        default=None, metadata={"help": "Probability of mirroring a picture. Default: 0.5; 0 for digits."}
+        default=None, metadata={"help": "Probability of mirroring an image. Default: 0.5; 0 for digits."}
     )
     mask_ratio: float = field(
-        default=0.6, metadata={"help": f"Share of a picture that is hidden, with --task {MASKED}."}
+        default=0.6, metadata={"help": f"Share of an image that is hidden, with --task {MASKED}."}
     )
     mask_patch_size: int | None = field(
         default=None, metadata={"help": "Pixels of the squares that are hidden. Default: the model's patches."}
     )
     rand_augment: int = field(
-        default=0, metadata={"help": "Random operations of RandAugment that each picture goes through; 0 for none."}
+        default=0, metadata={"help": "Random operations of RandAugment that each image goes through; 0 for none."}
     )
     rand_augment_magnitude: float = field(default=5.0, metadata={"help": "Their strength, from 0 to 10."})
-    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle of a picture."})
+    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle of an image."})
     mixup_alpha: float = field(
-        default=0.0, metadata={"help": "Mixes pictures in pairs, by shares from Beta(alpha, alpha); 0 for none."}
+        default=0.0, metadata={"help": "Mixes images in pairs, by shares from Beta(alpha, alpha); 0 for none."}
     )
     cutmix_alpha: float = field(
-        default=0.0, metadata={"help": "Pastes a part of one picture into another, likewise; 0 for none."}
+        default=0.0, metadata={"help": "Pastes a part of one image into another, likewise; 0 for none."}
     )
-    mix_probability: float = field(default=1.0, metadata={"help": "Probability that a picture is mixed, either way."})
+    mix_probability: float = field(default=1.0, metadata={"help": "Probability that an image is mixed, either way."})
     augment_until: str | None = field(
         default=None,
         metadata={
@@ -206,8 +204,8 @@ class ImageTrainingArguments(TrainingArguments):
     num_train_epochs: float | None = field(
         default=None, metadata={"help": "Passes over the training images. Default: 3; max_steps overrides it."}
     )
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Pictures per step and process."})
-    per_device_eval_batch_size: int = field(default=250, metadata={"help": "Pictures per evaluation step and process."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per step and process."})
+    per_device_eval_batch_size: int = field(default=250, metadata={"help": "Images per evaluation step and process."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Another one for the classifier."})
     layer_decay: float = field(
@@ -231,7 +229,7 @@ class ImageTrainingArguments(TrainingArguments):
         },
     )
     flip_tta: bool = field(
-        default=False, metadata={"help": "Also measure the mean logits of each picture and its mirror image."}
+        default=False, metadata={"help": "Also measure the mean logits of each image and its mirror image."}
     )
     bf16: bool | None = field(
         default=None,

@@ -50,7 +50,7 @@ def look_at(model_args: ModelArguments, data_args: DataArguments, seed: int) -> 
     """Look at the data that the options name: labels are checked, of some images the size is read.
 
     Raises:
-        ValueError: The data cannot be used; see `data.load_records`.
+        ValueError: The data cannot be used; see `load_records`.
     """
     folders = {"train": data_args.train_dir, "validation": data_args.validation_dir, "test": data_args.test_dir}
     raw = load_raw(

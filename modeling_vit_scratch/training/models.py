@@ -76,7 +76,7 @@ def with_classes(model: ViTScratchForImageClassification, class_names: list[str]
 
 
 def flops_per_image(model: ViTScratchForImageClassification) -> int:
-    """Floating-point operations (a multiplication and an addition are two) of a forward pass on one picture."""
+    """Floating-point operations (a multiplication and an addition are two) of a forward pass on one image."""
     config = model.config
     pixels = torch.zeros(1, config.num_channels, *config.image_hw, device=model.device)
     training = model.training

@@ -1,4 +1,4 @@
-"""Pre-training without labels: SimMIM (Xie et al., 2022) hides parts of a picture, and the model paints them.
+"""Pre-training without labels: SimMIM (Xie et al., 2022) hides parts of an image, and the model paints them.
 
 `pretrain` is a whole run, as `training.finetune` is; the folder it leaves is one that `finetune` starts from
 (`--model_name_or_path`): the encoder is taken, the decoder left out.
@@ -21,7 +21,7 @@ from .report import describe, describe_machine, say_what_will_happen, table, wri
 from .run import Run
 from .trainer import ImageTrainer
 
-# The held-out pictures are hidden in the same places each time, whatever the step.
+# The held-out images are hidden in the same places each time, whatever the step.
 _HELD_OUT = 4
 SHOWN = 8
 
@@ -30,7 +30,7 @@ class MaskedImageTrainer(ImageTrainer):
     """ImageTrainer that hides patches and measures the error of what the model paints there.
 
     Args:
-        mask_ratio: Share of the picture that is hidden, in (0, 1).
+        mask_ratio: Share of the image that is hidden, in (0, 1).
         mask_hw: Pixels (height, width) of a square that is hidden or shown whole.
         **kwargs: As for ImageTrainer.
     """
@@ -41,7 +41,7 @@ class MaskedImageTrainer(ImageTrainer):
         self.compute_metrics = self.compute_loss_func = None  # the model has its loss, and there is nothing to count
 
     def mask(self, batch: int, *key: int) -> torch.Tensor:
-        """Where pictures are hidden: bool (batch, h, w), a function of the seed and the key."""
+        """Where images are hidden: bool (batch, h, w), a function of the seed and the key."""
         config = self.model.config
         units = [max(side // patch, 1) for side, patch in zip(self.mask_hw, config.patch_hw, strict=True)]
         drawn = draw_mask(batch, config.grid_hw, units, self.mask_ratio, (self.args.seed, *key))
@@ -110,7 +110,7 @@ def _mask_hw(config: ViTScratchConfig, pixels: int | None) -> tuple[int, int]:
         if pixels % patch or pixels > image:
             raise ValueError(
                 f"mask_patch_size ({pixels}) must be a multiple of the patch's {name} ({patch}), and at most the "
-                f"picture's ({image}); use {patch}."
+                f"image's ({image}); use {patch}."
             )
     return pixels, pixels
 
@@ -177,15 +177,15 @@ def _write_card(folder: Path, metrics: dict):
         "---\n" + "\n".join(lines) + "\n---\n\n"
         f"# Vision Transformer, pre-trained on {data['name']} without labels\n\n"
         "Masked image modelling after [SimMIM](https://arxiv.org/abs/2111.09886): "
-        f"{training['mask_ratio']:.0%} of a picture is hidden, in squares of {training['mask_patch_size'][0]} pixels, "
+        f"{training['mask_ratio']:.0%} of an image is hidden, in squares of {training['mask_patch_size'][0]} pixels, "
         "and the model paints it.\n\n"
         f"- **Parameters:** {metrics['model']['parameters']:,}\n"
-        f"- **Data:** {data['name']}: {data['splits']['train']:,} pictures, fingerprint `{data['fingerprint']}`\n"
-        f"- **Mean error of hidden pixels on {metrics['validation']['examples']:,} pictures held out:** "
+        f"- **Data:** {data['name']}: {data['splits']['train']:,} images, fingerprint `{data['fingerprint']}`\n"
+        f"- **Mean error of hidden pixels on {metrics['validation']['examples']:,} images held out:** "
         f"{metrics['validation']['loss']:.4f} standard deviations\n"
         f"- **Training:** {training['epochs']:g} epochs, {metrics['time']['train_seconds']:.0f} s\n\n"
         "![Reconstructions](plots/reconstructions.png)\n\n"
-        "Fine-tune it on pictures with labels:\n\n```bash\n"
+        "Fine-tune it on images with labels:\n\n```bash\n"
         "python scripts/finetune.py --model_name_or_path FOLDER --dataset_name ...\n```\n\n"
         f"The command:\n\n```bash\n{metrics['command']}\n```\n"
     )

@@ -169,7 +169,7 @@ def write_history(folder: Path, log_history: list[dict]) -> bool:
 
 
 def write_predictions(folder: Path, split: str, logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, names):
-    """One row per picture: its row in the split, its class, the predicted class, and the model's confidence."""
+    """One row per image: its row in the split, its class, the predicted class, and the model's confidence."""
     probabilities = torch.from_numpy(logits).float().softmax(-1)
     confidence, predicted = probabilities.max(-1)
     with open(folder / f"predictions_{split}.csv", "w", newline="") as file:

@@ -290,7 +290,7 @@ def keep_freed_memory():
 
 
 def move_small_data(parts: dict[str, torch.utils.data.Dataset], args: ImageTrainingArguments):
-    """Pictures that take less than a tenth of the GPU's free memory live there: no batch is copied while training."""
+    """Images that take less than a tenth of the GPU's free memory live there: no batch is copied while training."""
     decoded = [part for part in parts.values() if isinstance(part, DecodedImages)]
     free, _ = torch.cuda.mem_get_info(args.device)
     if args.dataloader_num_workers == 0 and sum(part.images.nbytes for part in decoded) < free / 10:

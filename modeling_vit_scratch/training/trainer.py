@@ -233,7 +233,7 @@ class ImageTrainer(Trainer):
         )
 
     def _get_dataloader(self, *args, is_training=False, **kwargs):
-        """As Trainer does, but `dataloader_drop_last` is for training: every picture is measured."""
+        """As Trainer does, but `dataloader_drop_last` is for training: every image is measured."""
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and is_training
         try:

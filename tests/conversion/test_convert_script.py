@@ -1,0 +1,143 @@
+"""scripts/convert.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from foreign import NEAR, assert_same, needs_timm, of_transformers, timm, timm_tensors, torchvision
+from runs import load_script
+
+from modeling_vit_scratch import ViTScratchConfig, conversion
+from modeling_vit_scratch.conversion import convert_checkpoint
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("convert")
+
+
+@pytest.fixture
+def vit_folder(tmp_path):
+    """A folder of transformers' ViT; its epsilon is one that tests can deny."""
+    _, theirs = of_transformers("ViTForImageClassification", layer_norm_eps=1e-12)
+    theirs.save_pretrained(tmp_path / "vit")
+    return tmp_path / "vit", theirs
+
+
+def test_convert_script(script, vit_folder, tmp_path, capsys, caplog):
+    folder, theirs = vit_folder
+    assert script.main([str(folder), str(tmp_path / "out"), "--verify", "--num_images", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["transformers' ViTForImageClassification", "on 3 random images, in double precision"]
+    table = {line[:10].strip(): line[10:].strip() for line in lines[4:-3]}
+    assert list(table) == ["embeddings", "block 1", "block 2", "block 3", "final norm", "logits", "top-5"]
+    assert all(float(difference) < NEAR for name, difference in table.items() if name != "top-5")
+    assert table["top-5"] == "agree on 3 of 3" and lines[-2].startswith("the same function:")
+    assert "Recognised transformers' names" in caplog.text
+    ours = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert_same(ours, theirs)
+    assert transformers.ViTImageProcessorPil.from_pretrained(tmp_path / "out").size["height"] == 24
+    assert (tmp_path / "out" / "modeling_vit_scratch.py").is_file()
+
+
+@needs_timm
+@pytest.mark.parametrize("target", [None, "timm", "jax"])
+def test_convert_script_says_everything_once(script, target, tmp_path, caplog):
+    """With a proof of what comes in and one of what goes out."""
+    tensors = timm_tensors(D=64, classes=None) | {"mask_token": torch.ones(1, 1, 8)}
+    decoder = {"decoder_embed.weight": torch.ones(8, 64), "decoder_pos_embed": torch.ones(1, 10, 8)}
+    torch.save({"model": tensors | decoder, "epoch": 3}, tmp_path / "mae.pth")
+    argv = [str(tmp_path / "mae.pth"), str(tmp_path / "out"), "--verify", "--num_labels", "3", "--image_size", "32"]
+    assert script.main([*argv, *(["--to", target] if target else [])]) == 0
+    said = [record.getMessage() for record in caplog.records if record.name.startswith(conversion.__name__)]
+    assert len(said) == len(set(said))
+    for beginning in ("Took 'model'", "Recognised timm's names (mae)", "Assumed 1 heads", "Left out the pre-training"):
+        assert sum(line.startswith(beginning) for line in said) == 1, said
+    assert ("Google's code has" in "".join(said)) == (target == "jax")
+
+
+def test_convert_script_fails_where_the_proof_does(script, vit_folder, tmp_path, capsys):
+    folder, _ = vit_folder
+    assert script.main([str(folder), str(tmp_path / "out"), "--verify", "--layer_norm_eps", "1e-5"]) == 1
+    printed = capsys.readouterr()
+    assert "NOT the same function" in printed.out and "the proof failed, nothing written" in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_script_with_changes(script, vit_folder, tmp_path):
+    folder, _ = vit_folder
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    changes = ["--image_size", "16", "32", "--num_labels", "2", "--labels", str(tmp_path / "labels.txt")]
+    assert script.main([str(folder), str(tmp_path / "out"), *changes, "--verify"]) == 0
+    config = ViTScratchConfig.from_pretrained(tmp_path / "out")
+    assert config.image_size == (16, 32) and config.id2label == {0: "cat", 1: "dog"}
+    processor = transformers.ViTImageProcessorPil.from_pretrained(tmp_path / "out")
+    assert (processor.size["height"], processor.size["width"]) == (16, 32)
+
+
+@pytest.mark.parametrize("target", ["transformers", "timm", "torchvision", "jax"])
+def test_convert_script_out_again(script, vit_folder, tmp_path, capsys, target):
+    folder, theirs = vit_folder
+    arguments = [str(folder), str(tmp_path / "out"), "--to", target]
+    available = {"timm": timm, "torchvision": torchvision, "jax": timm}.get(target, transformers)
+    if available is None:
+        assert script.main([*arguments, "--verify"]) == 1
+        assert "not verified, nothing written" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    else:
+        assert script.main([*arguments, "--verify"]) == 0
+        assert capsys.readouterr().out.count("the same function") == 2  # in, and out
+    assert script.main(arguments) == 0
+    assert_same(convert_checkpoint(tmp_path / "out"), theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.pth", "out"], "no file or folder none.pth"),
+        (["{vit}", "{vit}"], "holds the checkpoint itself"),
+        (["{vit}/model.safetensors", "{vit}"], "holds the checkpoint itself"),
+        (["{vit}", "{vit}/config.json"], "is a file"),
+        (["{vit}", "out", "--image_size", "1", "2", "3"], "one number or two"),
+        (["{vit}", "out", "--image_size", "25"], "must be divisible by patch_size"),
+        (["{vit}", "out", "--num_images", "0"], "must be at least 1"),
+        (["{vit}", "out", "--labels", "none.txt"], "labels cannot be read"),
+        (["{vit}", "out", "--source", "torchvision"], "source='torchvision'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_convert_script_usage(script, vit_folder, arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert script.main([argument.format(vit=vit_folder[0]) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and not printed.out and not Path("out").exists()
+
+
+def test_convert_script_on_our_own(script, own, tmp_path, capsys):
+    own.save_pretrained(tmp_path / "own")
+    assert script.main([str(tmp_path / "own"), str(tmp_path / "out"), "--verify"]) == 2
+    assert "nothing to verify without --to" in capsys.readouterr().err
+    assert script.main([str(tmp_path / "own"), str(tmp_path / "out"), "--image_size", "40"]) == 0
+    assert "No image processor was written" in capsys.readouterr().err
+    assert ViTScratchConfig.from_pretrained(tmp_path / "out").image_size == 40
+
+
+def test_convert_script_leaves_no_two_models_in_a_folder(script, vit_folder, tmp_path, capsys):
+    folder, out = str(vit_folder[0]), tmp_path / "out"
+    assert script.main([folder, str(out)]) == script.main([folder, str(out)]) == 0
+    before = sorted(out.iterdir())
+    for target, left in (("jax", "model.safetensors"), ("timm", "preprocessor_config.json")):
+        assert script.main([folder, str(out), "--to", target]) == 2
+        assert f"holds {left} of another model; name another folder" in capsys.readouterr().err
+    assert sorted(out.iterdir()) == before
+
+
+def test_convert_script_help_begins_with_an_example(script, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("python scripts/convert.py google/vit-base-patch16-224")
+    for group in ("what and where:", "changes:", "proof:"):
+        assert group in lines
+    with pytest.raises(SystemExit, match="2"):
+        script.main([])

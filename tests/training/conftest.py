@@ -1,0 +1,30 @@
+"""Fixtures that several of these files use."""
+
+import signal
+
+import pytest
+from transformers import TrainerCallback
+
+from modeling_vit_scratch.training import ImageTrainer
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Send a signal (Ctrl-C's, if no other is named) after a given step, once."""
+    step = {}
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step.get("at"):
+                number = step.get("signal", signal.SIGINT)
+                step.clear()
+                signal.raise_signal(number)
+
+    original = ImageTrainer.__init__
+
+    def with_interrupt(self, *args, **kwargs):
+        # Before StopOnSignal in the list, so that the signal is seen in the same step.
+        original(self, *args, **{**kwargs, "callbacks": [Interrupt(), *kwargs["callbacks"]]})
+
+    monkeypatch.setattr(ImageTrainer, "__init__", with_interrupt)
+    return step

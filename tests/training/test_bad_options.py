@@ -1,0 +1,112 @@
+"""Recipes, options and output folders that are wrong."""
+
+import os
+import re
+
+import pytest
+from bad_files import write
+from runs import load_script
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    return load_script("finetune")
+
+
+BAD_RECIPES = {
+    "unknown key": ("dataset_name: digits\nfrobnicate: 1", "unknown key 'frobnicate'; the nearest is '"),
+    "misspelt key": ("lerning_rate: 1e-3", "unknown key 'lerning_rate'; the nearest is 'learning_rate'"),
+    "abbreviated key": ("learning_rat: 1e-3", "unknown key 'learning_rat'; the nearest is 'learning_rate'"),
+    "dashes for underscores": ("learning-rate: 1e-3", "the nearest is 'learning_rate'"),
+    "number for a key": ("1: 2", "unknown key 1"),
+    "duplicated key": ("seed: 1\nseed: 2", "key 'seed' stands there twice; keep one"),
+    "duplicated key of a mapping": (
+        "config_overrides: {hidden_size: 8, hidden_size: 16}",
+        "key 'hidden_size' stands there twice",
+    ),
+    "text for a number": ("num_train_epochs: many", "num_train_epochs.*invalid float value: 'many'"),
+    "fraction for a whole number": ("max_steps: 1.5", "max_steps.*invalid int value: '1.5'"),
+    "list for a number": ("seed: [1, 2]", "2"),
+    "neither yes nor no": ("bf16: maybe", "bf16.*maybe"),
+    "no mapping": ("- preset\n- showcase", "must hold lines of the form 'option: value'"),
+    "empty file": ("", "must hold lines of the form 'option: value'"),
+    "no YAML": ("preset: [", "recipe .*while parsing"),
+    "tabs": ("preset:\n\tshowcase", "recipe .*cannot start any token"),
+    "no text": (b"\xff\xfe\x00", "recipe .*can't decode byte 0xff"),
+    "a Python object": ("seed: !!python/object/apply:os.system ['touch pwned']", "could not determine a constructor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECIPES)
+def test_bad_recipes_are_refused(name, finetune, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text, message = BAD_RECIPES[name]
+    recipe = write(tmp_path / "a recipe.yaml", text)
+    with pytest.raises(SystemExit) as left:
+        finetune.parse([str(recipe), "--dataset_name", "digits"])
+    assert left.value.code == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, error), error
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("key", ["help", "help_all"])
+def test_help_is_no_key_of_a_recipe(key, finetune, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        finetune.parse([str(write(tmp_path / "x.yaml", f"{key}: true")), "--dataset_name", "digits"])
+    assert left.value.code == 2
+
+
+def test_a_recipe_that_is_not_there(finetune, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        finetune.parse([str(tmp_path / "nothing.yaml")])
+    assert left.value.code == 2
+    assert "nothing.yaml" in capsys.readouterr().err
+
+
+GOOD_RECIPES = {
+    "scientific notation, which YAML reads as text": ("learning_rate: 1e-3", "learning_rate", 1e-3),
+    "number in quotes": ("seed: '7'", "seed", 7),
+    "null keeps the default": ("weight_decay: null", "weight_decay", 0.0),
+    "the command line wins": ("num_train_epochs: 5", "num_train_epochs", 3),
+    "space and unicode in a path": ("output_dir: a b/ü", "output_dir", "a b/ü"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_RECIPES)
+def test_odd_recipes_are_read(name, finetune, tmp_path):
+    text, field, value = GOOD_RECIPES[name]
+    recipe = write(tmp_path / "a recipe ü.yaml", text)
+    arguments = finetune.parse([str(recipe), "--dataset_name", "digits", "--num_train_epochs", "3"])
+    assert getattr(arguments[2], field) == value
+
+
+@pytest.mark.parametrize("options", [["--learning_rat", "1"], ["--nonsense", "1"], ["--preset"], ["stray"]])
+def test_bad_options_are_refused(options, finetune, capsys):
+    with pytest.raises(SystemExit) as left:
+        finetune.parse(["--dataset_name", "digits", *options])
+    assert left.value.code == 2
+    assert options[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_made(finetune, tmp_path, capsys):
+    """A file stands in its way: refused before the data is loaded, for root too."""
+    write(tmp_path / "file", "")
+    folder = tmp_path / "file" / "run"
+    assert finetune.main(["--dataset_name", "digits", "--output_dir", str(folder), "--use_cpu", "true"]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot write to {folder}" in error
+    assert "--output_dir" in error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_output_folder(finetune, tmp_path, capsys):
+    (tmp_path / "run").mkdir(mode=0o555)
+    assert finetune.main(["--dataset_name", "digits", "--output_dir", str(tmp_path / "run"), "--use_cpu", "true"]) == 2
+    assert "cannot write to" in capsys.readouterr().err
+
+
+def test_the_tables_of_recipes_are_long_enough():
+    assert len(BAD_RECIPES) + len(GOOD_RECIPES) >= 21

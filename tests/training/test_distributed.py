@@ -1,0 +1,157 @@
+"""Two processes (gloo, CPU) compute what one does; sharded training (FSDP2) too; a death is noticed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, SCRIPTS, fork_run, history, options, wait_all, weights
+
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.data import Augmentation
+from modeling_vit_scratch.training import checkpoints
+
+CIFAR10 = ROOT.parent / "shared" / "cifar10"
+PLAIN = {
+    "horizontal_flip": 0, "crop_padding": 0, "max_grad_norm": 0, "max_train_samples": 384, "num_train_epochs": 9,
+    "save_strategy": "no", "eval_strategy": "no",
+}  # fmt: skip
+
+
+def train(folder: Path, processes: int, **changes) -> Path:
+    """A run on so many processes with the same global batch of 64; its output folder."""
+    argv = options(folder, **(PLAIN | changes), per_device_train_batch_size=64 // processes)
+    log = folder.with_suffix(".log")
+    assert wait_all(fork_run(argv, processes, log)) == [0] * processes, Path(f"{log}.0").read_text()[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_two_processes_end_with_the_weights_of_one(tmp_path, optim):
+    """54 steps. Adam amplifies the rounding of gradients that are truly zero (the key bias): compare logits there."""
+    changes = {"optim": optim, "learning_rate": 0.1 if optim == "sgd" else 1e-3}
+    one, two = (train(tmp_path / str(n), n, **changes) for n in (1, 2))
+    for folder in (one, two):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["training"]["steps"] == 54 and metrics["training"]["global_batch_size"] == 64
+    rates = [[row["learning_rate"] for row in history(folder)] for folder in (one, two)]
+    assert rates[0] == rates[1]
+    if optim == "sgd":
+        a, b = weights(one), weights(two)
+        assert all(torch.allclose(a[name], b[name], atol=1e-5, rtol=0) for name in a)
+        assert a["classifier.weight"].abs().max() > 0.001
+    else:
+        pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        logits = [ViTScratchForImageClassification.from_pretrained(folder)(pixels).logits for folder in (one, two)]
+        assert torch.allclose(*logits, atol=1e-4, rtol=0) and logits[0].std() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [10_000, 9_999])
+def test_evaluation_counts_each_image_once(tmp_path, size):
+    if not CIFAR10.is_dir():
+        pytest.skip(f"needs {CIFAR10}")
+    changes = {"dataset_name": CIFAR10, "max_eval_samples": size, "max_steps": 2, "per_device_eval_batch_size": 500}
+    results = []
+    for n in (1, 2):
+        folder = train(tmp_path / str(n), n, **changes)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        rows = [row.split(",")[0] for row in (folder / "predictions_test.csv").read_text().splitlines()[1:]]
+        assert metrics["test"]["examples"] == len(rows) == len(set(rows)) == size
+        results.append(metrics["test"])
+    assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"], abs=2 / size)
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=1e-4)
+
+
+def test_each_rank_draws_other_augmentations():
+    images = torch.arange(2 * 3 * 32 * 32).view(2, 3, 32, 32).remainder(251).byte()
+    augment = Augmentation([0.0] * 3, [1.0] * 3, crop_padding=4, horizontal_flip=0.5, seed=1)
+    assert torch.equal(augment(images, step=5, rank=0), augment(images, step=5, rank=0))
+    assert not torch.equal(augment(images, step=5, rank=0), augment(images, step=5, rank=1))
+
+
+@pytest.mark.slow
+def test_only_the_first_process_writes(tmp_path):
+    train(tmp_path / "run", 2, num_train_epochs=1)
+    texts = [Path(f"{tmp_path / 'run.log'}.{rank}").read_text() for rank in (0, 1)]
+    assert "everything is in" in texts[0] and "parameters" in texts[0]
+    assert "everything is in" not in texts[1] and "parameters" not in texts[1]
+
+
+def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *arguments]
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=180)
+
+
+SHARDED = """
+import os, sys, torch
+from transformers.distributed import DistributedConfig
+from modeling_vit_scratch import ViTScratchForImageClassification, optimization
+from modeling_vit_scratch.arguments import ImageTrainingArguments
+
+source, target, method = sys.argv[1:]
+world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+sharded = {"distributed_config": DistributedConfig(fsdp_size=2)} if world == 2 else {}
+torch.set_num_threads(1)
+model = ViTScratchForImageClassification.from_pretrained(source, **sharded).train()
+assert (world == 2) == type(model).__name__.startswith("FSDP")
+optimization.has_fast_bfloat16 = lambda device: False
+args = ImageTrainingArguments("unused", use_cpu=True, muon_learning_rate=0.02, weight_decay=0.1)
+groups = optimization.parameter_groups(model, args)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if method == "sgd" else optimization.Muon(groups, eps=1e-4)
+for step in range(5):
+    generator = torch.Generator().manual_seed(step)
+    pixels = torch.randn(8, 3, 32, 32, generator=generator)[rank::world]
+    labels = torch.randint(10, (8,), generator=generator)[rank::world]
+    model(pixels, labels=labels).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+model.save_pretrained(target)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sgd", "muon"])
+def test_fsdp2_trains_to_the_same_weights_and_saves_the_same_folder(tmp_path, method):
+    config = ViTScratchConfig.preset("showcase", hidden_size=16, intermediate_size=16, num_register_tokens=1)
+    torch.manual_seed(0)
+    model = ViTScratchForImageClassification(config)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(tmp_path / "start")
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    start, one, two = (str(tmp_path / name) for name in ("start", "one", "two"))
+    subprocess.run([sys.executable, str(script), start, one, method], check=True, capture_output=True, timeout=180)
+    done = torchrun(script, start, two, method)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("one", "two")]
+    assert names[0] == names[1]
+    assert (tmp_path / "two" / "config.json").read_text() == (tmp_path / "one" / "config.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_the_others_down(tmp_path):
+    """Under torchrun, as a user starts it: the launcher must not wait for the survivors."""
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
+        "import finetune\n"
+        "from modeling_vit_scratch.training import trainer\n"
+        "step = trainer.ImageTrainer.training_step\n"
+        "def dies(self, *args, **kwargs):\n"
+        "    if self.state.global_step == 6 and self.args.process_index == 1:\n"
+        "        os._exit(3)\n"
+        "    return step(self, *args, **kwargs)\n"
+        "trainer.ImageTrainer.training_step = dies\n"
+        "sys.exit(finetune.main())\n"
+    )
+    done = torchrun(script, *options(tmp_path / "out", num_train_epochs=4))
+    assert done.returncode != 0 and "exitcode  : 3" in done.stderr
+    good, notes = checkpoints.last_good_checkpoint(tmp_path / "out")
+    assert good is not None and notes == []
