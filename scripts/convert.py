@@ -31,6 +31,7 @@ from modeling_vit_scratch.conversion.layouts import TARGETS, WEIGHT_FILES
 from modeling_vit_scratch.conversion.loading import is_own
 from modeling_vit_scratch.conversion.processors import read_labels
 from modeling_vit_scratch.conversion.proof import TOLERANCE, Verification
+from modeling_vit_scratch.evaluation.tables import text_table
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,19 +71,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def print_table(proof: Verification):
-    """The differences, on the standard output."""
-    width = max(map(len, proof.differences))
-    print(f"{proof.reference}\non {proof.num_images} random images, in double precision\n")
-    print(f"{'output':{width}}  largest difference")
-    for name, difference in proof.differences.items():
-        print(f"{name:{width}}  {difference:.1e}")
-    if proof.top5 is not None:
-        print(f"{'top-5':{width}}  agree on {proof.top5} of {proof.num_images}")
-    else:
-        print(f"{'top-5':{width}}  no classifier to compare")
+def table(proof: Verification) -> str:
+    """The differences, and what they prove."""
+    agree = "no classifier to compare" if proof.top5 is None else f"agree on {proof.top5} of {proof.num_images}"
+    differences = ((name, f"{difference:.1e}") for name, difference in proof.differences.items())
+    rows = [("output", "largest difference"), *differences, ("top-5", agree)]
     verdict = "the same function" if proof.passed else "NOT the same function"
-    print(f"\n{verdict}: {proof.largest:.1e}, where {TOLERANCE:g} is allowed\n")
+    return (
+        f"{proof.reference}\non {proof.num_images} random images, in double precision\n\n{text_table(rows, left=2)}\n\n"
+        f"{verdict}: {proof.largest:.1e}, where {TOLERANCE:g} is allowed\n"
+    )
 
 
 def convert(arguments: argparse.Namespace) -> int:
@@ -107,15 +105,15 @@ def convert(arguments: argparse.Namespace) -> int:
     hints = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.grid_size is not None:
         hints["grid_size"] = tuple(arguments.grid_size)
-    where = {"source": arguments.source, "revision": arguments.revision}
+    origin = {"source": arguments.source, "revision": arguments.revision}
 
     model = convert_checkpoint(
-        checkpoint, image_size=size, num_labels=arguments.num_labels, id2label=labels, **where, **hints
+        checkpoint, image_size=size, num_labels=arguments.num_labels, id2label=labels, **origin, **hints
     )
     own = arguments.source is None and is_own(checkpoint, revision=arguments.revision)
     processor = None
     try:
-        processor = image_processor_for(checkpoint, model, **where)
+        processor = image_processor_for(checkpoint, model, **origin)
     except ValueError as error:
         if not own:
             raise
@@ -125,7 +123,7 @@ def convert(arguments: argparse.Namespace) -> int:
     if arguments.verify and not own:
         proofs.append(
             lambda: verify_checkpoint(
-                checkpoint, num_images=arguments.num_images, num_labels=arguments.num_labels, **where, **hints
+                checkpoint, num_images=arguments.num_images, num_labels=arguments.num_labels, **origin, **hints
             )
         )
     if arguments.verify and arguments.to:
@@ -138,7 +136,7 @@ def convert(arguments: argparse.Namespace) -> int:
         except (ImportError, NotImplementedError) as error:
             print(f"convert.py: not verified, nothing written: {error}", file=sys.stderr)
             return 1
-        print_table(proof)
+        print(table(proof))
         if not proof.passed:
             print("convert.py: the proof failed, nothing written.", file=sys.stderr)
             return 1

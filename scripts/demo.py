@@ -1,11 +1,11 @@
-"""Open a page where you drop a picture and watch the model look at it.
+"""Open a page where you drop an image and watch the model look at it.
 
 python scripts/demo.py
 python scripts/demo.py --model google/vit-base-patch16-224 --examples photos/
 python scripts/demo.py --model vit --host 0.0.0.0 --port 8000
 
 The page shows the five likeliest classes, the attention rollout over the
-picture, each layer's and head's attention, the patches as the model gets them,
+image, each layer's and head's attention, the patches as the model gets them,
 and the time taken. It is for this computer only, unless --host says otherwise;
 it asks nothing of the network. It needs gradio: pip install -e ".[demo]"
 Ctrl-C closes it.
@@ -19,21 +19,18 @@ import functools
 import os
 import socket
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from modeling_vit_scratch import cli, plots
 from modeling_vit_scratch.conversion import PACKAGED_MODEL
-from modeling_vit_scratch.data.sources import load_image
 from modeling_vit_scratch.evaluation import Predictor
-from modeling_vit_scratch.evaluation.inference import find_pictures
+from modeling_vit_scratch.evaluation.inference import find_images
+from modeling_vit_scratch.plots.views import SHOWN_SIDE, enlargement, view_image
 
 PROGRAM = "demo.py"
-EXAMPLES = Path(__file__).parent / "pictures" / "examples"  # test pictures of CIFAR-10 (JPEG copy)
-SIDE = 448  # pixels, about, of what is shown
+EXAMPLES = Path(__file__).parent / "pictures" / "examples"  # test images of CIFAR-10 (JPEG copy)
 MAX_UPLOAD = "50mb"
 CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
@@ -57,67 +54,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     cli.add_model_options(model)
     page = parser.add_argument_group("page")
-    page.add_argument("--examples", nargs="+", metavar="PICTURE", help="files or folders; default: some of CIFAR-10")
+    page.add_argument("--examples", nargs="+", metavar="IMAGE", help="files or folders; default: some of CIFAR-10")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this computer")
     page.add_argument("--port", type=cli.at_least_one, metavar="N", help="default: the first free one from 7860")
     arguments = parser.parse_args(argv)
     if arguments.port is not None and arguments.port > 65535:
         parser.error(f"--port ({arguments.port}) must be at most 65535.")
     return arguments
-
-
-@dataclass
-class Look:
-    """What the model makes of a picture.
-
-    Args:
-        shown: The picture to draw maps over, uint8 (C, H', W').
-        pixels: The picture as the model gets it, uint8 (C, H, W).
-        answers: The likeliest classes and their probabilities; empty without a classifier.
-        rollout: (h, w), see `plots.patch_map`.
-        heads: (L, A, h, w), likewise.
-        seconds: The model took, and all took.
-    """
-
-    shown: torch.Tensor
-    pixels: torch.Tensor
-    answers: dict[str, float]
-    rollout: torch.Tensor
-    heads: torch.Tensor
-    seconds: tuple[float, float]
-
-
-def look(predictor: Predictor, path: str) -> Look:
-    """Show the model a picture.
-
-    Raises:
-        ValueError: The picture cannot be read.
-    """
-    started = time.perf_counter()
-    config = predictor.config
-    image = load_image(path, config.num_channels)
-    pixels = predictor.pixels([image])
-    shown = predictor.pixels([image], enlarge=enlargement(config))[0]
-    before = time.perf_counter()
-    output = predictor(pixels, output_attentions=True)
-    probabilities = predictor.probabilities(output.logits)[0].cpu()
-    seconds = time.perf_counter() - before
-    where = config.grid_hw, config.num_prefix_tokens, config.pooling
-    best = probabilities.topk(min(5, config.num_labels)) if predictor.can_classify else None
-    names = predictor.class_names
-    return Look(
-        shown,
-        pixels[0],
-        {} if best is None else {names[i]: p for p, i in zip(*(part.tolist() for part in best), strict=True)},
-        plots.patch_map(plots.attention_rollout(output.attentions), *where)[0].cpu(),
-        torch.stack([plots.patch_map(maps, *where)[0].cpu() for maps in output.attentions]),
-        (seconds, time.perf_counter() - started),
-    )
-
-
-def enlargement(config) -> int:
-    """Pixels shown, on a side, for each that the model gets."""
-    return max(1, round(SIDE / max(config.image_hw)))
 
 
 def import_gradio():
@@ -135,8 +78,9 @@ def build(predictor: Predictor, examples: list[str]):
     config = predictor.config
     L, A = config.num_hidden_layers, config.num_attention_heads
     (H, W), (height, width), (h, w) = config.image_hw, config.patch_hw, config.grid_hw
-    enlarge, gap = enlargement(config), max(2, SIDE // (24 * max(h, w)))
-    remembered = functools.lru_cache(maxsize=64)(lambda path: look(predictor, path))  # sliders ask again and again
+    enlarge, gap = enlargement(config), max(2, SHOWN_SIDE // (24 * max(h, w)))
+    # Sliders ask again and again.
+    remembered = functools.lru_cache(maxsize=64)(lambda path: view_image(predictor, path))
 
     def answer(path: str | None, layer: int, head: int):
         if path is None:
@@ -146,7 +90,7 @@ def build(predictor: Predictor, examples: list[str]):
         except (ValueError, OSError) as error:
             text = f"This cannot be read as a picture: {str(error).replace(path, Path(path).name)}"
             gr.Warning(text, duration=None)
-            return None, None, None, None, text  # nothing of an earlier picture stays
+            return None, None, None, None, text  # nothing of an earlier image stays
         model_ms, all_ms = (1000 * part for part in found.seconds)
         return (
             found.answers or None,
@@ -178,19 +122,19 @@ def build(predictor: Predictor, examples: list[str]):
         )
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(
+                image = gr.Image(
                     label="Picture", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="picture",
                     placeholder="Drop a picture here, paste it,\nor click to pick one",
                 )  # fmt: skip
                 # gr.Image would open the file itself, and fail without a word where it cannot.
-                picture.preprocess = lambda upload: upload and upload.path
+                image.preprocess = lambda upload: upload and upload.path
             with gr.Column():
                 label = gr.Label(
                     num_top_classes=5, label="The model says", visible=predictor.can_classify, elem_id="answer"
                 )
                 took = gr.Markdown(elem_id="took")
         if examples:
-            gr.Examples(examples, picture, label="Examples", examples_per_page=12)
+            gr.Examples(examples, image, label="Examples", examples_per_page=12)
         with gr.Row():
             with gr.Column(min_width=280):
                 rollout = view(
@@ -205,11 +149,9 @@ def build(predictor: Predictor, examples: list[str]):
                 patches = view("patches", "Patches", "The picture as the model gets it, read row by row.")
         shown = [label, rollout, one_head, patches, took]
         limit = {"concurrency_limit": os.cpu_count(), "show_progress": "hidden"}
-        picture.change(answer, [picture, layer, head], shown, api_name="classify", **limit)
+        image.change(answer, [image, layer, head], shown, api_name="classify", **limit)
         for slider in (layer, head):
-            slider.change(
-                overlay, [picture, layer, head], one_head, api_name=False, trigger_mode="always_last", **limit
-            )
+            slider.change(overlay, [image, layer, head], one_head, api_name=False, trigger_mode="always_last", **limit)
     return page
 
 
@@ -224,7 +166,7 @@ def serve(arguments: argparse.Namespace, block: bool = True):
     predictor = cli.load_predictor(arguments, arguments.model)
     config = predictor.config
     predictor(torch.zeros(1, config.num_channels, *config.image_hw, dtype=torch.uint8))  # the first call is slow
-    found = list(find_pictures(arguments.examples or [str(EXAMPLES)]))
+    found = list(find_images(arguments.examples or [str(EXAMPLES)]))
     for name, wrong in found:
         if wrong:
             raise ValueError(f"--examples {name}: {wrong}.")

@@ -10,15 +10,16 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from benchmarking import measuring, peers
+from benchmarking import cases, data, measuring, memory, model, peers, race, scale, trainer
 from benchmarking.measuring import OURS, PEAK
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.evaluation.tables import text_table
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
-TINY = benchmark.Case("tiny, inference", "showcase", 2, fields=SMALL)
-TINY_TRAINING = benchmark.Case("tiny + class token, training", "showcase", 2, True, {**SMALL, **benchmark.CLASS_TOKEN})
+TINY = cases.Case("tiny, inference", "showcase", 2, fields=SMALL)
+TINY_TRAINING = cases.Case("tiny + class token, training", "showcase", 2, True, {**SMALL, **cases.CLASS_TOKEN})
 
 
 @pytest.fixture
@@ -28,13 +29,14 @@ def args(tmp_path, monkeypatch):
     def in_this_process(jobs, title):
         return [function(*arguments) for function, arguments in jobs]
 
-    monkeypatch.setattr(benchmark, "in_fresh_processes", in_this_process)
-    monkeypatch.setattr(benchmark, "DATA_BATCH", 8)
+    for section in (model, memory, scale):
+        monkeypatch.setattr(section, "in_fresh_processes", in_this_process)
+    monkeypatch.setattr(data, "DATA_BATCH", 8)
     args = benchmark.parse(["--quick", "--device", "cpu", "--dataset_name", "digits", "--output", str(tmp_path / "o")])
     args.cases, args.rounds, args.least, args.steps, args.large = [TINY, TINY_TRAINING], 2, 1e-4, 8, "tiny"
     args.batch_sizes, args.image_sizes = [1, 2], [32, 48]
     args.race_options = ["--max_train_samples", "64", "--max_eval_samples", "30", "--num_train_epochs", "2"]
-    monkeypatch.setattr(benchmark, "ARRANGEMENTS", {})
+    monkeypatch.setattr(scale, "ARRANGEMENTS", {})
     return args
 
 
@@ -95,7 +97,7 @@ def test_every_contestant_runs_once_a_round_and_the_order_changes():
 
 
 def test_table_aligns_and_sets_titles_apart():
-    text = measuring.table(["", "ms", "ratio"], ["a title", ["first", "1.5", "1.00 x"], ["second one", "12", ""]])
+    text = text_table([["", "ms", "ratio"], "a title", ["first", "1.5", "1.00 x"], ["second one", "12", ""]])
     assert text.splitlines() == [
         "             ms   ratio",
         "",
@@ -141,21 +143,21 @@ def test_mapped_files_are_no_memory_of_the_process(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_from_disk_in_a_fresh_process(args, monkeypatch):
-    monkeypatch.setattr(benchmark, "in_fresh_processes", measuring.in_fresh_processes)
-    result = benchmark.measure_memory(args)
+    monkeypatch.setattr(memory, "in_fresh_processes", measuring.in_fresh_processes)
+    result = memory.measure(args)
     assert result["parameters"] == 5_717_416
     assert [row["name"] for row in result["rows"]] == [OURS, "transformers"]
     for row in result["rows"]:
         assert row["seconds"] > 0
         assert row["of_size"] == row["memory_bytes"] / result["float32_bytes"]
         assert row["resident_bytes"] > result["float32_bytes"]  # all of the model was used
-    assert "5,717,416 parameters, 23 MB" in benchmark.show_memory(result)
+    assert "5,717,416 parameters, 23 MB" in memory.show(result)
 
 
 def test_memory_refuses_a_full_disk(args, monkeypatch):
-    monkeypatch.setattr(benchmark.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1e6}))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1e6}))
     with pytest.raises(ValueError, match=r"GB free, but two models take 0\.0 GB; name another"):
-        benchmark.measure_memory(args)
+        memory.measure(args)
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------
@@ -172,14 +174,14 @@ def test_peers_compute_what_we_do(name):
     compared = 0
     for case in (TINY, TINY_TRAINING):
         try:
-            peer = benchmark.make_model(case, name)
+            peer = cases.make_model(case, name)
         except ImportError as error:
             pytest.skip(f"{name} does not import: {error}")
         except ValueError:
             continue  # another geometry
         if peers.PEERS[name][1]:
-            assert benchmark.difference(case, benchmark.make_model(case, OURS), peer) < 1e-5
-        assert benchmark.logits_of(peer(torch.randn(2, 3, 16, 16))).shape == (2, 10)
+            assert cases.difference(case, cases.make_model(case, OURS), peer) < 1e-5
+        assert cases.logits_of(peer(torch.randn(2, 3, 16, 16))).shape == (2, 10)
         compared += 1
     assert compared == (2 if name == "timm" else 1)
 
@@ -221,8 +223,8 @@ def test_model(args, monkeypatch):
         assert list(contestants)[:1] + list(contestants)[-1:] == [OURS, PEAK]
         return {name: [4.0, 8.0] for name in contestants} | {OURS: [2.0, 5.0], PEAK: [1.0, 3.0]}
 
-    monkeypatch.setattr(benchmark, "interleave", interleave)
-    result = benchmark.measure_model(args)
+    monkeypatch.setattr(model, "interleave", interleave)
+    result = model.measure(args)
     names = {case.title: [row["name"] for row in result["rows"] if row["case"] == case.title] for case in args.cases}
     assert names[TINY.title] == [OURS, "teaching layout"]
     assert names[TINY_TRAINING.title][:2] == [OURS, "transformers"]
@@ -239,7 +241,7 @@ def test_model(args, monkeypatch):
     block = 2 * (4 * (4 * 16 * 16 + 2 * 16 * 24) + 2 * 4 * 4 * 16)
     assert forward == 2 * 4 * 192 * 16 + 2 * block + 2 * 16 * 10
     assert training % 3 == 0 and training > 3 * forward
-    text = benchmark.show_model(result)
+    text = model.show(result)
     assert "Not compared, as it does not import here: timm (No module named 'timm')" in text
     assert max(map(len, text.splitlines())) <= 80
 
@@ -257,18 +259,18 @@ def test_model_refuses_peers_that_compute_something_else(change, args, monkeypat
     monkeypatch.setattr(peers, "make_peer", broken)
     args.cases = [TINY]
     with pytest.raises(ValueError, match=r"logits of .* differ from ours by .* although the weights are the same"):
-        benchmark.measure_model(args)
+        model.measure(args)
 
 
 def test_widest_model_table_fits():
-    cases = [case.title for case in (*benchmark.CASES["cpu"], *benchmark.CASES["cuda"])]
+    titles = [case.title for case in (*cases.CASES["cpu"], *cases.CASES["cuda"])]
     row = {"seconds": 12.345678, "spread": 1.2, "images_per_second": 123456.7, "vs_fastest_peer": 12.34, "samples": []}
     row |= {"ours_is": 12.34, "of_peak": 1.0, "memory_bytes": 12_345_678_901}
-    groups = [{"case": case, "flops_per_image": 105.4e9, "peak_flops_per_second": 789e12} for case in cases]
-    rows = [{"case": case, "name": name, **row} for case in cases for name in (OURS, *peers.PEERS)]
-    text = benchmark.show_model({"rows": rows, "cases": groups, "absent": {"timm": "no " * 60}})
+    groups = [{"case": case, "flops_per_image": 105.4e9, "peak_flops_per_second": 789e12} for case in titles]
+    rows = [{"case": case, "name": name, **row} for case in titles for name in (OURS, *peers.PEERS)]
+    text = model.show({"rows": rows, "cases": groups, "absent": {"timm": "no " * 60}})
     assert max(map(len, text.splitlines())) <= 80
-    assert len(benchmark.draw_model({"rows": rows, "cases": groups}).axes) == len(cases)
+    assert len(model.draw({"rows": rows, "cases": groups}).axes) == len(titles)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -282,10 +284,10 @@ def test_bf16_and_compiled_steps(training, monkeypatch):
         return model
 
     monkeypatch.setattr(torch, "compile", compile_)
-    case = benchmark.Case("", "showcase", 2, training, SMALL, bf16=True)
-    model = benchmark.make_model(case, OURS)
+    case = cases.Case("", "showcase", 2, training, SMALL, bf16=True)
+    model = cases.make_model(case, OURS)
     weight = model.classifier.weight.clone()
-    benchmark.make_step(case, model, CPU)()
+    cases.make_step(case, model, CPU)()
     assert compiled == [model]
     assert dtypes == [torch.bfloat16]
     assert (model.classifier.weight.dtype, model.training) == (torch.float32, training)
@@ -293,35 +295,35 @@ def test_bf16_and_compiled_steps(training, monkeypatch):
 
 
 def test_data_paths(args):
-    pictures = benchmark.random_pictures(32, CPU)
-    paths = [benchmark.our_data_path]
+    pictures = data.random_images(32, CPU)
+    paths = [data.our_data_path]
     if "torchvision" in peers.MODULES:
-        paths.append(benchmark.torchvision_data_path)
-    for title, settings in benchmark.DATA_CASES.items():
+        paths.append(data.torchvision_data_path)
+    for title, settings in data.DATA_CASES.items():
         for path in paths:
             images, labels = path(pictures, settings)()
             assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.float32)
             assert labels.shape == ((8, 10) if "mixup" in title else (8,))
-            mean, std = torch.tensor(benchmark.MEAN), torch.tensor(benchmark.STD)
+            mean, std = torch.tensor(data.MEAN), torch.tensor(data.STD)
             low, high = (-mean / std).min(), ((1 - mean) / std).max()  # bytes, normalised
             assert low - 1e-5 <= images.min() < -1 and 1 < images.max() <= high + 1e-5
 
     threads = torch.get_num_threads()
-    result = benchmark.measure_data(args)
+    result = data.measure(args)
     assert torch.get_num_threads() == threads
-    assert [row["case"] for row in result["rows"] if row["name"] == OURS] == list(benchmark.DATA_CASES)
+    assert [row["case"] for row in result["rows"] if row["name"] == OURS] == list(data.DATA_CASES)
     for row in result["rows"]:
         assert row["images_per_second"] == 8 / row["seconds"]
         assert 0 < row["share_of_step"] < 1
     look = result["inspection"]
     assert (look["dataset"], look["images"]) == ("digits", 1797)
     assert look["fingerprint_seconds"] > 0 and look["seconds"] > 0
-    assert benchmark.show_data(result).splitlines()[-1].startswith("digits, 1,797 images: fingerprint ")
+    assert data.show(result).splitlines()[-1].startswith("digits, 1,797 images: fingerprint ")
 
 
 def test_batches_cover_all_pictures():
     torch.manual_seed(0)
-    indices = benchmark.batches(10, 4)
+    indices = data.batches(10, 4)
     epochs = [[next(indices), next(indices)] for _ in range(2)]
     for first, second in epochs:
         assert len(first) == len(second) == 4
@@ -330,19 +332,19 @@ def test_batches_cover_all_pictures():
 
 
 def test_trainer(args, capsys):
-    result = benchmark.measure_trainer(args)
+    result = trainer.measure(args)
     for row in result["rows"]:
         samples = {name: np.array(values) for name, values in row["samples"].items()}
         assert row["cost_seconds"] == pytest.approx(np.median(samples["trainer"] - samples["bare"]))
         assert row["cost_share"] == pytest.approx(np.median(samples["trainer"] / samples["bare"]) - 1)
     assert capsys.readouterr().out == ""  # Trainer's own log would stand between the tables
-    assert "2 blocks, width 64" in benchmark.show_trainer(result)
+    assert "2 blocks, width 64" in trainer.show(result)
 
 
 def test_trainer_and_bare_loop_do_the_same_work(monkeypatch):
     """Both see the same number of batches of the same shape, and move every weight."""
     models, seen = [], []
-    make = benchmark.ViTScratchForImageClassification
+    make = ViTScratchForImageClassification
 
     def watched(config):
         torch.manual_seed(0)
@@ -353,10 +355,10 @@ def test_trainer_and_bare_loop_do_the_same_work(monkeypatch):
         )
         return models[-1]
 
-    monkeypatch.setattr(benchmark, "ViTScratchForImageClassification", watched)
+    monkeypatch.setattr(trainer, "ViTScratchForImageClassification", watched)
     config = ViTScratchConfig.preset("showcase", **{**SMALL, "image_size": 32})
-    start, pictures = watched(config).state_dict(), benchmark.random_pictures(128, CPU)
-    for seconds in (benchmark.bare_seconds, benchmark.trainer_seconds):
+    start, pictures = watched(config).state_dict(), data.random_images(128, CPU)
+    for seconds in (trainer.bare_seconds, trainer.trainer_seconds):
         assert seconds(config, pictures, 8, CPU) > 0
         assert seen == [((64, 3, 32, 32), True)] * 8
         seen.clear()
@@ -365,22 +367,22 @@ def test_trainer_and_bare_loop_do_the_same_work(monkeypatch):
 
 
 def test_scale(args, monkeypatch):
-    monkeypatch.setattr(benchmark, "ARRANGEMENTS", {"1 process, 1 thread": (1, 1), "2 processes, 1 thread": (2, 1)})
-    monkeypatch.setattr(benchmark, "train_in_processes", lambda processes, threads, steps: 0.5 / processes)
-    result = benchmark.measure_scale(args)
+    monkeypatch.setattr(scale, "ARRANGEMENTS", {"1 process, 1 thread": (1, 1), "2 processes, 1 thread": (2, 1)})
+    monkeypatch.setattr(scale, "train_in_processes", lambda processes, threads, steps: 0.5 / processes)
+    result = scale.measure(args)
     found = {(row["axis"], row["x"]): row for row in result["rows"]}
     assert [found["pixels a side", size]["tokens"] for size in (32, 48)] == [5, 10]
     assert found["pictures per batch", 1]["flops_per_image"] == found["pictures per batch", 2]["flops_per_image"]
     assert found["processes", "2 processes, 1 thread"]["images_per_second"] == 4
-    text = benchmark.show_scale(result)
+    text = scale.show(result)
     assert max(map(len, text.splitlines())) <= 80
     assert "showcase, training, batch 64 per process" in text
-    assert benchmark.draw_scale(result).axes[0].get_xlabel() == "pictures per batch"
+    assert scale.draw(result).axes[0].get_xlabel() == "pictures per batch"
 
 
 @pytest.mark.slow
 def test_two_processes_train_together():
-    assert 0 < benchmark.train_in_processes(2, 1, steps=2) < 60
+    assert 0 < scale.train_in_processes(2, 1, steps=2) < 60
 
 
 def test_race_is_run_once_and_goes_on_where_it_stopped(args, monkeypatch):
@@ -388,42 +390,42 @@ def test_race_is_run_once_and_goes_on_where_it_stopped(args, monkeypatch):
 
     started, main = [], finetune.main
     monkeypatch.setattr(finetune, "main", lambda argv: started.append(argv) or main(argv))
-    result = benchmark.measure_race(args)
+    result = race.measure(args)
     teaching, ours = result["rows"]
     assert [argv[0].rpartition("/")[2] for argv in started] == ["teaching_adamw.yaml", "showcase.yaml"]
-    assert (teaching["name"], ours["name"]) == tuple(benchmark.RACE)
+    assert (teaching["name"], ours["name"]) == tuple(race.RACE)
     assert teaching["parameters"] == 847_626 and teaching["epochs"] == 2
     for row in result["rows"]:
         seconds, accuracy = result["curves"][row["name"]].values()
         assert len(seconds) == len(accuracy) == 2
         assert 0 < seconds[0] < seconds[1] <= row["seconds"] + 1e-3
     assert teaching["seconds_to_goal"] in result["curves"]["teaching protocol"]["seconds"]
-    assert benchmark.draw_race(result).axes[0].get_xlabel() == "CPU seconds of training"
+    assert race.draw(result).axes[0].get_xlabel() == "CPU seconds of training"
 
-    assert benchmark.measure_race(args) == result
+    assert race.measure(args) == result
     assert len(started) == 2
 
-    folder = benchmark.run_recipe("teaching protocol", args)
+    folder = race.run_recipe("teaching protocol", args)
     (folder / "metrics.json").unlink()  # as if it had been interrupted at the end
-    again = benchmark.measure_race(args)
+    again = race.measure(args)
     assert started[2][-2:] == ["--resume_from_checkpoint", "last"]
     assert again["curves"] == result["curves"]
 
     args.race_options = [*args.race_options, "--seed", "1"]
     monkeypatch.setattr(finetune, "main", lambda argv: 130)
     with pytest.raises(KeyboardInterrupt):  # another run, not the one that lies there
-        benchmark.measure_race(args)
+        race.measure(args)
 
 
 def test_race_says_who_is_sooner():
-    rows = [{"name": name, "dataset": "CIFAR-10", "parameters": 847_626, "accuracy": 0.66} for name in benchmark.RACE]
+    rows = [{"name": name, "dataset": "CIFAR-10", "parameters": 847_626, "accuracy": 0.66} for name in race.RACE]
     rows[0] |= {"epochs": 50.0, "seconds": 2791.4, "seconds_to_goal": 2700.0}
     rows[1] |= {"epochs": 8.0, "seconds": 302.0, "seconds_to_goal": 300.0}
-    text = benchmark.show_race({"rows": rows, "goal": 0.67, "unit": "CPU seconds"})
+    text = race.show({"rows": rows, "goal": 0.67, "unit": "CPU seconds"})
     assert "this package is there 9.0 times sooner" in text
     assert max(map(len, text.splitlines())) <= 80
     rows[1]["seconds_to_goal"] = None
-    text = benchmark.show_race({"rows": rows, "goal": 0.67, "unit": "CPU seconds"})
+    text = race.show({"rows": rows, "goal": 0.67, "unit": "CPU seconds"})
     assert "sooner" not in text and "never" in text
 
 
@@ -435,7 +437,7 @@ def test_command_writes_tables_numbers_and_charts(args, monkeypatch, capsys):
         raise ValueError("there is no such thing.")
 
     monkeypatch.setattr(benchmark, "parse", lambda argv: args)
-    monkeypatch.setitem(benchmark.SECTIONS, "scale", (fails, None, None))
+    monkeypatch.setattr(scale, "measure", fails)
     args.sections = ["scale", "model", "data"]
     assert benchmark.main([]) == 1  # scale failed, the others were measured
     output = capsys.readouterr()
@@ -486,4 +488,4 @@ def test_help_describes_every_section():
 def test_default_sections_are_all_but_the_long_one():
     assert benchmark.parse([]).sections == ["model", "data", "trainer", "memory", "scale"]
     assert benchmark.parse(["--sections", "all"]).sections == list(benchmark.SECTIONS)
-    assert len(benchmark.parse(["--quick", "--device", "cpu"]).cases) < len(benchmark.CASES["cpu"])
+    assert len(benchmark.parse(["--quick", "--device", "cpu"]).cases) < len(cases.CASES["cpu"])

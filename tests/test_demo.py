@@ -18,6 +18,7 @@ from runs import free_port, load_script
 
 from modeling_vit_scratch import plots
 from modeling_vit_scratch.evaluation import Predictor
+from modeling_vit_scratch.plots.views import view_image
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -61,15 +62,15 @@ def address(script, folder, photos):
     page.close()
 
 
-def test_look(script, folder, photos):
+def test_look(folder, photos):
     predictor = Predictor(str(folder), "cpu")
-    found = script.look(predictor, str(photos["blue"]))
+    found = view_image(predictor, str(photos["blue"]))
     assert next(iter(found.answers)) == "blue" and sum(found.answers.values()) == pytest.approx(1, abs=1e-4)
     assert found.pixels.shape == (3, 16, 16) and found.shown.shape == (3, 448, 448)
     assert found.rollout.shape == (2, 2) and found.heads.shape == (3, 2, 2, 2)
     with torch.no_grad():
         maps = predictor(found.pixels[None], output_attentions=True).attentions
-    torch.testing.assert_close(found.heads[1, 1], plots.patch_map(maps[1][0, 1], (2, 2), 0, "mean"))
+    torch.testing.assert_close(found.heads[1, 1], plots.attention_on_grid(maps[1][0, 1], (2, 2), 0, "mean"))
     assert 0 < found.seconds[0] < found.seconds[1]
     assert len({tuple(heat.flatten().tolist()) for heat in found.heads.flatten(0, 1)}) == 6
 

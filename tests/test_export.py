@@ -1,14 +1,16 @@
 """scripts/export.py: every file computes what the model does, for any batch, and the table says what it costs."""
 
 import json
+import math
 
 import pytest
 import torch
 from runs import load_script
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, export
 from modeling_vit_scratch.data import load_split
+from modeling_vit_scratch.evaluation import Predictor
 
 script = load_script("export")
 FIELDS = {
@@ -16,7 +18,7 @@ FIELDS = {
     "patch_size": 8, "num_channels": 1,
 }  # fmt: skip
 needs_onnx = pytest.mark.skipif(
-    not all(script.importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
+    not all(export.importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="pip install 'modeling_vit_scratch[export]'",
 )
 
@@ -147,8 +149,8 @@ def test_a_file_that_computes_something_else_is_not_kept(trained, formats, tmp_p
     other = save(ViTScratchForImageClassification(ViTScratchConfig(**FIELDS, num_labels=10)), tmp_path / "other")
     with torch.no_grad():
         other.classifier.bias += 2e-4
-    write = script.write_files
-    monkeypatch.setattr(script, "write_files", lambda module, *rest: write(script.Logits(other), *rest))
+    write = export.write_files
+    monkeypatch.setattr(export, "write_files", lambda module, *rest: write(export.Logits(other), *rest))
     status, output, said = run(capsys, folder, tmp_path / "out", "--formats", *formats, "--repeats", 1)
     assert (status, output) == (1, "")
     assert "2.0e-04, where 0.0001 is allowed; nothing was written" in said
@@ -187,8 +189,8 @@ def test_a_model_of_another_library_and_one_without_classes(tmp_path, capsys):
 
 def test_without_the_extra(trained, tmp_path, capsys, monkeypatch):
     _, folder = trained
-    find = script.importlib.util.find_spec
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    find = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     status, _, said = run(capsys, folder, tmp_path / "out")
     assert status == 2
     assert "onnxscript" in said and "modeling_vit_scratch[export]" in said and len(said.splitlines()) == 1
@@ -222,3 +224,62 @@ def test_help_begins_with_an_example_and_fits(capsys):
     assert stop.value.code == 0
     assert text.split("\n\n")[1].startswith("python scripts/export.py")
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+# -- from Python -------------------------------------------------------------------------------------------------------
+
+
+def test_export_model_gives_the_report_that_the_script_prints(trained, tmp_path, capsys):
+    model, folder = trained
+    settings = {"batch_size": 2, "repeats": 1}
+    state = torch.get_rng_state()
+    report = export.export_model(folder, tmp_path / "a", "program", dataset="digits", max_samples=90, **settings)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's randomness is left alone
+    words = ["--formats", "program", "--dataset", "digits", "--max_samples", 90, "--batch_size", 2, "--repeats", 1]
+    status, output, _ = run(capsys, folder, tmp_path / "b", *words, "--json")
+    assert status == 0
+    printed = json.loads(output)
+    for row in (*report["rows"], *printed["rows"]):
+        assert row.pop("milliseconds") > 0 and row.pop("ratio") > 0
+    assert printed == report
+    assert (report["model"], report["split"], report["examples"]) == (str(folder), "test", 90)
+    assert {file.name for file in (tmp_path / "a").iterdir()} == {file.name for file in (tmp_path / "b").iterdir()}
+    program = torch.export.load(tmp_path / "a" / "model.pt2").module()
+    torch.testing.assert_close(program(pictures(2)), model(pictures(2)).logits, atol=1e-5, rtol=0)
+
+
+def test_export_model_takes_a_predictor_and_a_loaded_split(trained, tmp_path):
+    predictor = Predictor(trained[1], "cpu")
+    split = load_split("digits", "test", max_samples=20, image_size=predictor.image_hw, models=[predictor])
+    report = export.export_model(predictor, tmp_path / "out", ["program"], dataset=split, repeats=1)
+    assert (report["dataset"], report["examples"], report["rows"][1]["file"]) == ("digits", 20, "model.pt2")
+    text = export.report_text(report)
+    assert max(map(len, text.splitlines()[1:])) <= 80  # the first line has a path
+    assert "accuracy: digits, split test, 20 pictures" in text
+
+
+@pytest.mark.parametrize("difference", [2e-4, math.nan])
+def test_export_model_raises_where_a_file_is_wrong(trained, difference, tmp_path, monkeypatch):
+    found = {True: 0.0, False: difference}
+    monkeypatch.setattr(export, "largest_difference", lambda runtime, module, shape: found[runtime is module])
+    with pytest.raises(export.ExportDifferenceError, match=r"^torch\.export differs from the model by .*written\.$"):
+        export.export_model(trained[1], tmp_path / "out", "program", repeats=1)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"formats": "pdf"}, "formats (pdf) must be some of onnx, program"),
+        ({"formats": []}, "formats (none) must be some of onnx, program"),
+        ({"formats": "program", "int8": True}, "int8 is made of the ONNX file: add onnx to formats"),
+        ({"formats": "program", "repeats": 0}, "repeats (0) must be at least 1"),
+        ({"formats": "program", "batch_size": 0}, "batch_size (0) must be at least 1"),
+        ({"formats": "program", "dataset": "digits", "split": "dev"}, "no split 'dev'"),
+    ],
+)
+def test_export_model_names_bad_input_in_a_line(trained, tmp_path, settings, message):
+    with pytest.raises(ValueError) as error:
+        export.export_model(trained[1], tmp_path / "out", **settings)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ WINGS = {
     ],
     "hub": ["masking", "model_card", "folder", "push", "callback", "probe", "proof"],
     "evaluation": ["tables", "metrics", "inference", "reports"],
-    "plots": ["drawing", "analysis", "model", "runs", "speed", "sight"],
+    "plots": ["drawing", "analysis", "model", "runs", "speed", "views", "figures"],
     "training": [
         "optimization", "arguments", "defaults", "checkpoints", "lora", "trainer", "output", "models", "schedule",
         "budget", "run", "report", "finetuning", "pretraining",

@@ -15,8 +15,9 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.data import load_split, load_splits
 from modeling_vit_scratch.data.sources import load_image
 from modeling_vit_scratch.evaluation import Predictor
-from modeling_vit_scratch.evaluation.inference import compare, find_device, match_classes, measure
+from modeling_vit_scratch.evaluation.inference import find_device, match_classes
 from modeling_vit_scratch.evaluation.metrics import paired_difference_interval, wilson_interval
+from modeling_vit_scratch.evaluation.reports import compare, measure
 
 
 @pytest.fixture(scope="module")

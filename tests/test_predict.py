@@ -12,6 +12,7 @@ from PIL import Image
 from runs import load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.evaluation import inference
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +254,7 @@ def test_a_model_without_a_classifier_or_a_processor(script, photos, tmp_path, c
 
 
 def test_progress_is_shown_when_it_takes_long(script, model, photos, capsys, monkeypatch):
-    now, fast = [0.0], script.load_image
+    now, fast = [0.0], inference.load_image
 
     def load_image(*arguments):
         now[0] += 0.8
@@ -263,6 +264,6 @@ def test_progress_is_shown_when_it_takes_long(script, model, photos, capsys, mon
 
     assert script.main([str(photos), "--model", model]) == 0
     assert "picture/s" not in capsys.readouterr().err
-    monkeypatch.setattr(script, "load_image", load_image)
+    monkeypatch.setattr(inference, "load_image", load_image)
     assert script.main([str(photos), "--model", model, "--batch_size", "1"]) == 0
     assert "picture" in capsys.readouterr().err

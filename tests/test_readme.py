@@ -9,6 +9,7 @@ import torch
 from runs import ROOT, load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, modeling_vit_scratch
+from modeling_vit_scratch.plots.figures import KINDS
 
 TEXT = (ROOT / "README.md").read_text()
 SECTION = re.search(r"^## How it works\n(.*?)^## ", TEXT, re.MULTILINE | re.DOTALL).group(1)
@@ -85,7 +86,7 @@ def _numbers(text: str) -> list[int]:
 def test_pictures_are_those_that_one_command_draws():
     plot = load_script("plot")
     explained, named = (set(re.findall(r"scripts/pictures/(\w+)\.png", text)) for text in (SECTION, TEXT))
-    assert explained == {plot.FILES[kind] for kind in plot.README}
+    assert explained == {KINDS[kind] for kind in plot.README}
     committed = {path.stem: path.stat().st_size for path in (ROOT / "scripts" / "pictures").glob("*.png")}
     assert set(committed) == named == explained | {"race", "reconstructions"}  # those two are of long runs
     assert max(committed.values()) < 150_000

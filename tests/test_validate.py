@@ -8,6 +8,7 @@ import torch
 from colours import BLUE, GREEN, NAMES, RED, colour_model, paint_folder, processor
 from runs import load_script
 
+from modeling_vit_scratch.evaluation import reports
 from modeling_vit_scratch.evaluation.metrics import wilson_interval
 
 
@@ -114,23 +115,21 @@ def test_two_models(script, model, biased, data, capsys):
 
 
 @pytest.mark.parametrize(("difference", "verdict"), [(0.1, "A is better"), (-0.1, "B is better")])
-def test_verdict(script, capsys, difference, verdict):
+def test_verdict(difference, verdict):
     test = {"only_a": 9, "only_b": 1, "p_value": 0.01, "difference": difference, "difference_interval": (0.0, 0.2)}
-    script.print_comparison(test)
-    assert capsys.readouterr().out.endswith(f"p = 0.01: {verdict}\n")
+    assert reports.comparison_text(test).endswith(f"p = 0.01: {verdict}")
 
 
-def test_many_classes(script, capsys):
+def test_many_classes():
     """Of more classes than fit, the commonest confusions, and the classes at both ends."""
     names = [f"class {i} of a hundred" for i in range(100)]
     matrix = [[9 * (i == j) + (j == i + 1) for j in range(100)] for i in range(100)]
     matrix[3][4] = 5
-    script.print_confusion({"class_names": names, "confusion_matrix": matrix}, "")
-    lines = capsys.readouterr().out.splitlines()
+    lines = ["", *reports.confusion_text({"class_names": names, "confusion_matrix": matrix}).splitlines()]
     assert len(lines) == 1 + 1 + 1 + 20 and max(map(len, lines)) <= 80
     assert lines[3].split("  ")[0] == "class 3 of a hundred" and lines[3].endswith("35.7%")
     per_class = {name: {"examples": 10, "accuracy": i / 100, "interval": (0, 1)} for i, name in enumerate(names)}
-    rows = script.class_rows([{"per_class": per_class}])
+    rows = reports.class_rows([{"per_class": per_class}])
     assert len(rows) == 1 + 20 + 1 + 20 and rows[1][0] == names[99] and rows[-1][0] == names[0]
     assert rows[21][0].startswith("... 60 more")
 

@@ -59,6 +59,7 @@ class Split:
         cut: How it was cut from train; None if it is one of the dataset's own, whole.
         of_the_run: Whether the fingerprint proves that the model's run cut so.
         line: What was done, in words, if there is something to say.
+        dataset: The dataset's name, as it was given.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Split:
     cut: Cut | None = None
     of_the_run: bool = False
     line: str | None = None
+    dataset: str | None = None
 
     def to_dict(self) -> dict:
         """What a script's JSON says of it: "split", and "cut" with its settings."""
@@ -252,7 +254,7 @@ def load_split(
     if max_samples is not None and max_samples < len(found.records):
         found.records = found.records.select(draw(found.records.labels, max_samples, SEED if seed is None else seed))
         lines += [f"{max_samples:,} of them are taken"] if lines else []
-    found.line = "; ".join(lines) or None
+    found.line, found.dataset = "; ".join(lines) or None, name
     return found
 
 

@@ -2,11 +2,14 @@
 
     metrics    accuracy, calibration, intervals and tests, from probabilities and labels
     inference  a model of any library with its image processor: images in, probabilities out
+    reports    a model measured on a split, or two compared there; and that as text
+    tables     columns of text for a terminal
 
-`scripts/predict.py`, `validate.py` and `plot.py` are this on a terminal.
+`scripts/predict.py` and `scripts/validate.py` are this on a terminal.
 """
 
 from .inference import Predictor
 from .metrics import ImageClassificationMetrics
+from .reports import compare_models, evaluate_model, report_text
 
-__all__ = ["ImageClassificationMetrics", "Predictor"]
+__all__ = ["ImageClassificationMetrics", "Predictor", "compare_models", "evaluate_model", "report_text"]

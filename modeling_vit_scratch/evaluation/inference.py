@@ -1,12 +1,13 @@
-"""A trained model at work: pictures in, answers out, and how good they are on labelled pictures.
+"""A trained model at work: images in, answers out.
 
-`Predictor` is what predicting, measuring, drawing and serving share. Letters in shape comments are those of
-`modeling_vit_scratch`; n pictures.
+`Predictor` is what predicting, measuring, drawing, exporting and serving share. Letters in shape comments are those of
+`modeling_vit_scratch`; n images.
 """
 
 import copy
 import difflib
 import glob
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -22,17 +23,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..conversion import convert_checkpoint, image_processor_for
 from ..conversion.loading import own_folder
-from ..data.cuts import RunRecord, read_record
+from ..data import load_split
+from ..data.cuts import RunRecord, Split, read_record
 from ..data.records import Records
-from ..data.sources import images_below
+from ..data.sources import images_below, load_image
 from ..data.splits import bounded_map, progress_bar, to_tensor
-from .metrics import (
-    ImageClassificationMetrics,
-    expected_calibration_error,
-    mcnemar_test,
-    paired_difference_interval,
-    wilson_interval,
-)
+
+logger = logging.getLogger(__name__)
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -52,11 +49,11 @@ def find_device(name: str | None = None) -> torch.device:
     return device
 
 
-def find_pictures(patterns: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Paths of pictures in the order given, each with what is wrong if nothing is there.
+def find_images(patterns: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Paths of images in the order given, each with what is wrong if nothing is there.
 
     Args:
-        patterns: Files, folders (their pictures, and those in folders below them), and patterns such as "*.jpg".
+        patterns: Files, folders (their images, and those in folders below them), and patterns such as "*.jpg".
     """
     for pattern in patterns:
         path = Path(pattern)
@@ -73,14 +70,15 @@ def find_pictures(patterns: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 @dataclass
 class Answers:
-    """What a model says of labelled pictures.
+    """What a model says of labelled images.
 
     Args:
         labels: Indices of the model's classes, int64 (n,).
         features: What the classifier sees, `pooler_output`: float32 (n, D).
         probabilities: float32 (n, classes); None if the model has no trained classifier.
-        flipped: Of the mean of a picture's logits and its mirror image's (finetune.py's flip_tta), if asked for.
-        seconds: It took, reading included.
+        flipped: Likewise, of the mean of the logits of each image and its mirror image (finetune.py's flip_tta); None
+            if it was not asked for.
+        seconds: Time it took, reading included.
     """
 
     labels: torch.Tensor
@@ -97,17 +95,23 @@ class Predictor:
         checkpoint: Folder, file or Hub id of ours, or of any model that `convert_checkpoint` reads.
         device: See `find_device`.
         id2label: Names of the classes, in place of the model's own.
-        **where: `source` and `revision`, as for `convert_checkpoint`.
+        source: Whose checkpoint it is; told by its names if None. See `convert_checkpoint`.
+        revision: Branch, tag or commit of a Hub id.
 
     Raises:
         ValueError: The model cannot be had, or the names do not fit it; the device cannot be used.
     """
 
     def __init__(
-        self, checkpoint: str, device: str | None = None, id2label: dict[int, str] | None = None, **where: str | None
+        self,
+        checkpoint: str | Path,
+        device: str | None = None,
+        id2label: dict[int, str] | None = None,
+        source: str | None = None,
+        revision: str | None = None,
     ):
-        self.name, self.where, self.device = str(checkpoint), where, find_device(device)
-        self.model = convert_checkpoint(checkpoint, id2label=id2label, **where).to(self.device)
+        self.name, self.source, self.revision, self.device = str(checkpoint), source, revision, find_device(device)
+        self.model = convert_checkpoint(checkpoint, source, id2label=id2label, revision=revision).to(self.device)
         self.config = self.model.config
         # Classifiers start at zero: one that is still there was never trained, or is not in the checkpoint.
         self.can_classify = any(bool(p.any()) for p in self.model.classifier.parameters())
@@ -115,12 +119,12 @@ class Predictor:
     @cached_property
     def processor(self):
         """The image processor; found when it is first needed: a model without one can still be drawn."""
-        return image_processor_for(self.name, self.model, **self.where)
+        return image_processor_for(self.name, self.model, source=self.source, revision=self.revision)
 
     @cached_property
     def record(self) -> RunRecord | None:
         """What the run that trained the model wrote of its data; None for a model of another library."""
-        folder = own_folder(self.name, revision=self.where.get("revision"))
+        folder = own_folder(self.name, revision=self.revision)
         return None if folder is None else read_record(folder)
 
     @property
@@ -140,11 +144,11 @@ class Predictor:
             raise ValueError(f"{self.name} has no trained classifier, so there is nothing to predict with.")
 
     def pixels(self, images: Sequence[Image.Image], enlarge: int = 1) -> torch.Tensor:
-        """Pictures as the image processor resizes and crops them, not yet normalised: uint8 (B, C, H, W).
+        """Images as the image processor resizes and crops them, not yet normalised: uint8 (B, C, H, W).
 
         Args:
             images: Of the model's channels, as `load_image` gives them.
-            enlarge: The same part of the picture with so many times the pixels on a side, to be looked at.
+            enlarge: Factor on the pixels of each side: the same part of the image, larger, to be looked at.
         """
         processor = self.processor
         if enlarge > 1:
@@ -173,7 +177,7 @@ class Predictor:
         return self.model(self.normalise(pixels), **kwargs)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Of each class, float32 (B, classes); each by itself where a picture can have several."""
+        """Of each class, float32 (B, classes); each by itself where an image can have several."""
         several = self.config.problem_type == "multi_label_classification"
         return logits.float().sigmoid() if several else logits.float().softmax(dim=1)
 
@@ -184,17 +188,19 @@ class Predictor:
 
     @torch.inference_mode()
     def answers(self, records: Records, class_names: list[str], batch_size: int = 64, flip: bool = False) -> Answers:
-        """Go through a split; pictures are read in threads meanwhile.
+        """Go through a split; images are read in threads meanwhile.
 
         Args:
             records: The images and labels, from `load_split`.
             class_names: Of the labels; each must be a class of the model, if it classifies.
-            batch_size: Pictures at once.
+            batch_size: Images at once.
             flip: Whether to look at mirror images too, which takes twice as long.
 
         Raises:
-            ValueError: The model has no class of such a name; a picture cannot be read.
+            ValueError: The model has no class of such a name; an image cannot be read (`BadImages`).
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size ({batch_size}) must be at least 1.")
         labels = torch.from_numpy(records.labels)
         if self.can_classify:
             labels = torch.from_numpy(match_classes(class_names, self.class_names))[labels]
@@ -219,7 +225,7 @@ class Predictor:
         )
 
     def throughput(self, batch_size: int = 64, seconds: float = 1.0) -> float:
-        """Pictures per second of the model alone: the median of repeated batches, after a first one."""
+        """Images per second of the model alone: the median of repeated batches, after a first one."""
         pixels = torch.zeros(batch_size, self.config.num_channels, *self.config.image_hw, dtype=torch.uint8)
         times, end = [], None
         while end is None or time.perf_counter() < end or len(times) < 3:
@@ -230,6 +236,74 @@ class Predictor:
             else:
                 times.append(time.perf_counter() - started)
         return batch_size / float(np.median(times))
+
+
+def as_predictor(model: Predictor | str | Path, device: str | None = None) -> Predictor:
+    """The model itself, or the one of that folder, file or Hub id, on `device`."""
+    return model if isinstance(model, Predictor) else Predictor(model, device)
+
+
+def find_split(dataset: str | Split, predictors: Sequence[Predictor], split: str | None = None, **options) -> Split:
+    """The labelled images that these models are used on; what was taken is logged.
+
+    Args:
+        dataset: A Hub id, a folder, or "digits"; or what `load_split` found already.
+        predictors: The models; images are drawn for the first one's size where the dataset can choose.
+        split: "train", "validation" or "test"; see `load_split` for None.
+        **options: Of `load_split`: `config_name`, `image_column`, `label_column`, `max_samples`, `train_val_split` and
+            `seed`.
+
+    Raises:
+        ValueError: As `load_split`; or `dataset` is a split already, and another one was asked for.
+    """
+    if isinstance(dataset, Split):
+        if split is not None or options:
+            named = ", ".join([*(["split"] if split is not None else []), *options])
+            raise ValueError(f"{named} cannot be chosen any more: the dataset is a loaded split; name a dataset.")
+        return dataset
+    found = load_split(dataset, split, image_size=predictors[0].image_hw, models=predictors, **options)
+    if found.line:
+        logger.warning(found.line)
+    return found
+
+
+def predict_files(
+    predictor: Predictor, files: Sequence[tuple[str, str | None]], top_k: int = 5, batch_size: int = 32
+) -> Iterator[dict]:
+    """The likeliest classes of image files, one after the other.
+
+    Args:
+        predictor: The model.
+        files: Paths, each with what is wrong if nothing is there, as `find_images` gives them.
+        top_k: Number of classes for each image.
+        batch_size: Images at once.
+
+    Yields:
+        For each file, in order, "picture", its path, and "predictions", the likeliest class first, each with "index",
+        "label" and "probability" in [0, 1]; or "error", why the file cannot be read.
+    """
+    names = predictor.class_names
+    for start in range(0, len(files), batch_size):
+        batch, images = [], []
+        for name, wrong in files[start : start + batch_size]:
+            entry = {"picture": name}
+            try:
+                if wrong:
+                    raise ValueError(wrong)
+                images.append(load_image(name, predictor.config.num_channels))
+            except (ValueError, OSError) as error:
+                entry["error"] = str(error)
+            batch.append(entry)
+        if images:
+            probabilities = predictor.probabilities(predictor(predictor.pixels(images)).logits)
+            best = iter(zip(*(tensor.tolist() for tensor in probabilities.topk(min(top_k, len(names)))), strict=True))
+        for entry in batch:
+            if "error" not in entry:
+                entry["predictions"] = [
+                    {"index": index, "label": names[index], "probability": probability}
+                    for probability, index in zip(*next(best), strict=True)
+                ]
+            yield entry
 
 
 def match_classes(data_names: Sequence[str], model_names: Sequence[str]) -> np.ndarray:
@@ -259,56 +333,3 @@ def match_classes(data_names: Sequence[str], model_names: Sequence[str]) -> np.n
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
-
-
-def measure(probabilities: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str]) -> dict:
-    """How good answers are, with 95 % intervals (Wilson, 1927) of what is a share of pictures.
-
-    Args:
-        probabilities: (n, classes).
-        labels: Class indices (n,).
-        class_names: Of the model, one for each class.
-
-    Returns:
-        "examples"; "accuracy", "top5_accuracy" (1 where there are at most 5 classes), each with "..._interval" (low,
-        high), in [0, 1]; "loss", the mean cross-entropy in nats; "mean_confidence" and "expected_calibration_error"
-        (15 bins), in [0, 1]; "per_class": name -> "examples", "accuracy", "interval" (of classes with examples);
-        "confusion_matrix", counts, rows true, columns predicted; "class_names". JSON can hold it.
-    """
-    result = ImageClassificationMetrics().compute(predictions=probabilities, references=labels)
-    n, confusion = result["examples"], np.array(result["confusion_matrix"])
-    own = probabilities[torch.arange(n), labels].double()
-    shares = {name: result[name] for name in ("accuracy", "top5_accuracy")}
-    intervals = {f"{name}_interval": wilson_interval(round(share * n), n) for name, share in shares.items()}
-    counts = zip(class_names, confusion.diagonal().tolist(), confusion.sum(axis=1).tolist(), strict=True)
-    return {
-        "examples": n,
-        **shares,
-        **intervals,
-        "loss": 0.0 - own.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item(),  # and not -0.0
-        "mean_confidence": probabilities.max(dim=1).values.double().mean().item(),
-        "expected_calibration_error": expected_calibration_error(probabilities, labels),
-        "per_class": {
-            name: {"examples": total, "accuracy": right / total, "interval": wilson_interval(right, total)}
-            for name, right, total in counts
-            if total
-        },
-        "confusion_matrix": result["confusion_matrix"],
-        "class_names": list(class_names),
-    }
-
-
-def compare(a: Answers, b: Answers) -> dict[str, int | float | tuple[float, float]]:
-    """Is model A better than model B on the same pictures, or was it luck?
-
-    Returns:
-        `mcnemar_test`'s numbers; "difference", A's accuracy less B's, and its 95 % interval "difference_interval",
-        by `paired_difference_interval`.
-    """
-    test = mcnemar_test(*((x.probabilities.argmax(dim=1) == x.labels) for x in (a, b)))
-    counts = test["only_a"], test["only_b"], test["examples"]
-    return {
-        **test,
-        "difference": (counts[0] - counts[1]) / counts[2],
-        "difference_interval": paired_difference_interval(*counts),
-    }

@@ -5,22 +5,25 @@
     runs      what a run and a split show: curves, confusion, accuracy of each class, mistakes, reliability
     speed     what scripts/benchmark.py measured
     drawing   colours, captions, and how a figure is saved
+    views     a model, images, and what it makes of them, computed once for all figures
+    figures   every figure of a model or a run by what it shows, for `scripts/plot.py` and from Python
 
-The caller saves a figure, as PNG and SVG, with `save_figure`.
+`draw_figures` draws what is named; the caller saves a figure, as PNG and SVG, with `save_figure`.
 """
 
 from .analysis import (
     attention_distance,
+    attention_on_grid,
     attention_rollout,
     filter_components,
     overlay_pixels,
-    patch_map,
     patch_mosaic,
     patch_sequence,
     position_similarity,
     project_features,
 )
 from .drawing import save_figure
+from .figures import draw_figures
 from .model import (
     plot_attention_distance,
     plot_attention_heads,
@@ -46,11 +49,12 @@ from .speed import plot_bars, plot_race, plot_scaling
 __all__ = [
     "LOSSES",
     "attention_distance",
+    "attention_on_grid",
     "attention_rollout",
     "confident_mistakes",
+    "draw_figures",
     "filter_components",
     "overlay_pixels",
-    "patch_map",
     "patch_mosaic",
     "patch_sequence",
     "plot_attention_distance",

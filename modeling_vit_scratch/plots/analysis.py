@@ -14,7 +14,7 @@ def patch_sequence(image: torch.Tensor, patch_hw: tuple[int, int]) -> torch.Tens
     ViT, sec. 3.1: x in R^(H x W x C) becomes x_p in R^(N x P^2 C), N = HW / P^2.
 
     Raises:
-        ValueError: The patch does not divide the picture.
+        ValueError: The patch does not divide the image.
     """
     C, H, W = image.shape
     height, width = patch_hw
@@ -36,7 +36,7 @@ def filter_components(
     Args:
         weight: (D, C * patch height * patch width), as a linear layer on flattened patches has it, or the kernel
             (D, C, patch height, patch width) of a convolution.
-        count: How many; fewer are returned where there are fewer.
+        count: Number of components; fewer where there are fewer.
 
     Returns:
         Components (k, C, patch height, patch width) of unit length, and their shares (k,), largest first.
@@ -78,7 +78,7 @@ def attention_distance(
     """How far each head looks, in pixels (ViT, fig. 7 right; sec. 4.5).
 
     The distance of two patches is that of their centres. For a query patch i it is averaged over the key patches j with
-    the attention as weight, d_i = sum_j a_ij |c_i - c_j| / sum_j a_ij; d_i is averaged over queries and pictures. Class
+    the attention as weight, d_i = sum_j a_ij |c_i - c_j| / sum_j a_ij; d_i is averaged over queries and images. Class
     token and registers have no place, so they count neither as queries nor as keys; a query that looks at nothing else
     is left out.
 
@@ -122,7 +122,7 @@ def attention_rollout(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
     return rollout
 
 
-def patch_map(
+def attention_on_grid(
     maps: torch.Tensor, grid_hw: tuple[int, int], num_prefix_tokens: int, pooling: str = "cls"
 ) -> torch.Tensor:
     """What the classifier looks at: the share of each patch, relative to an even share.
@@ -149,7 +149,7 @@ def patch_map(
 
 
 def overlay_pixels(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
-    """A map over a picture in grey, as `plot_attention_rollout` draws it, without a figure around it.
+    """A map over an image in grey, as `plot_attention_rollout` draws it, without a figure around it.
 
     Args:
         image: (C, H, W), uint8, or floating point in [0, 1].
@@ -185,7 +185,7 @@ def project_features(features: torch.Tensor, method: str = "pca", seed: int = 0)
 
     Args:
         method: "pca", the two directions of most variance, or "tsne" (van der Maaten and Hinton, 2008), perplexity 30
-            or a third of the pictures, started from the components.
+            or a third of the images, started from the components.
         seed: Of t-SNE.
 
     Returns:

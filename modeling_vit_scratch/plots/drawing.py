@@ -18,7 +18,7 @@ BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK = (
 # "Color universal design" (Okabe and Ito, 2008), without its yellow, which is too pale for lines on white.
 OKABE_ITO = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 GREY = "#666666"
-# Of maps over pictures.
+# Of maps over images.
 HEAT, HEAT_ALPHA = "cividis", 0.7
 # Points of many classes differ in shape too; the last three colours are from Tol's "muted" scheme (2021), and grey.
 CATEGORIES = (*OKABE_ITO, "#999999", "#882255", "#DDCC77")
@@ -52,9 +52,9 @@ def _png(figure: Figure, max_bytes: int) -> bytes:
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
         if buffer.tell() <= max_bytes:
             break
-        picture = Image.open(buffer).convert("RGB")
-        flat = picture.quantize(256, kmeans=1)
-        for reduced in (picture.quantize(palette=flat), flat):  # dithered first
+        image = Image.open(buffer).convert("RGB")
+        flat = image.quantize(256, kmeans=1)
+        for reduced in (image.quantize(palette=flat), flat):  # dithered first
             colours, background = reduced.getpalette(), 3 * reduced.getpixel((0, 0))
             reduced.putpalette([*colours[:background], 255, 255, 255, *colours[background + 3 :]])
             buffer = io.BytesIO()
@@ -76,7 +76,7 @@ def tidy(axes, grid: str = "both"):
 
 
 def as_pixels(image: torch.Tensor) -> torch.Tensor:
-    """A picture for drawing: (C, H, W) in [0, 1], 1 or 3 channels."""
+    """An image for drawing: (C, H, W) in [0, 1], 1 or 3 channels."""
     image = torch.as_tensor(image).detach().cpu()
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"a picture must be (1 or 3, H, W), got shape {tuple(image.shape)}.")
@@ -101,10 +101,10 @@ def caption(axes, text: str, x: float = 0.5, line: int = 0, ha: str = "center", 
     plain(axes.annotate(text, (x, 0), offset, **place, **style))
 
 
-def overlay(figure: Figure, axes, picture: torch.Tensor, heat: torch.Tensor, label: str = "× even share"):
-    """Draw a map (h, w) over a picture (C, H, W) in grey, with a colour bar."""
-    H, W = picture.shape[1:]
-    show_image(axes, picture.mean(dim=0, keepdim=True))
+def overlay(figure: Figure, axes, image: torch.Tensor, heat: torch.Tensor, label: str = "× even share"):
+    """Draw a map (h, w) over an image (C, H, W) in grey, with a colour bar."""
+    H, W = image.shape[1:]
+    show_image(axes, image.mean(dim=0, keepdim=True))
     image = axes.imshow(
         heat.numpy(),
         cmap=HEAT,

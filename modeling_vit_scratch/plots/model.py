@@ -32,7 +32,7 @@ from .drawing import (
 
 
 def plot_patch_sequence(image: torch.Tensor, patch_hw: tuple[int, int]) -> Figure:
-    """A picture with its patch grid, and the patches as the sequence that the model reads (ViT, fig. 1; sec. 3.1).
+    """An image with its patch grid, and the patches as the sequence that the model reads (ViT, fig. 1; sec. 3.1).
 
     Args:
         image: (C, H, W), uint8, or floating point in [0, 1].
@@ -78,7 +78,7 @@ def plot_patch_sequence(image: torch.Tensor, patch_hw: tuple[int, int]) -> Figur
 
 
 def plot_reconstructions(images: torch.Tensor, mask: torch.Tensor, painted: torch.Tensor) -> Figure:
-    """What a masked image model sees and what it paints: pictures, the same with patches hidden, and these painted.
+    """What a masked image model sees and what it paints: images, the same with patches hidden, and these painted.
 
     What was not hidden is drawn as it is.
 
@@ -90,20 +90,20 @@ def plot_reconstructions(images: torch.Tensor, mask: torch.Tensor, painted: torc
     Raises:
         ValueError: The shapes do not fit.
     """
-    pictures = torch.stack([as_pixels(image) for image in images])
-    if painted.shape != pictures.shape or len(mask) != len(pictures):
+    images = torch.stack([as_pixels(image) for image in images])
+    if painted.shape != images.shape or len(mask) != len(images):
         raise ValueError(
-            f"images {tuple(pictures.shape)}, painted {tuple(painted.shape)} and mask {tuple(mask.shape)} must be of "
+            f"images {tuple(images.shape)}, painted {tuple(painted.shape)} and mask {tuple(mask.shape)} must be of "
             "the same pictures."
         )
-    hidden = torch.nn.functional.interpolate(mask[:, None].float(), pictures.shape[2:]) > 0.5  # (n, 1, H, W)
+    hidden = torch.nn.functional.interpolate(mask[:, None].float(), images.shape[2:]) > 0.5  # (n, 1, H, W)
     rows = {
-        "picture": pictures,
-        "what the model sees": torch.where(hidden, 0.5, pictures),
-        "what it paints": torch.where(hidden, painted.float().clamp(0, 1), pictures),
+        "picture": images,
+        "what the model sees": torch.where(hidden, 0.5, images),
+        "what it paints": torch.where(hidden, painted.float().clamp(0, 1), images),
     }
-    figure = new_figure(min(1.25 * len(pictures), 12.0) + 0.3, 4.1 * pictures.shape[2] / pictures.shape[3] + 0.6)
-    panels = figure.subplots(3, len(pictures), squeeze=False)
+    figure = new_figure(min(1.25 * len(images), 12.0) + 0.3, 4.1 * images.shape[2] / images.shape[3] + 0.6)
+    panels = figure.subplots(3, len(images), squeeze=False)
     for line, (name, row) in zip(panels, rows.items(), strict=True):
         for axes, image in zip(line, row, strict=True):
             show_image(axes, image)
@@ -121,7 +121,7 @@ def plot_patch_filters(
     Args:
         weight: Of the patch embedding's projection.
         patch_hw: Pixels (height, width) of a patch.
-        count: How many components.
+        count: Number of components.
         title: What the filters are.
     """
     components, share = filter_components(weight, patch_hw, count)
@@ -222,32 +222,32 @@ def plot_attention_distance(distances: torch.Tensor, uniform: float | None = Non
 def plot_attention_rollout(
     images: Sequence[torch.Tensor], maps: torch.Tensor, titles: Sequence[str] | None = None
 ) -> Figure:
-    """Pictures, the attention rollout over each, and the picture lit by it (ViT, fig. 6 and app. D.7).
+    """Images, the attention rollout over each, and the image lit by it (ViT, fig. 6 and app. D.7).
 
-    The map is drawn over the picture patch by patch, 1 being an even share. In the third column the picture is
-    multiplied by the map over its largest value, enlarged bilinearly to the picture's pixels.
+    The map is drawn over the image patch by patch, 1 being an even share. In the third column the image is
+    multiplied by the map over its largest value, enlarged bilinearly to the image's pixels.
 
     Args:
-        images: n pictures (C, H, W), uint8, or floating point in [0, 1].
-        maps: (n, h, w), `patch_map` of an `attention_rollout`.
-        titles: A line for each picture, e.g. what the model said.
+        images: n images (C, H, W), uint8, or floating point in [0, 1].
+        maps: (n, h, w), `attention_on_grid` of an `attention_rollout`.
+        titles: A line for each image, e.g. what the model said.
     """
     n = len(maps)
     if len(images) != n or (titles is not None and len(titles) != n):
         raise ValueError(
             f"there are {len(images)} images for {n} maps and {n if titles is None else len(titles)} titles."
         )
-    pictures = [as_pixels(image) for image in images]
-    ratio = max(picture.shape[1] / picture.shape[2] for picture in pictures)
+    images = [as_pixels(image) for image in images]
+    ratio = max(image.shape[1] / image.shape[2] for image in images)
     figure = new_figure(7.2, n * (2.1 * ratio + (0.3 if titles else 0.05)) + 0.3)
-    for row, (axes, picture) in enumerate(zip(figure.subplots(n, 3, squeeze=False), pictures, strict=True)):
+    for row, (axes, image) in enumerate(zip(figure.subplots(n, 3, squeeze=False), images, strict=True)):
         heat = maps[row].detach().float().cpu()
-        show_image(axes[0], picture)
-        overlay(figure, axes[1], picture, heat)
+        show_image(axes[0], image)
+        overlay(figure, axes[1], image, heat)
         large = torch.nn.functional.interpolate(
-            heat[None, None], size=picture.shape[1:], mode="bilinear", align_corners=False
+            heat[None, None], size=image.shape[1:], mode="bilinear", align_corners=False
         )[0]
-        show_image(axes[2], picture * large / large.max().clamp_min(1e-12))
+        show_image(axes[2], image * large / large.max().clamp_min(1e-12))
         if row == 0:
             for panel, title in zip(axes, ["picture", "rollout", "picture × rollout"], strict=True):
                 panel.set_title(title, fontsize=10)
@@ -259,24 +259,24 @@ def plot_attention_rollout(
 
 
 def plot_attention_heads(image: torch.Tensor, maps: torch.Tensor, title: str = "") -> Figure:
-    """Where each head of a layer looks: its attention over the picture, 1 being an even share.
+    """Where each head of a layer looks: its attention over the image, 1 being an even share.
 
     Args:
         image: (C, H, W), uint8, or floating point in [0, 1].
-        maps: (A, h, w), `patch_map` of a layer's attention maps.
+        maps: (A, h, w), `attention_on_grid` of a layer's attention maps.
         title: Which layer, say.
     """
-    picture = as_pixels(image)
+    image = as_pixels(image)
     A = len(maps)
     rows = math.ceil((A + 1) / 5)
     columns = math.ceil((A + 1) / rows)
-    figure = new_figure(2.1 * columns, rows * (1.45 * picture.shape[1] / picture.shape[2] + 0.3) + 0.35)
+    figure = new_figure(2.1 * columns, rows * (1.45 * image.shape[1] / image.shape[2] + 0.3) + 0.35)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    show_image(panels[0], picture)
+    show_image(panels[0], image)
     panels[0].set_title("picture", fontsize=9)
     for head, axes in enumerate(panels[1:]):
         if head < A:
-            overlay(figure, axes, picture, maps[head].detach().float().cpu(), label="")
+            overlay(figure, axes, image, maps[head].detach().float().cpu(), label="")
             axes.set_title(f"head {head + 1}", fontsize=9)
         else:
             axes.set_axis_off()
@@ -299,7 +299,7 @@ def plot_features(
         features: (n, D), e.g. `pooler_output`.
         labels: Class indices (n,).
         class_names: One for each class; None for their indices.
-        most: Pictures drawn; of more, so many are chosen at random.
+        most: Images drawn; of more, so many are chosen at random.
         seed: Of that choice and of t-SNE.
     """
     features, labels = torch.as_tensor(features).detach().float().cpu(), torch.as_tensor(labels).cpu()

@@ -161,7 +161,7 @@ def read_history(path: str | Path) -> dict[str, np.ndarray]:
 def plot_confusion_matrix(matrix, class_names: Sequence[str] | None = None) -> Figure:
     """Which classes are taken for which: counts in the cells, the share of each true class as colour.
 
-    Row i, column j is the number of pictures of class i that were called j. The colour is that number over the sum of
+    Row i, column j is the number of images of class i that were called j. The colour is that number over the sum of
     the row, on a square-root scale, so that rare confusions show beside the diagonal. Numbers are written up to 25
     classes, names up to 120.
 
@@ -274,14 +274,14 @@ def plot_mistakes(
     class_names: Sequence[str] | None = None,
     count: int = 25,
 ) -> Figure:
-    """The most confidently wrong answers: pictures with their true class, and the predicted one with its probability.
+    """The most confidently wrong answers: images with their true class, and the predicted one with its probability.
 
     Args:
-        images: n pictures (C, H, W), uint8, or floating point in [0, 1]; only those shown are taken out.
+        images: n images (C, H, W), uint8, or floating point in [0, 1]; only those shown are taken out.
         probabilities: (n, classes).
         labels: Class indices (n,).
         class_names: One for each class; None for their indices.
-        count: How many at most.
+        count: Number shown at most.
     """
     probabilities, labels = torch.as_tensor(probabilities), torch.as_tensor(labels)
     names = axis_names(class_names, probabilities.shape[1])
@@ -293,14 +293,14 @@ def plot_mistakes(
         return figure
     columns = min(5, len(chosen))
     rows = math.ceil(len(chosen) / columns)
-    pictures = [as_pixels(images[i]) for i in chosen]
-    ratio = max(picture.shape[1] / picture.shape[2] for picture in pictures)
+    images = [as_pixels(images[i]) for i in chosen]
+    ratio = max(image.shape[1] / image.shape[2] for image in images)
     figure = new_figure(max(1.75 * columns, 4.2), rows * (1.5 * ratio + 0.45) + 0.55)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels:
         axes.set_axis_off()
-    for axes, i, picture in zip(panels, chosen, pictures, strict=False):
-        show_image(axes, picture)
+    for axes, i, image in zip(panels, chosen, images, strict=False):
+        show_image(axes, image)
         p, guess = probabilities[i].max(dim=0)
         caption(axes, short(names[labels[i]], 20), color=BLUE)
         caption(axes, f"{short(names[guess], 14)} {p:.0%}", line=1, color=ORANGE)
@@ -321,7 +321,7 @@ def plot_reliability(probabilities, labels, bins: int = 15) -> Figure:
     Args:
         probabilities: (n, classes).
         labels: Class indices (n,).
-        bins: How many.
+        bins: Number of bins.
     """
     table = reliability_bins(probabilities, labels, bins)
     error = expected_calibration_error(probabilities, labels, bins)
@@ -348,6 +348,6 @@ def plot_reliability(probabilities, labels, bins: int = 15) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     upper.set_title(f"Expected calibration error {error:.2%} ({n:,} pictures)", fontsize=11)
-    # Below, not inside: a bin of few pictures can have a bar anywhere.
+    # Below, not inside: a bin of few images can have a bar anywhere.
     draw_legend(figure, upper.get_legend_handles_labels()[0], loc="outside lower center", ncols=3, columnspacing=1)
     return figure

@@ -1,1 +1,18 @@
-"""What scripts/benchmark.py is made of: `peers`, the other libraries and their models, and `measuring`."""
+"""What scripts/benchmark.py measures, a room for each section, each with `measure`, `show` and `draw`.
+
+    measuring  time and memory, measured fairly
+    peers      the other libraries, and their models with our weights
+    cases      a model and what is done with it: inference or a training step
+    model      that, against the peers
+    data       the data path, and a look at a whole data set
+    trainer    what ImageTrainer adds to a bare training loop
+    memory     loading a large model from disk
+    scale      against batch size, image size and processes
+    race       training: the teaching protocol against our recipe
+
+They lie beside the scripts, and not in the package, since the peers are no dependencies of it.
+"""
+
+from . import peers  # before transformers, which all others import
+
+__all__ = ["peers"]

@@ -1,4 +1,4 @@
-"""Time and memory, measured fairly, and tables of them."""
+"""Time and memory, measured fairly, and how they are written."""
 
 import contextlib
 import ctypes
@@ -52,7 +52,7 @@ def interleave(contestants: dict[str, Callable[[], float]], rounds: int, title: 
 
 
 def faster(samples: dict[str, list[float]], name: str, other: str) -> float:
-    """How many times as fast `name` is as `other`: the median, over the rounds, of the ratio within a round."""
+    """The speed of `name` over that of `other`: the median, over the rounds, of the ratio within a round."""
     return float(np.median(np.divide(samples[other], samples[name])))
 
 
@@ -169,17 +169,3 @@ def ratio(value: float | None) -> str:
 
 def share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
-
-
-def table(header: list[str], lines: list[str | list[str]]) -> str:
-    """Columns, the first to the left and the others to the right; a bare text stands alone, after an empty line."""
-    cells = [header, *(line for line in lines if isinstance(line, list))]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-
-    def text(line: str | list[str]) -> str:
-        if isinstance(line, str):
-            return f"\n{line}"
-        rest = (f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
-        return "".join([f"{line[0]:<{widths[0]}}", *rest]).rstrip()
-
-    return "\n".join(map(text, [header, *lines]))

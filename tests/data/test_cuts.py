@@ -395,8 +395,8 @@ def test_export_and_plot_take_the_same_images(run, tmp_path, capsys):
     assert report["rows"][0]["accuracy"] == pytest.approx(metrics["validation"]["accuracy"])
     assert "export.py: split validation: the 58 images that the run held out" in err
     plot = load_script("plot")
-    sight = plot.Sight(plot.parse(["mistakes", str(folder), *words]))
-    assert len(sight.records) == 58
+    view, _ = plot.load_view(plot.parse(["mistakes", str(folder), *words]))
+    assert len(view.records) == 58
     assert "plot.py: split validation: the 58 images that the run held out" in capsys.readouterr().err
 
 

@@ -1,0 +1,138 @@
+"""A model, ours or a peer's, and what is done with it: inference or a training step."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+
+from . import peers
+from .measuring import OURS, PeakMemory
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and what is done with it: inference, or a training step (forward, backward, AdamW).
+
+    Args:
+        title: In words.
+        preset: Of `ViTScratchConfig`.
+        batch: Number of images.
+        training: A training step instead of inference.
+        fields: Of the config, where they differ from the preset's.
+        bf16: bfloat16 autocast and `torch.compile` instead of float32.
+        quick: Whether it is measured in quick mode too.
+    """
+
+    title: str
+    preset: str
+    batch: int
+    training: bool = False
+    fields: dict = field(default_factory=dict)
+    bf16: bool = False
+    quick: bool = True
+
+    @property
+    def config(self) -> ViTScratchConfig:
+        # N(0, 1 / fan_in) is drawn faster than the default, and the outputs are larger.
+        return ViTScratchConfig.preset(self.preset, initializer_range="fan_in", **self.fields)
+
+
+CLASS_TOKEN = {"use_cls_token": True, "pooling": "cls", "use_final_norm": True}
+SHOWCASE = Case("showcase, training, batch 64", "showcase", 64, training=True)
+CASES = {
+    "cpu": [
+        Case("ViT-B/16, inference, batch 1", "base", 1),
+        Case("ViT-B/16, inference, batch 8", "base", 8, quick=False),
+        SHOWCASE,
+        Case("showcase + class token, training, batch 64", "showcase", 64, True, CLASS_TOKEN),
+    ],
+    "cuda": [
+        Case("ViT-B/16, inference, batch 256, bf16, compiled", "base", 256, bf16=True),
+        Case("ViT-B/16, training, batch 256, bf16, compiled", "base", 256, True, bf16=True),
+        Case("showcase, training, batch 256, bf16, compiled", "showcase", 256, True, bf16=True),
+    ],
+}
+
+
+def make_model(case: Case, name: str) -> torch.nn.Module:
+    """The model of a contestant, in evaluation mode, with the same weights for all that can have them.
+
+    Raises:
+        ImportError, ValueError: As `peers.make_peer`.
+    """
+    torch.manual_seed(0)
+    ours = ViTScratchForImageClassification(case.config).eval()
+    torch.nn.init.normal_(ours.classifier.weight, std=0.1)  # from zero, as it starts, all outputs would agree
+    return ours if name == OURS else peers.make_peer(name, ours).eval()
+
+
+def make_models(case: Case) -> tuple[dict[str, torch.nn.Module], dict[str, str]]:
+    """Our model and those of the peers that have its geometry, and why others do not import."""
+    models, reasons = {OURS: make_model(case, OURS)}, {}
+    for name in tqdm(peers.PEERS, desc=f"{case.title}: making models", unit="model", delay=2, leave=False):
+        try:
+            models[name] = peers.make_peer(name, models[OURS]).eval()
+        except ImportError as error:
+            reasons[name] = str(error)
+        except ValueError:  # another geometry
+            continue
+    return models, reasons
+
+
+def logits_of(output) -> torch.Tensor:
+    return getattr(output, "logits", output)
+
+
+@torch.inference_mode()
+def difference(case: Case, model: torch.nn.Module, other: torch.nn.Module) -> float:
+    """The largest difference of two models' logits on two images, over the largest logit."""
+    pixels = torch.randn(2, case.config.num_channels, *case.config.image_hw)
+    ours, theirs = (logits_of(m(pixels)) for m in (model, other))
+    return float((ours - theirs).abs().max() / ours.abs().max())
+
+
+def make_step(case: Case, model: torch.nn.Module, device: torch.device) -> Callable[[], object]:
+    """What is timed: one inference, or one training step, on random images."""
+    config = case.config
+    pixels = torch.randn(case.batch, config.num_channels, *config.image_hw, device=device)
+    labels = torch.randint(config.num_labels, (case.batch,), device=device)
+    model = model.to(device).train(case.training)
+    forward = torch.compile(model) if case.bf16 else model
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=case.bf16)
+
+    if not case.training:
+
+        def infer():
+            with torch.inference_mode(), autocast():
+                forward(pixels)
+
+        return infer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def train():
+        with autocast():
+            logits = logits_of(forward(pixels))
+        optimizer.zero_grad()
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    return train
+
+
+def peak_memory(case: Case, name: str) -> int | None:
+    """Most memory, in bytes, of a contestant's model and what it computes; on the CPU, in a fresh process."""
+    memory = PeakMemory()
+    step = make_step(case, make_model(case, name), torch.device("cpu"))
+    with memory:
+        started, steps = time.perf_counter(), 0
+        while steps < 2 or time.perf_counter() < started + 0.3:
+            step()
+            steps += 1
+    return memory.bytes
