@@ -31,7 +31,7 @@ from modeling_vit_scratch.data import load_image
 from modeling_vit_scratch.inference import Predictor, find_pictures
 
 PROGRAM = "demo.py"
-EXAMPLES = Path(__file__).parent / "pictures" / "examples"  # test pictures of CIFAR-10 (JPEG copy)
+EXAMPLES = Path(__file__).parent.parent / "docs" / "images" / "examples"  # test images of CIFAR-10 (JPEG copy)
 SIDE = 448  # pixels, about, of what is shown
 MAX_UPLOAD = "50mb"
 CSS = """

@@ -84,9 +84,9 @@ def _numbers(text: str) -> list[int]:
 
 def test_pictures_are_those_that_one_command_draws():
     plot = load_script("plot")
-    explained, named = (set(re.findall(r"scripts/pictures/(\w+)\.png", text)) for text in (SECTION, TEXT))
+    explained, named = (set(re.findall(r"docs/images/(\w+)\.png", text)) for text in (SECTION, TEXT))
     assert explained == {plot.FILES[kind] for kind in plot.README}
-    committed = {path.stem: path.stat().st_size for path in (ROOT / "scripts" / "pictures").glob("*.png")}
+    committed = {path.stem: path.stat().st_size for path in (ROOT / "docs" / "images").glob("*.png")}
     assert set(committed) == named == explained | {"race", "reconstructions"}  # those two are of long runs
     assert max(committed.values()) < 150_000
     assert "scripts/plot.py readme" in SECTION
