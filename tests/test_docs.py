@@ -44,7 +44,7 @@ def test_readme_is_one_screen_that_leads_everywhere():
     assert len(readme.splitlines()) <= 80
     for command in ("pip install -e . && python scripts/finetune.py", 'pip install -e ".[test]" && pytest'):
         assert f"\n    {command}\n" in readme
-    linked = re.findall(r"\]\(docs/(\w+)\.md\)", readme.partition("## I want to")[2])
+    linked = re.findall(r"\]\(docs/(\w+)\.md\)", readme.partition("| I want to")[2])
     assert sorted(linked) == sorted(DOCS)
 
 
