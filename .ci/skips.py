@@ -1,8 +1,8 @@
-"""Say which tests no run of CI ran, and why; fail where the README names one of them.
+"""Say which tests no run of CI ran, and why; fail where a page names one of them.
 
-python .ci/skips.py README.md FIRST.xml [SECOND.xml ...]
+python .ci/skips.py README.md docs/*.md FIRST.xml [SECOND.xml ...]
 
-The files are those of `pytest --junitxml`. Exit status: 0; 1 if a test that the README names did not run in any.
+The .xml files are those of `pytest --junitxml`. Exit status: 0; 1 if a test that a page names did not run in any.
 """
 
 import re
@@ -27,21 +27,21 @@ def outcomes(reports: list[Path]) -> dict[tuple[str, str], str | None]:
 
 
 def main(argv: list[str]) -> int:
-    readme, *reports = map(Path, argv)
+    pages, reports = ([Path(name) for name in argv if name.endswith(suffix)] for suffix in (".md", ".xml"))
     tests = outcomes(reports)
     reasons = {test: reason for test, reason in tests.items() if reason is not None}
     print(f"{len(tests) - len(reasons)} tests ran, {len(reasons)} did not:")
     for reason, count in Counter(reasons.values()).most_common():
         print(f"  {count} x {reason}")
 
-    # Of a function every case has to run; of a file that the README names, something.
-    promised = set(re.findall(r"\btest_\w+", readme.read_text()))
+    # Of a function every case has to run; of a file that a page names, something.
+    promised = {name: page for page in pages for name in re.findall(r"(?<![\w-])test_\w+", page.read_text())}
     functions = {test: test[1].partition("[")[0] for test in tests}
     ran = {functions[test] for test in tests.keys() - reasons.keys()}
     ran |= {file for test in tests.keys() - reasons.keys() for file in re.findall(r"\btest_\w+", test[0])}
-    broken = sorted(promised & {functions[test] for test in reasons} | promised - ran)
+    broken = sorted(promised.keys() & {functions[test] for test in reasons} | promised.keys() - ran)
     for name in broken:
-        print(f"The README names {name}, which did not run.", file=sys.stderr)
+        print(f"{promised[name]} names {name}, which did not run.", file=sys.stderr)
     return 1 if broken else 0
 
 

@@ -30,7 +30,7 @@ from modeling_vit_scratch.evaluation.inference import find_images
 from modeling_vit_scratch.plots.views import SHOWN_SIDE, enlargement, view_image
 
 PROGRAM = "demo.py"
-EXAMPLES = Path(__file__).parent / "pictures" / "examples"  # test images of CIFAR-10 (JPEG copy)
+EXAMPLES = Path(__file__).parent.parent / "docs" / "images" / "examples"  # test images of CIFAR-10 (JPEG copy)
 MAX_UPLOAD = "50mb"
 CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }

@@ -11,7 +11,7 @@ KIND is one or more of
   confusion per-class               of a split, or as the run saved them
   curves                            of a run's history.csv; several runs compare
   all                               each of these that the input allows
-  readme                            those of this project's README, of CIFAR-10
+  readme                            those of docs/how_it_works.md, of CIFAR-10
 
 MODEL is a folder, file or Hub id: of this package, or what convert.py reads.
 The files written are listed on standard output.
@@ -30,8 +30,8 @@ from modeling_vit_scratch.plots.views import ModelView
 
 PROGRAM = "plot.py"
 README = ("patches", "filters", "positions", "heads", "rollout")
-PICTURES = Path(__file__).parent / "pictures"  # of the README: PNG only, one image of each kind, 3 of rollout
-EXAMPLES = [str(PICTURES / "examples" / f"{name}.jpg") for name in ("horse", "ship", "bird")]
+IMAGES = Path(__file__).parent.parent / "docs" / "images"  # of the docs: PNG only, one of each kind, 3 of rollout
+EXAMPLES = [str(IMAGES / "examples" / f"{name}.jpg") for name in ("horse", "ship", "bird")]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -80,7 +80,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     elif args.readme:
         args.kinds = list(README)
         args.max_pictures = 3
-    args.output = args.output or (PICTURES if args.readme else Path("plots"))
+    args.output = args.output or (IMAGES if args.readme else Path("plots"))
     for kind in args.kinds:
         if kind in NEED_LABELS and not labelled:
             options.error(f"{kind} needs labelled pictures: add --dataset NAME.")

@@ -158,7 +158,7 @@ def test_script_draws_pictures_from_all_parts_of_a_split(script, folder, tmp_pat
 
 def test_script_remakes_the_pictures_of_the_readme(script, folder, tmp_path, capsys):
     words = ["readme", str(folder)]
-    assert script.parse(words).output == script.PICTURES
+    assert script.parse(words).output == script.IMAGES
     assert script.main([*words, "--output", str(tmp_path / "out")]) == 0
     drawn = {file.name for file in (tmp_path / "out").iterdir()}
     assert drawn == {f"{KINDS[kind]}.png" for kind in script.README}
