@@ -539,7 +539,11 @@ class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
 
 
 class ViTScratchBackbone(BackboneMixin, ViTScratchPreTrainedModel):
-    """The encoder for dense prediction: for each of `out_features`, patch tokens (B, D, h, w) after the final norm."""
+    """The encoder for dense prediction: for each of `out_features`, patch tokens (B, D, h, w) after the final norm.
+
+    As transformers' `Dinov2Backbone`, it returns all tokens (B, T, D) without `reshape_hidden_states`, and leaves the
+    norm out without `apply_layernorm`.
+    """
 
     _auto_class = "AutoBackbone"
 
@@ -557,13 +561,16 @@ class ViTScratchBackbone(BackboneMixin, ViTScratchPreTrainedModel):
         output_hidden_states: bool | int | list[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BackboneOutput:
-        """Encode pictures of any size that the patch divides; arguments as in `ViTScratchModel.forward`."""
+        """Encode images of any size that the patch divides; arguments as in `ViTScratchModel.forward`."""
         L = self.config.num_hidden_layers
         stages = [index % (L + 1) for index in self.out_indices]
         want_states = self.config.selected("output_hidden_states", output_hidden_states, L + 1)
         kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True}
         outputs = self.vit(pixel_values, output_hidden_states=[*stages, *want_states], **kwargs)
-        maps = [self.vit.patch_map(self.vit.norm(outputs.hidden_states[i]), pixel_values) for i in stages]
-        maps = tuple(feature_map.permute(0, 3, 1, 2) for feature_map in maps)  # (B, D, h, w) each
+        maps = [outputs.hidden_states[i] for i in stages]  # (B, T, D) each
+        if self.config.apply_layernorm:
+            maps = [self.vit.norm(tokens) for tokens in maps]
+        if self.config.reshape_hidden_states:
+            maps = [self.vit.patch_map(tokens, pixel_values).permute(0, 3, 1, 2) for tokens in maps]  # (B, D, h, w)
         states = tuple(state if i in want_states else None for i, state in enumerate(outputs.hidden_states))
-        return BackboneOutput(maps, states if want_states else None, outputs.attentions)
+        return BackboneOutput(tuple(maps), states if want_states else None, outputs.attentions)
