@@ -410,18 +410,57 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         return BaseModelOutputWithPooling(hidden_states, pooled, states, maps)
 
 
+def image_classification_loss(labels, logits, config: ViTScratchConfig, **kwargs) -> torch.Tensor:
+    """The loss that `config.problem_type` names; without one, regression for one class and else cross-entropy.
+
+    Args:
+        labels: Single label: class indices (B,), integers, or class probabilities (B, K), as mixup makes them.
+            Multi label: 0 or 1 for each class (B, K). Regression: (B, K), or (B,) for one.
+        logits: (B, K).
+        **kwargs: Not read; transformers hands a model's loss all that `forward` was given.
+
+    Raises:
+        ValueError: The labels do not fit the problem type or the number of classes.
+    """
+    logits, labels = logits.float(), labels.to(logits.device)
+    B, K = logits.shape
+    problem_type = config.problem_type or ("regression" if K == 1 else "single_label_classification")
+    if problem_type != "single_label_classification" and labels.numel() == logits.numel():
+        labels = labels.reshape(B, K).to(logits.dtype)  # (B, K)
+    elif problem_type == "single_label_classification" and not labels.is_floating_point():
+        labels = labels.reshape(-1)  # (B,)
+    elif labels.shape == logits.shape and config.problem_type is None and not torch.compiler.is_compiling():
+        total = labels.detach().sum(dim=1)
+        if not torch.allclose(total, torch.ones_like(total), atol=1e-2):
+            raise ValueError(
+                "labels are taken for class probabilities, but a row does not sum to 1; set "
+                "config.problem_type = 'multi_label_classification' if an image can have several classes."
+            )
+    if labels.is_floating_point() and labels.shape != logits.shape:
+        raise ValueError(
+            f"labels of {labels.dtype} and shape {tuple(labels.shape)} are neither class indices (integers, shape "
+            f"({B},)) nor numbers for each class (shape {(B, K)})."
+        )
+    losses = {"regression": nn.functional.mse_loss, "single_label_classification": nn.functional.cross_entropy}
+    return losses.get(problem_type, nn.functional.binary_cross_entropy_with_logits)(logits, labels)
+
+
 class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
-    """The encoder and a linear classifier: pixels (B, C, H, W) -> `logits` (B, classes) and, given labels, `loss`."""
+    """The encoder and a linear classifier: pixels (B, C, H, W) -> `logits` (B, K) and, given labels, `loss`.
+
+    ViT, sec. 3.1: a hidden layer with tanh (`representation_size`) for pre-training, one linear layer for fine-tuning.
+    """
 
     _auto_class = "AutoModelForImageClassification"
+    loss_function = staticmethod(image_classification_loss)
 
     def __init__(self, config: ViTScratchConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vit = ViTScratchModel(config)
-        R = config.representation_size
-        self.pre_logits = nn.Sequential(nn.Linear(config.hidden_size, R), nn.Tanh()) if R else nn.Identity()
-        self.classifier = nn.Linear(R or config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        D, width, K = config.hidden_size, config.representation_size, config.num_labels
+        self.pre_logits = nn.Sequential(nn.Linear(D, width), nn.Tanh()) if width else nn.Identity()
+        self.classifier = nn.Linear(width or D, K) if K else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -432,66 +471,17 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
-        """Classify pictures.
+        """Classify images.
 
         Args:
             pixel_values: As in `ViTScratchModel.forward`, like the other arguments not listed here.
             labels: As in `image_classification_loss`.
-            **kwargs: `label_smoothing` and `num_items_in_batch` go to the loss, all else to the encoder.
         """
-        # No named parameters: Trainer takes every parameter with "label" in its name for a column of the batch.
-        label_smoothing = kwargs.pop("label_smoothing", 0.0)
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True, "pooled_only": True}
         outputs = self.vit(pixel_values, **kwargs)
-        logits = self.classifier(self.pre_logits(outputs.pooler_output))  # (B, classes)
-        loss = None
-        if labels is not None:
-            loss = image_classification_loss(logits, labels, self.config, label_smoothing, num_items_in_batch)
+        logits = self.classifier(self.pre_logits(outputs.pooler_output))  # (B, K)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
-
-
-def image_classification_loss(
-    logits, labels, config: ViTScratchConfig, label_smoothing: float = 0.0, num_items_in_batch=None
-) -> torch.Tensor:
-    """The loss that `config.problem_type` names; without one, regression for one class and else cross-entropy.
-
-    Args:
-        logits: (B, classes).
-        labels: Single label: class indices (B,), integers, or class probabilities (B, classes), as mixup makes them.
-            Multi label: 0 or 1 for each class (B, classes). Regression: (B, classes), or (B,) for one.
-        label_smoothing: In [0, 1]; the share of each label spread evenly over all classes; single label only.
-        num_items_in_batch: Pictures in the whole accumulated batch; the loss is then their share of its mean.
-
-    Raises:
-        ValueError: The labels do not fit the problem type or the number of classes.
-    """
-    logits, labels = logits.float(), labels.to(logits.device)
-    B, classes = logits.shape
-    problem_type = config.problem_type or ("regression" if classes == 1 else "single_label_classification")
-    if problem_type != "single_label_classification":
-        labels = labels.reshape(logits.shape).to(logits.dtype) if labels.numel() == logits.numel() else labels
-    elif not labels.is_floating_point():
-        labels = labels.reshape(-1)
-    elif labels.shape == logits.shape and config.problem_type is None and not torch.compiler.is_compiling():
-        total = labels.detach().sum(dim=1)
-        if not torch.allclose(total, torch.ones_like(total), atol=1e-2):
-            raise ValueError(
-                "labels are taken for class probabilities, but a row does not sum to 1; set "
-                "config.problem_type = 'multi_label_classification' if a picture can have several classes."
-            )
-    if labels.is_floating_point() and labels.shape != logits.shape:
-        raise ValueError(
-            f"labels of {labels.dtype} and shape {tuple(labels.shape)} are neither class indices (integers, shape "
-            f"({B},)) nor numbers for each class (shape {(B, classes)})."
-        )
-    if problem_type == "single_label_classification":
-        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    elif problem_type == "regression":
-        loss = nn.functional.mse_loss(logits, labels)
-    else:
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
-    return loss if num_items_in_batch is None else loss * B / num_items_in_batch
 
 
 class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
