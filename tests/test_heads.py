@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -384,32 +385,34 @@ def test_maps_as_tokens_and_without_the_norm(fields, norm):
         equal(feature_map.flatten(2).mT, sequence[:, prefix:])
 
 
-def test_maps_equal_those_of_dinov2():
-    """The same weights in transformers' own backbone, for each of the four ways."""
-    for reshape in (True, False):
-        for norm in (True, False):
-            options = {"reshape_hidden_states": reshape, "apply_layernorm": norm, "out_indices": [0, 1, 2]}
-            ours = make(ViTScratchBackbone, {**TINY, "intermediate_size": 64, "layerscale_value": 1.0}, **options)
-            shared = {name: getattr(ours.config, name) for name in (
-                "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
-            )}  # fmt: skip
-            theirs = Dinov2Backbone(Dinov2Config(**shared, mlp_ratio=2, layer_norm_eps=1e-6, **options)).eval()
-            state = {}
-            for name, tensor in ours.vit.state_dict().items():
-                name = name.replace("norm.", "layernorm.") if name.startswith("norm.") else name
-                name = name.replace("layers.", "encoder.layer.").replace(".scale", ".lambda1")
-                if name.endswith("projection.weight"):
-                    tensor = tensor.reshape(32, 3, 4, 4)
-                if "qkv" in name:
-                    for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                        state[name.replace("qkv", f"{letter}_proj")] = part
-                else:
-                    state[name.replace("attention.proj", "attention.o_proj")] = tensor
-            missing, unexpected = theirs.load_state_dict(state, strict=False)
-            assert (missing, unexpected) == (["embeddings.mask_token"], [])
-            x = images(ours)
-            for a, b in zip(ours(x).feature_maps, theirs(x).feature_maps, strict=True):
-                equal(a, b, 2e-5)
+def weights_for_dinov2(model) -> dict:
+    """Ours under the names of transformers' DINOv2, of which older versions have others for attention."""
+    state = {}
+    for name, tensor in model.vit.state_dict().items():
+        name = re.sub("^norm", "layernorm", name).replace("layers.", "encoder.layer.").replace(".scale", ".lambda1")
+        if name.endswith("projection.weight"):
+            tensor = tensor.reshape(tensor.shape[0], model.config.num_channels, *model.config.patch_hw)
+        state[name] = tensor
+        for other in ("attention.o_proj", "attention.output.dense"):
+            state[name.replace("attention.proj", other)] = tensor
+        for word, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True) if "qkv" in name else ():
+            for other in (f"{word[0]}_proj", f"attention.{word}"):
+                state[name.replace("qkv", other)] = part
+    return state
+
+
+@pytest.mark.parametrize("reshape", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+def test_maps_equal_those_of_dinov2(reshape, norm):
+    options = {"reshape_hidden_states": reshape, "apply_layernorm": norm, "out_indices": [0, 1, 2]}
+    ours = make(ViTScratchBackbone, {**TINY, "intermediate_size": 64, "layerscale_value": 1.0}, **options)
+    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "layer_norm_eps")
+    config = Dinov2Config(**{name: getattr(ours.config, name) for name in same}, mlp_ratio=2, **options)
+    theirs = Dinov2Backbone(config).eval()
+    assert theirs.load_state_dict(weights_for_dinov2(ours), strict=False).missing_keys == ["embeddings.mask_token"]
+    x = images(ours)
+    for a, b in zip(ours(x).feature_maps, theirs(x).feature_maps, strict=True):
+        equal(a, b, 2e-5)
 
 
 def dense_model(name, backbone):
