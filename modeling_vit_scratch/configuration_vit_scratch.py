@@ -57,7 +57,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     Args:
         hidden_size: Width D of a token.
         num_hidden_layers: Number of blocks L.
-        num_attention_heads: Heads h; must divide `hidden_size`.
+        num_attention_heads: Heads A; must divide `hidden_size`.
         intermediate_size: Width of the MLP's hidden layer.
         hidden_act: Name of an activation of transformers' `ACT2FN`; "gelu" is the exact GELU.
         hidden_dropout_prob: In [0, 1]; after every dense layer but qkv, and after adding positions (ViT, app. B.1).
@@ -90,6 +90,9 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         representation_size: Width of the pre-training head's linear + tanh before the classifier (ViT, sec. 3.1), or
             None for a single linear layer.
         layerscale_value: Starting value of LayerScale (Touvron et al., 2021b), or None for none.
+        reshape_hidden_states: Whether a backbone's feature maps are the patch tokens in their places, (B, D, h, w), or
+            all tokens, (B, T, D), as transformers' DPT and Depth Anything read them: a class token, then patches.
+        apply_layernorm: Whether a backbone's feature maps are after the final norm.
         out_features: Stages that a backbone returns, of "stem" (the embeddings), "stage1" to "stageL" (the blocks), in
             that order; None for the last. `stage_names` lists them.
         out_indices: The same by number, negative ones from the end.
@@ -128,6 +131,8 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     position_interpolation: str = "bicubic"
     representation_size: int | None = None
     layerscale_value: float | int | None = None
+    reshape_hidden_states: bool = True
+    apply_layernorm: bool = True
 
     def __new__(cls, **kwargs):
         # Here, since older transformers assign these two by an error of their own before __post_init__ runs.
@@ -256,8 +261,11 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"out_features {out_features} and out_indices {out_indices} differ; give one of them.")
 
     def to_dict(self) -> dict:
-        """All fields; `out_indices` only where somebody chose them."""
+        """All fields; those of a backbone only where somebody chose them."""
         output = super().to_dict()
+        for name in ("reshape_hidden_states", "apply_layernorm"):
+            if output[name]:
+                del output[name]
         stages = output.pop("_out_stages")
         del output["out_features"], output["out_indices"]
         return output if stages is None else {**output, "out_indices": stages}
@@ -308,7 +316,8 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             _require_choice("initializer_range", self.initializer_range, ("fan_in",))
         else:
             _require_number("initializer_range", self.initializer_range, minimum=1e-12)
-        for name in ("qkv_bias", "use_cls_token", "use_final_norm", "norm_after_pooling"):
+        flags = ("qkv_bias", "use_cls_token", "use_final_norm", "norm_after_pooling")
+        for name in (*flags, "reshape_hidden_states", "apply_layernorm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         _require_choice("hidden_act", self.hidden_act, tuple(ACT2FN))

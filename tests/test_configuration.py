@@ -114,6 +114,8 @@ ROUND_TRIPS = {
         "position_interpolation": "bilinear_align_corners",
         "representation_size": 8,
         "layerscale_value": 1e-4,
+        "reshape_hidden_states": False,
+        "apply_layernorm": False,
     },
     "classes": {**TINY, "id2label": {0: "cat", 1: "dog", 2: "owl"}, "label2id": {"cat": 0, "dog": 1, "owl": 2}},
     "task": {**TINY, "problem_type": "multi_label_classification", "num_labels": 7, "dtype": "bfloat16"},

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,12 @@ from transformers import (
     AutoBackbone,
     AutoConfig,
     AutoModelForMaskedImageModeling,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Backbone,
+    Dinov2Config,
+    DPTConfig,
+    DPTForDepthEstimation,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     ViTForMaskedImageModeling,
@@ -282,6 +289,21 @@ def test_only_a_choice_of_stages_is_written(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).out_features == ["stem", "stage1"]
 
 
+def test_only_a_choice_of_tokens_and_norm_is_written(tmp_path):
+    """The config.json of a model that is no backbone is the one of before the two fields."""
+    ViTScratchConfig(**TINY).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert not {"reshape_hidden_states", "apply_layernorm"} & set(fields)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.reshape_hidden_states is loaded.apply_layernorm is True
+    for name in ("reshape_hidden_states", "apply_layernorm"):
+        ViTScratchConfig(**TINY, **{name: False}).save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())[name] is False
+        assert getattr(AutoConfig.from_pretrained(tmp_path), name) is False
+        with pytest.raises(ValueError, match=f"{name} must be True or False, got 1"):
+            ViTScratchConfig(**TINY, **{name: 1})
+
+
 def test_loading_with_another_number_of_layers(tmp_path):
     for chosen, layers, expected in [
         (None, 1, ["stage1"]),
@@ -329,7 +351,7 @@ def test_hidden_states_and_maps_only_on_request():
     assert len(model(x, return_dict=False)) == 1
 
 
-def test_pictures_of_any_size_that_the_patch_divides():
+def test_images_of_any_size_that_the_patch_divides():
     model = make(ViTScratchBackbone, OBLONG)
     for size in [(16, 24), (8, 4), (32, 60)]:
         assert model(torch.randn(2, 3, *size)).feature_maps[0].shape == (2, 32, size[0] // 8, size[1] // 4)
@@ -343,6 +365,96 @@ def test_auto_backbone():
     assert type(model) is ViTScratchBackbone
     assert model.channels == [32]
     assert ViTScratchBackbone._auto_class == "AutoBackbone"
+
+
+@pytest.mark.parametrize("fields", [TINY, RICH, FIXED], ids=["tiny", "rich", "fixed"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_maps_as_tokens_and_without_the_norm(fields, norm):
+    """All tokens then, the class token and the registers among them, as `Dinov2Backbone` returns them."""
+    maps = make(ViTScratchBackbone, fields, out_indices=[1, 2], apply_layernorm=norm)
+    tokens = make(ViTScratchBackbone, fields, out_indices=[1, 2], apply_layernorm=norm, reshape_hidden_states=False)
+    x, prefix = images(maps), maps.config.num_prefix_tokens
+    outputs = tokens(x, output_hidden_states=True)
+    assert len(outputs.feature_maps) == 2
+    for feature_map, sequence, state in zip(
+        maps(x).feature_maps, outputs.feature_maps, outputs.hidden_states[1:], strict=True
+    ):
+        equal(sequence, tokens.vit.norm(state) if norm else state)
+        assert norm == (sequence - state).abs().max().gt(0.1)
+        assert sequence.shape == (3, prefix + math.prod(maps.config.grid_hw), 32)
+        equal(feature_map.flatten(2).mT, sequence[:, prefix:])
+
+
+def weights_for_dinov2(model) -> dict:
+    """Ours under the names of transformers' DINOv2, of which older versions have others for attention."""
+    state = {}
+    for name, tensor in model.vit.state_dict().items():
+        name = re.sub("^norm", "layernorm", name).replace("layers.", "encoder.layer.").replace(".scale", ".lambda1")
+        if name.endswith("projection.weight"):
+            tensor = tensor.reshape(tensor.shape[0], model.config.num_channels, *model.config.patch_hw)
+        state[name] = tensor
+        for other in ("attention.o_proj", "attention.output.dense"):
+            state[name.replace("attention.proj", other)] = tensor
+        for word, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True) if "qkv" in name else ():
+            for other in (f"{word[0]}_proj", f"attention.{word}"):
+                state[name.replace("qkv", other)] = part
+    return state
+
+
+@pytest.mark.parametrize("reshape", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+def test_maps_equal_those_of_dinov2(reshape, norm):
+    options = {"reshape_hidden_states": reshape, "apply_layernorm": norm, "out_indices": [0, 1, 2]}
+    ours = make(ViTScratchBackbone, {**TINY, "intermediate_size": 64, "layerscale_value": 1.0}, **options)
+    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "layer_norm_eps")
+    config = Dinov2Config(**{name: getattr(ours.config, name) for name in same}, mlp_ratio=2, **options)
+    theirs = Dinov2Backbone(config).eval()
+    assert theirs.load_state_dict(weights_for_dinov2(ours), strict=False).missing_keys == ["embeddings.mask_token"]
+    x = images(ours)
+    for a, b in zip(ours(x).feature_maps, theirs(x).feature_maps, strict=True):
+        equal(a, b, 2e-5)
+
+
+def dense_model(name, backbone):
+    """A small model of transformers for dense prediction around our backbone, with random weights."""
+    necks = {"neck_hidden_sizes": [8, 12, 16, 16], "fusion_hidden_size": 8, "backbone_config": backbone}
+    if name == "DPT":
+        config = DPTConfig(**necks, hidden_size=32, reassemble_factors=[4, 2, 1, 0.5], num_labels=3)
+        return DPTForDepthEstimation(config)
+    if name == "Depth Anything":
+        config = DepthAnythingConfig(
+            **necks, patch_size=backbone.patch_size, reassemble_hidden_size=32, head_hidden_size=8
+        )
+        return DepthAnythingForDepthEstimation(config)
+    config = UperNetConfig(
+        backbone_config=backbone, hidden_size=16, pool_scales=[1, 2], auxiliary_in_channels=32, auxiliary_channels=8
+    )
+    return UperNetForSemanticSegmentation(config)
+
+
+@pytest.mark.parametrize("name", ["DPT", "Depth Anything", "UperNet"])
+def test_dense_heads_of_transformers(name, tmp_path):
+    """Forward, backward, and saved and loaded; DPT and Depth Anything read tokens, UperNet maps."""
+    set_seed(0)
+    fields = {**TINY, "num_hidden_layers": 4, "image_size": 32}
+    backbone = ViTScratchConfig(**fields, out_indices=[1, 2, 3, 4], reshape_hidden_states=name == "UperNet")
+    model = dense_model(name, backbone).train()
+    assert type(model.backbone) is ViTScratchBackbone
+    x = torch.randn(2, 3, 32, 32)
+    outputs = model(x)
+    answer = outputs.logits if name == "UperNet" else outputs.predicted_depth
+    assert answer.shape[0] == 2
+    assert answer.shape[-1] == answer.shape[-2] == (8 * 16 if name == "DPT" else 32)  # DPT takes a patch for 16 pixels
+    answer.square().mean().backward()
+    for parameter, tensor in model.backbone.named_parameters():
+        assert tensor.grad is not None and tensor.grad.isfinite().all(), parameter
+        assert (tensor.grad != 0).any() or parameter.endswith("cls_token"), parameter
+    model.eval().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.backbone_config.reshape_hidden_states == (name == "UperNet")
+    with torch.no_grad():
+        for a, b in zip(loaded(x).to_tuple(), model(x).to_tuple(), strict=True):
+            equal(a, b)
 
 
 def test_inside_a_segmentation_model(tmp_path):

@@ -167,7 +167,7 @@ def test_equals_transformers(fields, implementation):
         assert len(ours[name]) == len(theirs[name]) > 0
         for a, b in zip(ours[name], theirs[name], strict=True):
             equal(a, b, 2e-5)
-    # The comparison means something: attention is far from uniform, and pictures differ.
+    # The comparison means something: attention is far from uniform, and images differ.
     tokens = ours.attentions[0].shape[-1]
     assert ours.attentions[0].amax(-1).mean() > 3 / tokens
     assert ours.logits.std(dim=0).mean() > 0.1
@@ -228,7 +228,7 @@ def test_patches_are_counted_row_by_row():
 
 
 @every_config
-def test_channels_last_pictures_give_the_same(fields):
+def test_channels_last_images_give_the_same(fields):
     model = make(ViTScratchModel, fields)
     x = images(model)
     with torch.no_grad():
@@ -437,7 +437,7 @@ def test_only_one_token_leaves_the_last_block_where_only_logits_are_asked_for(im
     model = make(ViTScratchForImageClassification, **more)
     model.set_attn_implementation(implementation)
     x, tokens = images(model), []
-    model.vit.layers[-1].mlp.register_forward_hook(lambda module, args, output: tokens.append(output.shape[1]))
+    model.vit.layers[-1].mlp.fc2.register_forward_hook(lambda module, args, output: tokens.append(output.shape[1]))
     parameters = list(model.parameters())
     short = model(x).logits
     gradients = torch.autograd.grad(short.square().sum(), parameters)
@@ -453,6 +453,34 @@ def test_only_one_token_leaves_the_last_block_where_only_logits_are_asked_for(im
         equal(logits, short, atol=1e-5)
     assert tokens == [1, T, T, T, 1 if model.config.pooling == "mean" else T]
     assert model(x, output_attentions=[0]).logits.shape == short.shape and tokens[-1] == 1
+
+
+@pytest.mark.parametrize("fields", [TINY, {**TINY, "pooling": "mean", "use_cls_token": False, "use_final_norm": False}])
+def test_blocks_return_one_tensor_to_hooks(fields):
+    """As Grad-CAM tools expect; in the last block of a classifier it is the one token that is read."""
+    model = make(ViTScratchForImageClassification, fields)
+    T, seen = 16 + model.config.use_cls_token, []
+    for layer in model.vit.layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(images(model)).logits[:, 0].sum().backward()
+    assert [tuple(output.shape) for output in seen] == [(3, T, 32), (3, 1, 32)]
+    seen.clear()
+    outputs = model(images(model), output_attentions=[0], output_hidden_states=True)
+    (states, maps), last = seen
+    equal(states, outputs.hidden_states[1])
+    equal(maps, outputs.attentions[0])
+    equal(last, outputs.hidden_states[2])
+
+
+def test_a_block_is_its_equations():
+    model = make(ViTScratchModel, layerscale_value=0.5)
+    block, z = model.layers[1], torch.randn(3, 17, 32)
+    expected = z + block.layer_scale1(block.attention(block.norm1(z)))
+    expected = expected + block.layer_scale2(block.mlp(block.norm2(expected)))
+    equal(block(z), expected, 1e-6)
+    equal(modeling.ViTScratchBlock.forward(block, z), block(z))
+    source = inspect.getsource(modeling.ViTScratchBlock.forward).splitlines()
+    assert len(source) <= 1 + 2 * 2  # at most two lines an equation
 
 
 def test_a_mean_is_not_taken_before_a_norm_or_a_dropout():
@@ -1044,7 +1072,7 @@ def test_loading_under_a_meta_device_is_refused(tmp_path):
 
 def loss_of(logits, labels, problem_type=None, **kwargs):
     config = ViTScratchConfig(**{**TINY, "num_labels": max(logits.shape[1], 2)}, problem_type=problem_type)
-    return modeling.image_classification_loss(logits, labels, config, **kwargs)
+    return modeling.image_classification_loss(labels, logits, config, **kwargs)
 
 
 def test_loss_from_class_indices():
@@ -1068,20 +1096,6 @@ def test_loss_from_class_probabilities():
     equal(loss_of(logits, mixed.to(torch.bfloat16)), expected, 2e-2)
 
 
-def test_label_smoothing():
-    logits, indices = torch.randn(6, 5), torch.arange(6) % 5
-    smooth = nn.functional.one_hot(indices, 5) * 0.9 + 0.1 / 5
-    expected = -(smooth * logits.log_softmax(-1)).sum(-1).mean()
-    equal(loss_of(logits, indices, label_smoothing=0.1), expected, 1e-6)
-    one_hot = nn.functional.one_hot(indices, 5).float()
-    equal(loss_of(logits, one_hot, label_smoothing=0.1), expected, 1e-6)
-    model = make(ViTScratchForImageClassification)
-    x, labels = images(model), torch.tensor([1, 2, 3])
-    outputs = model(x, labels=labels, label_smoothing=0.1)
-    equal(outputs.loss, loss_of(outputs.logits, labels, label_smoothing=0.1))
-    assert abs(outputs.loss - model(x, labels=labels).loss) > 1e-3
-
-
 def test_loss_of_several_labels():
     logits, labels = torch.randn(6, 5), (torch.rand(6, 5) > 0.5).float()
     p = logits.sigmoid()
@@ -1099,16 +1113,6 @@ def test_loss_of_regression():
             for target in (labels[:, 0], labels[:, :1]):
                 loss = loss_of(logits[:, :1], target, problem)
                 equal(loss, (logits[:, 0] - labels[:, 0]).square().mean(), 1e-6)
-
-
-@pytest.mark.parametrize("problem", [None, "single_label_classification", "multi_label_classification", "regression"])
-def test_loss_is_a_share_of_the_accumulated_batch(problem):
-    logits, labels = torch.randn(8, 5), torch.rand(8, 5).softmax(-1)
-    whole = loss_of(logits, labels, problem)
-    for sizes in ([2, 6], [4, 4], [1, 2, 5]):
-        parts = zip(logits.split(sizes), labels.split(sizes), strict=True)
-        total = sum(loss_of(a, b, problem, num_items_in_batch=torch.tensor(8)) for a, b in parts)
-        equal(total, whole, 1e-6)
 
 
 def test_loss_refuses_labels_that_do_not_fit():
@@ -1135,6 +1139,21 @@ def test_loss_in_half_precision_is_computed_in_float32():
     equal(half, loss_of(logits.to(torch.bfloat16).float(), labels))
 
 
+def test_the_loss_can_be_replaced_and_gets_what_forward_was_given():
+    """As transformers' own models hand it on, so that a loss written for them fits."""
+    model, given = make(ViTScratchForImageClassification), {}
+
+    def loss(labels, logits, config, num_items_in_batch=None, **kwargs):
+        given.update(labels=labels, config=config, num_items_in_batch=num_items_in_batch)
+        return logits.sum()
+
+    model.loss_function = loss
+    labels = torch.tensor([1, 2, 3])
+    outputs = model(images(model), labels=labels, num_items_in_batch=12)
+    equal(outputs.loss, outputs.logits.sum())
+    assert given == {"labels": labels, "config": model.config, "num_items_in_batch": 12}
+
+
 def test_problem_types_through_the_model():
     for problem, count, dtype in [
         ("multi_label_classification", 2, torch.float),
@@ -1150,8 +1169,8 @@ def test_problem_types_through_the_model():
         outputs.loss.backward()
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Sixteen fixed pictures, with class indices or probabilities."""
+class SixteenImages(torch.utils.data.Dataset):
+    """The same ones each time, with class indices or probabilities."""
 
     def __init__(self, soft=False):
         generator = torch.Generator().manual_seed(0)
@@ -1168,7 +1187,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def trained(output, batch, accumulate, soft=False, **arguments):
-    """Weights after the stock Trainer's SGD over the sixteen pictures, in order."""
+    """Weights after the stock Trainer's SGD over the sixteen images, in order."""
     model = make(ViTScratchForImageClassification)
     arguments = TrainingArguments(
         output_dir=output,
@@ -1186,7 +1205,7 @@ def trained(output, batch, accumulate, soft=False, **arguments):
         logging_steps=1,
         **arguments,
     )
-    trainer = Trainer(model, arguments, train_dataset=Pictures(soft))
+    trainer = Trainer(model, arguments, train_dataset=SixteenImages(soft))
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -1203,9 +1222,9 @@ def test_trainer_gives_the_same_weights_with_1_and_4_accumulation_steps(soft, tm
         equal(four[name], one[name], 2e-5)
     assert max((one[name] - start[name]).abs().max() for name in one) > 1e-2
     assert one_losses == pytest.approx(four_losses, abs=1e-4)
-    pictures = Pictures(soft)
+    data = SixteenImages(soft)
     with torch.no_grad():
-        first = make(ViTScratchForImageClassification)(pictures.pixels[:8], labels=pictures.labels[:8]).loss
+        first = make(ViTScratchForImageClassification)(data.pixels[:8], labels=data.labels[:8]).loss
     assert one_losses[0] == pytest.approx(first.item(), abs=1e-4)  # not divided by the number of classes
 
 
@@ -1273,7 +1292,7 @@ def test_every_tensor_starts_as_the_table_says(cls):
         mean, std = statistics(p)
         noise = 4 / math.sqrt(p.numel())
         if row == "weight of a linear or convolutional layer":
-            assert table[row] == "truncated N(0, r^2) in [-2, 2]"
+            assert table[row] == "truncated N(0, std^2) in [-2, 2]"
             assert abs(mean) < 0.03 * noise
             assert std == pytest.approx(0.03, rel=noise)
         elif row in ("weight of `classifier`", "bias", "`mask_token`"):
@@ -1286,7 +1305,7 @@ def test_every_tensor_starts_as_the_table_says(cls):
             assert table[row] == "`layerscale_value`"
             assert (p == 0.25).all(), name
         else:
-            assert table[row] == "truncated N(0, p^2) in [-2, 2] * max(p, 1)"
+            assert table[row] == "truncated N(0, std'^2) in [-2, 2] * max(std', 1)"
             assert abs(mean) < 0.5 * noise
             assert std == pytest.approx(0.5, rel=noise)
     expected = set(table) - {'the same, `initializer_range="fan_in"`', "sincos positions"}
@@ -1546,7 +1565,7 @@ def test_number_of_layers_can_be_cut_on_loading(tmp_path):
 
 @every_class
 @every_config
-def test_determinism_and_a_batch_answers_as_its_pictures_do(cls, fields):
+def test_determinism_and_a_batch_answers_as_its_images_do(cls, fields):
     model = make(cls, {**fields, "drop_path_rate": 0.5, "hidden_dropout_prob": 0.5})
     x = images(model, batch=4)
     with torch.no_grad():
@@ -1767,15 +1786,98 @@ def test_the_configuration_imports_transformers_and_the_standard_library_alone()
             assert node.module.split(".")[0] in {"transformers", *sys.stdlib_module_names}
 
 
-def test_the_file_is_read_in_one_sitting():
-    assert len(SOURCE.splitlines()) <= 570
-
-
-def test_classes_stand_bottom_up():
+def test_definitions_stand_in_reading_order():
+    """Bottom up, and what the paper has before what is optional."""
     order = re.findall(r"^class ViTScratch(\w+)", SOURCE, re.MULTILINE)
-    assert order.pop(0) == "StemStage"
-    assert order[:7] == ["PatchEmbeddings", "Embeddings", "Attention", "MLP", "DropPath", "LayerScale", "Layer"]
-    assert order[7:9] == ["PreTrainedModel", "Model"]
+    assert order == [
+        "PatchEmbeddings", "StemStage", "StemPatchEmbeddings", "Embeddings", "Attention", "MLP", "DropPath",
+        "LayerScale", "Block", "Layer", "PreTrainedModel", "Model", "ForImageClassification", "ForMaskedImageModeling",
+        "Backbone",
+    ]  # fmt: skip
+
+
+def forward_references(source: str) -> list[str]:
+    """Where a top-level definition of the file is named above its place."""
+    tree = ast.parse(source)
+    places = {node.name: node.lineno for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    named = [(node.id, node.lineno) for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return [f"{name} in line {line}" for name, line in named if places.get(name, 0) > line]
+
+
+def bare_reshapes(source: str) -> list[str]:
+    """Statements that rearrange a tensor, and whose lines have no comment with a shape."""
+    rearranging = {"reshape", "view", "permute", "transpose", "unfold", "flatten", "unflatten"}
+    lines, found = source.splitlines(), []
+    for statement in ast.walk(ast.parse(source)):
+        if not isinstance(statement, ast.stmt) or hasattr(statement, "body"):
+            continue
+        called = {
+            node.func.attr for node in ast.walk(statement) if isinstance(node, ast.Call) and hasattr(node.func, "attr")
+        }
+        text = "\n".join(lines[statement.lineno - 1 : statement.end_lineno])
+        if called & rearranging and not re.search(r"# .*\([A-Z1][^()]*,[^()]*\)", text):
+            found.append(f"line {statement.lineno}: {text.strip()}")
+    return found
+
+
+def undocumented(source: str) -> list[str]:
+    """Classes whose docstring names neither an equation or section of the paper nor another source."""
+    known = r"ViT, (eq|sec|app)\. |et al\., 20\d\d|transformers' `Dinov2Backbone`"
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return [node.name for node in classes if not re.search(known, ast.get_docstring(node) or "")]
+
+
+def test_nothing_is_named_before_it_is_defined():
+    assert forward_references(SOURCE) == []
+    assert forward_references("class A:\n    def f(self):\n        return B()\n\nclass B:\n    pass\n") == [
+        "B in line 3"
+    ]
+
+
+def test_every_rearrangement_says_its_shapes():
+    assert bare_reshapes(SOURCE) == []
+    assert len(re.findall(r"\.(?:unfold|permute|flatten|unflatten|reshape|transpose)\(", SOURCE)) > 15
+    assert bare_reshapes("y = f(\n    x.permute(0, 2, 1)\n)  # turned\n") == [
+        "line 1: y = f(\n    x.permute(0, 2, 1)\n)  # turned"
+    ]
+    assert bare_reshapes("y = x.flatten(2)  # (B, C, h, w) -> (B, C, N)\n") == []
+
+
+def test_every_class_names_its_equation_or_source():
+    assert undocumented(SOURCE) == ["ViTScratchPreTrainedModel"]  # it computes nothing
+    assert undocumented('class A:\n    """Something."""\n') == ["A"]
+
+
+def test_letters_of_shapes_are_those_of_the_legend():
+    """No letter in a shape comment or an assignment of one capital that the module docstring does not explain."""
+    legend = modeling.__doc__.split("Letters")[1].split("Where this file")[0]
+    letters = set(re.findall(r"\w", " ".join(re.findall(r"  (\w(?:, \w)?)  +(?=\S)", legend))))
+    used = set()
+    for comment in re.findall(r"#(.*)$", SOURCE, re.MULTILINE):
+        for shape in re.findall(r"\(([^()]*,[^()]*)\)", comment):
+            used |= set(re.findall(r"\b([A-Za-z])\b", shape))
+    assert {"B", "C", "H", "W", "N", "T", "D", "A", "d", "h", "w"} <= used <= letters
+    assigned = {
+        node.id
+        for node in ast.walk(ast.parse(SOURCE))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and re.fullmatch("[A-Z]", node.id)
+    }
+    assert assigned <= letters
+
+
+def test_what_the_docstring_says_of_other_code():
+    """The deviations that this model's own code can show."""
+    config = ViTScratchConfig()
+    assert (config.hidden_act, config.position_interpolation, config.hidden_dropout_prob) == ("gelu", "bicubic", 0.0)
+    assert config.initializer_range == 0.02
+    gelu = modeling.ACT2FN[config.hidden_act]
+    x = torch.linspace(-3, 3, 50, dtype=torch.float64)
+    equal(gelu(x), x * (1 + torch.erf(x / math.sqrt(2))) / 2, 1e-12)
+    tanh = x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+    equal(modeling.ACT2FN["gelu_pytorch_tanh"](x), tanh, 1e-12)
+    model = make(ViTScratchModel)
+    outputs = model(images(model))
+    equal(outputs.pooler_output, outputs.last_hidden_state[:, 0])
 
 
 def test_every_parameter_of_forward_is_documented():

@@ -67,7 +67,7 @@ class ImageTrainer(Trainer):
     def _loss(self, outputs, labels, num_items_in_batch=None):
         # Evaluation reports the plain cross-entropy, so that losses compare across settings.
         smoothing = self.args.label_smoothing_factor if torch.is_grad_enabled() else 0.0
-        return image_classification_loss(outputs.logits, labels, self.model.config, smoothing, num_items_in_batch)
+        return training_loss(labels, outputs.logits, self.model.config, smoothing, num_items_in_batch)
 
     def training_inputs(self, batch: dict, step: int, progress: float) -> dict:
         """What the model is trained on: augmented and normalised.
@@ -252,6 +252,27 @@ class ImageTrainer(Trainer):
         if self.args.muon_learning_rate is not None:
             optimizer_class = Muon
         return optimizer_class(parameter_groups(model, self.args), **settings)
+
+
+def training_loss(
+    labels: torch.Tensor, logits: torch.Tensor, config, label_smoothing: float = 0.0, num_items_in_batch=None
+) -> torch.Tensor:
+    """The model's loss, with what Trainer adds to it.
+
+    Args:
+        labels: As in `image_classification_loss`.
+        logits: (B, K).
+        config: The model's.
+        label_smoothing: In [0, 1]; the share of each label spread evenly over all classes; single label only.
+        num_items_in_batch: Number of examples in the whole accumulated batch; the loss is then their share of its mean.
+    """
+    B, K = logits.shape
+    if label_smoothing and config.problem_type in (None, "single_label_classification"):
+        if not labels.is_floating_point():
+            labels = torch.nn.functional.one_hot(labels, K)  # (B,) -> (B, K)
+        labels = (1 - label_smoothing) * labels + label_smoothing / K
+    loss = image_classification_loss(labels, logits, config)
+    return loss if num_items_in_batch is None else loss * B / num_items_in_batch
 
 
 class UpdateAverage(TrainerCallback):

@@ -14,12 +14,13 @@ import torch
 from runs import RANDOM, fork_run, load_script, options, wait_all
 from transformers import Trainer
 
+from modeling_vit_scratch import ViTScratchConfig
 from modeling_vit_scratch.hub.callback import take_snapshot
 from modeling_vit_scratch.plots.runs import read_history
 from modeling_vit_scratch.training import ImageTrainer, checkpoints
 from modeling_vit_scratch.training import output as output_module
 from modeling_vit_scratch.training import trainer as trainer_module
-from modeling_vit_scratch.training.trainer import TRAINED_WEIGHTS, OwnNoise, cpu_seconds
+from modeling_vit_scratch.training.trainer import TRAINED_WEIGHTS, OwnNoise, cpu_seconds, training_loss
 
 finetune = load_script("finetune")
 
@@ -86,6 +87,37 @@ def test_workers_that_read_images_are_counted(tmp_path, monkeypatch):
     settings = {"crop_scale": 0.5, "num_train_epochs": 1, "max_train_samples": 100, "dataloader_num_workers": 1}
     assert finetune.main(options(tmp_path, **settings)) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["time"]["train_cpu_seconds"] >= 1.0
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def loss_of(logits, labels, problem_type=None, **kwargs):
+    return training_loss(labels, logits, ViTScratchConfig(num_labels=5, problem_type=problem_type), **kwargs)
+
+
+def test_label_smoothing():
+    logits, indices = torch.randn(6, 5), torch.arange(6) % 5
+    smooth = torch.nn.functional.one_hot(indices, 5) * 0.9 + 0.1 / 5
+    expected = -(smooth * logits.log_softmax(-1)).sum(-1).mean()
+    one_hot = torch.nn.functional.one_hot(indices, 5).float()
+    for problem in (None, "single_label_classification"):
+        for labels in (indices, one_hot):
+            loss = loss_of(logits, labels, problem, label_smoothing=0.1)
+            torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+            assert abs(loss - loss_of(logits, labels, problem)) > 1e-3
+    for problem in ("multi_label_classification", "regression"):
+        assert loss_of(logits, one_hot, problem, label_smoothing=0.1) == loss_of(logits, one_hot, problem)
+
+
+@pytest.mark.parametrize("problem", [None, "single_label_classification", "multi_label_classification", "regression"])
+def test_loss_is_a_share_of_the_accumulated_batch(problem):
+    logits, labels = torch.randn(8, 5), torch.rand(8, 5).softmax(-1)
+    whole = loss_of(logits, labels, problem)
+    for sizes in ([2, 6], [4, 4], [1, 2, 5]):
+        parts = zip(logits.split(sizes), labels.split(sizes), strict=True)
+        total = sum(loss_of(a, b, problem, num_items_in_batch=torch.tensor(8)) for a, b in parts)
+        torch.testing.assert_close(total, whole, atol=1e-6, rtol=0)
 
 
 # --- checkpoints and folders ------------------------------------------------------------------------------------------
