@@ -1,4 +1,4 @@
-"""Masked image modelling and the backbone. What every class has in common is in test_modeling.py."""
+"""Masked image modelling and the backbone. What every class has in common is in the other files of this folder."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from test_modeling import FIXED, OBLONG, RICH, TINY, equal, images, inputs, make, oracle, weights_for_transformers
+from small_models import FIXED, OBLONG, RICH, TINY, equal, images, inputs, make, oracle, weights_for_transformers
 from torch import nn
 from transformers import (
     AutoBackbone,
