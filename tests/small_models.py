@@ -18,10 +18,12 @@ from modeling_vit_scratch import (
 )
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "num_labels": 5}
+TINY |= {"image_size": 16, "patch_size": 4, "encoder_stride": 4}
 OBLONG = {**TINY, "image_size": (16, 24), "patch_size": (8, 4), "encoder_stride": (8, 4)}
 # Every option that adds tokens, parameters or buffers.
 RICH = {**OBLONG, "num_register_tokens": 3, "layerscale_value": 0.5, "pooling": "mean", "representation_size": 12}
 FIXED = {**TINY, "position_embedding_type": "sincos", "use_cls_token": False, "pooling": "mean", "qkv_bias": False}
+FIXED |= {"stem_channels": [6]}
 CONFIGS = {"tiny": TINY, "oblong": OBLONG, "rich": RICH, "fixed": FIXED}
 CLASSES = [
     ViTScratchModel,
