@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from modeling_vit_scratch.data.splits import collate
+from modeling_vit_scratch.data.splits import as_batch
 
 CLASSES = ["cat", "dog", "eel"]
 
@@ -64,7 +64,7 @@ def write_image_folder(folder: Path, per_class: int, seed: int = 0, classes=CLAS
 
 
 def all_of(dataset, workers: int = 0) -> dict:
-    loader = torch.utils.data.DataLoader(dataset, batch_size=len(dataset), collate_fn=collate, num_workers=workers)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=len(dataset), collate_fn=as_batch, num_workers=workers)
     return next(iter(loader))
 
 

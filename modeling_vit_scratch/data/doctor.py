@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .augmentation import Augmentation
 from .records import Records
-from .splits import DecodedImages, ImageSplits, LazyImages, bounded_map, collate, progress_bar
+from .splits import DecodedImages, ImageSplits, LazyImages, as_batch, bounded_map, progress_bar
 
 # Images of a split that are looked at, evenly spaced: comparing all pairs grows with the square.
 MAX_INSPECTED = {"train": 60_000, "validation": 20_000, "test": 20_000}
@@ -353,7 +353,7 @@ def sample_images(splits: ImageSplits, augmentation: Augmentation, count: int = 
         uint8 (count, C, H, W); and the label of each, or the shares of its labels where images are mixed.
     """
     train = _by_index(splits)
-    batch = collate([train[int(i)] for i in evenly(len(train), count)])
+    batch = as_batch([train[int(i)] for i in evenly(len(train), count)])
     images, labels = augmentation.with_labels(batch["pixel_values"], batch["labels"], step=0, rank=0)
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (augmentation.mean, augmentation.std))
     pixels = ((images * std + mean) * 255).round().clamp(0, 255).byte()

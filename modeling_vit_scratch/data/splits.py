@@ -107,8 +107,8 @@ class LazyImages(torch.utils.data.Dataset):
         return {"pixel_values": to_tensor(image, self.processor), "labels": self.labels[index]}
 
 
-def collate(batch: dict | list[dict]) -> dict:
-    """A batch `{"pixel_values": uint8 (B, C, H, W), "labels": int64 (B,)}`; one that was gathered whole passes."""
+def as_batch(batch: dict | list[dict]) -> dict:
+    """A batch `{"pixel_values": uint8 (B, C, H, W), "labels": int64 (B,)}`; `DecodedImages` gives it whole."""
     return batch if isinstance(batch, dict) else torch.utils.data.default_collate(batch)
 
 

@@ -7,11 +7,12 @@ from ..data import inspect_splits
 from ..data.doctor import sample_sheet
 from ..data.sources import public_name
 from ..evaluation import ImageClassificationMetrics
+from ..evaluation.tables import text_table
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import lora
 from .arguments import DataArguments, ImageTrainingArguments, ModelArguments
 from .models import flops_per_image, load_trained, make_config, make_processor, with_classes
-from .report import describe, describe_machine, say_what_will_happen, table, write_history, write_predictions
+from .report import describe, describe_machine, say_what_will_happen, write_history, write_predictions
 from .run import Run
 
 
@@ -146,5 +147,5 @@ def report(run: Run, metrics: dict):
         )
     seconds = metrics["time"]
     shown["training time"] = f"{seconds['train_seconds']:.0f} s ({seconds['train_cpu_seconds']:.0f} CPU s)"
-    shown["everything is in"] = folder
-    print(table(shown))
+    shown["everything is in"] = str(folder)
+    print(text_table(list(shown.items()), left=2, indent=2))

@@ -12,7 +12,7 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 # The adapter's folder, in each folder that holds the merged model.
 FOLDER = "adapter"
 # Attention (q, k and v as one matrix) and MLP of every block.
-TARGETS = r".*\.layers\.\d+\.(attention\.(qkv|proj)|mlp\.(fc1|fc2))"
+ADAPTED_LAYERS = r".*\.layers\.\d+\.(attention\.(qkv|proj)|mlp\.(fc1|fc2))"
 
 
 def add_adapter(model: ViTScratchForImageClassification, rank: int, base: str):
@@ -39,7 +39,7 @@ def add_adapter(model: ViTScratchForImageClassification, rank: int, base: str):
         raise ValueError(f"lora_rank ({rank}) must be at least 1, e.g. 8.")
     model.name_or_path = base  # PEFT writes it down
     head = ["pre_logits", "classifier"] if model.config.representation_size else ["classifier"]
-    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, modules_to_save=head)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED_LAYERS, modules_to_save=head)
     return peft.get_peft_model(model, settings)
 
 

@@ -13,11 +13,12 @@ from transformers import ViTImageProcessorPil
 from .. import plots
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.augmentation import draw_mask, normalize
+from ..evaluation.tables import text_table
 from ..hub import write_model_card
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling
 from .arguments import MASKED, DataArguments, ImageTrainingArguments, ModelArguments
 from .models import load_trained, make_config, make_processor
-from .report import describe, describe_machine, say_what_will_happen, table, write_history
+from .report import describe, describe_machine, say_what_will_happen, write_history
 from .run import Run
 from .trainer import ImageTrainer
 
@@ -190,7 +191,7 @@ def report(run: Run, metrics: dict):
     shown = {
         "validation loss": f"{loss:.4f} standard deviations from each hidden pixel, {len(dataset):,} images",
         "training time": f"{seconds['train_seconds']:.0f} s ({seconds['train_cpu_seconds']:.0f} CPU s)",
-        "everything is in": folder,
+        "everything is in": str(folder),
         "fine-tune it": f"python scripts/finetune.py --model_name_or_path {folder} --dataset_name ...",
     }
-    print(table(shown))
+    print(text_table(list(shown.items()), left=2, indent=2))

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from ..data.splits import DecodedImages
+from ..evaluation.tables import text_table
 from ..hub import public_command
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from .arguments import ImageTrainingArguments
@@ -53,7 +54,7 @@ def say_what_will_happen(run: Run):
         options = (f"{name} {values[0]} -> {values[1]}" for name, values in change.items() if name != "step")
         rows[f"from step {change['step']:,}"] = ", ".join(options)
     if run.is_main:
-        print(table(rows), flush=True)
+        print(text_table(list(rows.items()), left=2, indent=2), flush=True)
 
 
 def _frozen(model: ViTScratchPreTrainedModel) -> str:
@@ -80,12 +81,6 @@ def hardware(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-
-
-def table(rows: dict[str, object]) -> str:
-    width = max(map(len, rows))
-    next_line = "\n" + " " * (width + 4)  # of a value of several lines
-    return "\n".join(f"  {name:<{width}}  {str(value).replace(chr(10), next_line)}" for name, value in rows.items())
 
 
 def describe(run: Run) -> dict:

@@ -38,7 +38,7 @@ from .arguments import (
 from .budget import steps_in_budget
 from .output import check_space, replace_run, settle_output
 from .schedule import settle_crops, settle_schedule
-from .trainer import CropEpoch, ImageTrainer, OwnNoise, ResumeLoss, StopOnSignal
+from .trainer import ImageTrainer, OwnNoise, ResumeLoss, StopOnSignal, TellEpoch
 
 # Smallest share of an image's area that a random crop keeps, where nothing else is given.
 CROP_SCALE = 0.35
@@ -186,7 +186,7 @@ class Run:
             train_dataset=self.splits.train,
             eval_dataset=self.splits.validation,
             processing_class=self.processor,
-            callbacks=[self.stop, CropEpoch(), OwnNoise(), *callbacks],
+            callbacks=[self.stop, TellEpoch(), OwnNoise(), *callbacks],
             **kwargs,
         )
         self.trainer.add_callback(ResumeLoss(self.trainer))

@@ -19,7 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..conversion.exporting import open_to_others
 from ..data import Augmentation
 from ..data.augmentation import normalize, stateless_generator
-from ..data.splits import LazyImages, collate
+from ..data.splits import LazyImages, as_batch
 from ..data.streaming import StreamedImages
 from ..evaluation import ImageClassificationMetrics
 from ..modeling_vit_scratch import image_classification_loss
@@ -41,7 +41,7 @@ class ImageTrainer(Trainer):
     """
 
     def __init__(self, augmentation: Augmentation, run_facts: dict, adapter=None, **kwargs):
-        super().__init__(data_collator=collate, compute_metrics=self._metrics, compute_loss_func=self._loss, **kwargs)
+        super().__init__(data_collator=as_batch, compute_metrics=self._metrics, compute_loss_func=self._loss, **kwargs)
         self.adapter = adapter
         self.augmentation = augmentation
         self.run_facts = run_facts
@@ -73,7 +73,7 @@ class ImageTrainer(Trainer):
         """What the model is trained on: augmented and normalised.
 
         Args:
-            batch: As `collate` makes it, on the device.
+            batch: As `as_batch` makes it, on the device.
             step: Batches this process has trained on before.
             progress: Share of the training that is done, in [0, 1].
         """
@@ -378,7 +378,7 @@ class ResumeLoss(TrainerCallback):
             self.trainer._globalstep_last_logged = pending["last_logged"]
 
 
-class CropEpoch(TrainerCallback):
+class TellEpoch(TrainerCallback):
     """Tells photos their epoch: accelerate forgets to after resuming in mid-epoch, and in several processes."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):

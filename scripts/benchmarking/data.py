@@ -13,7 +13,7 @@ from modeling_vit_scratch import plots
 from modeling_vit_scratch.data import Augmentation, inspect_splits, load_splits
 from modeling_vit_scratch.data.doctor import fingerprint
 from modeling_vit_scratch.data.sources import DIGITS
-from modeling_vit_scratch.data.splits import DecodedImages, collate
+from modeling_vit_scratch.data.splits import DecodedImages, as_batch
 from modeling_vit_scratch.evaluation.tables import text_table
 from modeling_vit_scratch.training.models import make_processor
 
@@ -48,7 +48,7 @@ def our_data_path(dataset: DecodedImages, settings: dict) -> Callable[[], object
     indices, steps = batches(len(dataset), DATA_BATCH), itertools.count()
 
     def step():
-        batch = collate(dataset.__getitems__(next(indices)))
+        batch = as_batch(dataset.__getitems__(next(indices)))
         return augmentation.with_labels(batch["pixel_values"], batch["labels"], next(steps), 0)
 
     return step

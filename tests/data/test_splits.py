@@ -19,7 +19,7 @@ from modeling_vit_scratch.data import records as records_module
 from modeling_vit_scratch.data import splits as splits_module
 from modeling_vit_scratch.data.augmentation import normalize
 from modeling_vit_scratch.data.records import load_records
-from modeling_vit_scratch.data.splits import DecodedImages, LazyImages, collate, pixel_statistics
+from modeling_vit_scratch.data.splits import DecodedImages, LazyImages, as_batch, pixel_statistics
 
 
 def test_mean_and_std():
@@ -130,11 +130,11 @@ def test_decoding_stops_at_the_first_odd_size(monkeypatch):
 def test_gathering_a_batch():
     images = torch.randint(256, (50, 3, 4, 4), dtype=torch.uint8)
     dataset = DecodedImages(images, torch.arange(50))
-    loader = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=collate)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=as_batch)
     batches = list(loader)
     assert [len(batch["labels"]) for batch in batches] == [8] * 6 + [2]
     assert torch.equal(torch.cat([batch["pixel_values"] for batch in batches]), images)
-    assert torch.equal(collate([dataset[3], dataset[1]])["pixel_values"], images[[3, 1]])
+    assert torch.equal(as_batch([dataset[3], dataset[1]])["pixel_values"], images[[3, 1]])
 
 
 def global_states():
@@ -190,7 +190,7 @@ def test_crops_in_worker_processes(persistent):
     """Workers crop as the main process does, in the next epoch too, also where they outlive the epoch."""
     lazy, here = make_lazy(), make_lazy()
     loader = torch.utils.data.DataLoader(
-        lazy, batch_size=4, collate_fn=collate, num_workers=2, persistent_workers=persistent
+        lazy, batch_size=4, collate_fn=as_batch, num_workers=2, persistent_workers=persistent
     )
     for epoch in range(2):
         lazy.set_epoch(epoch)
@@ -255,6 +255,6 @@ def test_lazy_images_survive_a_spawned_worker():
     for dataset in (lazy, here):
         dataset.set_epoch(3)
     loader = torch.utils.data.DataLoader(
-        lazy, batch_size=24, collate_fn=collate, num_workers=1, multiprocessing_context="spawn"
+        lazy, batch_size=24, collate_fn=as_batch, num_workers=1, multiprocessing_context="spawn"
     )
     assert torch.equal(next(iter(loader))["pixel_values"], all_of(here)["pixel_values"])

@@ -19,7 +19,7 @@ from modeling_vit_scratch.data import Augmentation, inspect_splits, load_splits,
 from modeling_vit_scratch.data import sources as sources_module
 from modeling_vit_scratch.data import splits as splits_module
 from modeling_vit_scratch.data.doctor import fingerprint, sample_images
-from modeling_vit_scratch.data.splits import DecodedImages, LazyImages, collate
+from modeling_vit_scratch.data.splits import DecodedImages, LazyImages, as_batch
 from modeling_vit_scratch.data.streaming import StreamedImages, is_held_out
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 4, "width": 4}, resample=Image.Resampling.BICUBIC)
@@ -71,7 +71,7 @@ def one_pass(folder: str, rank=0, world_size=1, workers=0, epoch=0, batch_size=4
     images = load_streaming(folder, PROCESSOR, rank=rank, world_size=world_size, **options).train
     images.endless = False
     images.set_epoch(epoch)
-    loader = torch.utils.data.DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    loader = torch.utils.data.DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=as_batch)
     numbers = []
     for batch in loader:
         assert batch["pixel_values"].dtype == torch.uint8
@@ -126,7 +126,7 @@ def test_processes_stay_in_step(tmp_path, workers):
     folder = write(tmp_path, 31, 3)
     for rank in range(2):
         images = load_streaming(folder, PROCESSOR, rank=rank, world_size=2).train
-        loader = torch.utils.data.DataLoader(images, batch_size=4, num_workers=workers, collate_fn=collate)
+        loader = torch.utils.data.DataLoader(images, batch_size=4, num_workers=workers, collate_fn=as_batch)
         sizes = [len(batch["labels"]) for batch, _ in zip(loader, range(20), strict=False)]
         assert sizes == [4] * 20
 
@@ -135,7 +135,7 @@ def test_a_worker_without_a_file_stops(tmp_path):
     """It must not spin: the other one goes on alone."""
     images = load_streaming(write(tmp_path, 12, 1), PROCESSOR).train
     assert images.stream.num_shards == 1
-    loader = torch.utils.data.DataLoader(images, batch_size=4, num_workers=2, collate_fn=collate, timeout=60)
+    loader = torch.utils.data.DataLoader(images, batch_size=4, num_workers=2, collate_fn=as_batch, timeout=60)
     counts = collections.Counter()
     for batch, _ in zip(loader, range(9), strict=False):
         counts.update(map(number_of, batch["pixel_values"]))
@@ -235,7 +235,7 @@ def test_skipping_without_decoding(tmp_path, monkeypatch, workers, batches):
     def take(blanks, count):
         images = load_streaming(folder, PROCESSOR, buffer_size=7).train
         images.skip_decoding(blanks, 3)
-        loader = torch.utils.data.DataLoader(images, batch_size=3, num_workers=workers, collate_fn=collate)
+        loader = torch.utils.data.DataLoader(images, batch_size=3, num_workers=workers, collate_fn=as_batch)
         return [batch for batch, _ in zip(loader, range(count), strict=False)]
 
     whole = take(0, batches + 6)
@@ -396,7 +396,7 @@ class StreamTrainer(Trainer):
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
             num_workers=self.args.dataloader_num_workers,
-            collate_fn=collate,
+            collate_fn=as_batch,
         )
 
 
@@ -411,7 +411,7 @@ def test_a_trainer_resumes_in_mid_stream(tmp_path, monkeypatch, workers):
             gradient_accumulation_steps=2, save_steps=7, logging_steps=7, report_to="none", use_cpu=True,
             dataloader_num_workers=workers, disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip
-        trainer = StreamTrainer(Model(), args, train_dataset=images, data_collator=collate)
+        trainer = StreamTrainer(Model(), args, train_dataset=images, data_collator=as_batch)
         if resume:
             images.skip_decoding(7 * 2, 4)
         trainer.train(resume_from_checkpoint=resume)
@@ -488,7 +488,7 @@ def test_a_worker_passes_its_error_on(tmp_path, monkeypatch):
     with_picture(b"nothing", "599.png").to_parquet(tmp_path / "data" / "train.parquet")
     table(range(6)).to_parquet(tmp_path / "data" / "validation.parquet")
     images = load_streaming(str(tmp_path), PROCESSOR, seed=3).train
-    loader = torch.utils.data.DataLoader(images, batch_size=100, num_workers=1, collate_fn=collate)
+    loader = torch.utils.data.DataLoader(images, batch_size=100, num_workers=1, collate_fn=as_batch)
     with pytest.raises(ValueError, match=r"599\.png of the stream: unreadable image"):
         for batch, _ in zip(loader, range(10), strict=False):
             assert len(batch["labels"])

@@ -1,60 +1,10 @@
 """The same weights in transformers' ViT give the same numbers."""
 
-import re
-
 import pytest
 import torch
-from small_models import OBLONG, TINY, equal, images, make
-from transformers import ViTConfig, ViTForImageClassification
+from small_models import OBLONG, TINY, equal, images, make, oracle
 
 from modeling_vit_scratch import ViTScratchForImageClassification
-
-NAMES_IN_TRANSFORMERS = {
-    "vit.embeddings.cls_token": "vit.embeddings.cls_token",
-    "vit.embeddings.mask_token": "vit.embeddings.mask_token",
-    "vit.embeddings.position_embeddings": "vit.embeddings.position_embeddings",
-    "vit.embeddings.patch_embeddings.projection": "vit.embeddings.patch_embeddings.projection",
-    "vit.layers.{}.norm1": "vit.layers.{}.layernorm_before",
-    "vit.layers.{}.attention.proj": "vit.layers.{}.attention.o_proj",
-    "vit.layers.{}.norm2": "vit.layers.{}.layernorm_after",
-    "vit.layers.{}.mlp.fc1": "vit.layers.{}.mlp.fc1",
-    "vit.layers.{}.mlp.fc2": "vit.layers.{}.mlp.fc2",
-    "vit.norm": "vit.layernorm",
-    "classifier": "classifier",
-    "decoder": "decoder.0",
-}
-
-
-def weights_for_transformers(model):
-    """Our state dict under the names and in the shapes of transformers' ViT."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        module, kind = (name, "") if name.endswith(("token", "embeddings")) else name.rsplit(".", 1)
-        kind = kind and f".{kind}"
-        number = "".join(re.findall(r"layers\.(\d+)", module))
-        module = re.sub(r"layers\.\d+", "layers.{}", module)
-        if module.endswith("qkv"):
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                state[f"vit.layers.{number}.attention.{letter}_proj{kind}"] = part
-            continue
-        if module.endswith("projection") and kind == ".weight":
-            tensor = tensor.reshape(tensor.shape[0], model.config.num_channels, *model.config.patch_hw)
-        if module == "decoder" and kind == ".weight":
-            tensor = tensor[:, :, None, None]
-        state[NAMES_IN_TRANSFORMERS[module].format(number) + kind] = tensor
-    return state
-
-
-def oracle(model, cls=ViTForImageClassification):
-    """transformers' own model with the same weights."""
-    shared = {name: value for name, value in model.config.to_dict().items() if hasattr(ViTConfig(), name)}
-    for name in ("auto_map", "model_type", "architectures", "output_attentions"):
-        shared.pop(name, None)
-    if isinstance(shared["encoder_stride"], list):  # theirs is one number
-        del shared["encoder_stride"]
-    theirs = cls(ViTConfig(**shared, attn_implementation="eager")).eval()
-    theirs.load_state_dict(weights_for_transformers(model), strict=True)
-    return theirs
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
