@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import OBLONG, TINY, equal, images, make, oracle
+from small_models import OBLONG, TINY, equal, images, make, oracle, weights_for_transformers
 
 from modeling_vit_scratch import ViTScratchForImageClassification
 
