@@ -17,7 +17,7 @@ from .modeling_vit_scratch import (
     ViTScratchPreTrainedModel,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register("vit_scratch", ViTScratchConfig)
 AutoModel.register(ViTScratchConfig, ViTScratchModel)

@@ -85,10 +85,13 @@ def place(tmp_path_factory) -> Path:
         model.eval().save_pretrained(folder / where)
         ViTImageProcessorPil(size=size).save_pretrained(folder / where)
 
-    config = ViTScratchConfig(**tiny, image_size=28, patch_size=14, layerscale_value=1.0, num_labels=3)
+    config = ViTScratchConfig(
+        **tiny, image_size=28, patch_size=14, layerscale_value=1.0, id2label={0: "cat", 1: "dog", 2: "eel"}
+    )
     model = ViTScratchForImageClassification(config)
     torch.nn.init.normal_(model.classifier.weight)  # else it counts as untrained
     save(model, "runs/mine")
+    save(model, "runs/other")
     tensors = {name: tensor for name, tensor in export_checkpoint(model, "timm").items() if "head" not in name}
     torch.save({**tensors, "mask_token": torch.zeros(1, 64)}, folder / "dinov2_vits14.pth")
     google = "google/vit-base-patch16-224"
@@ -189,11 +192,16 @@ def test_python_of_readme_weights_and_how_it_works(there, monkeypatch, tmp_path)
     reason="pip install 'modeling_vit_scratch[export]'",
 )
 def test_python_of_export(there, monkeypatch, tmp_path):
-    assert load_script("export").main(["runs/mine", "exported", "--repeats", "1"]) == 0
     names = run_python(["docs/export.md"], monkeypatch, tmp_path)
     session, program = names["session"], names["program"]
     [expected] = session.run(["logits"], {"pixel_values": names["pixels"]})
     torch.testing.assert_close(program(torch.from_numpy(names["pixels"])), torch.from_numpy(expected))
+
+
+def test_python_of_evaluation_and_inside(there, monkeypatch, tmp_path):
+    names = run_python(["docs/inside.md", "docs/evaluation.md"], monkeypatch, tmp_path)
+    assert names["report"]["comparison"]["difference"] == 0  # the same model twice
+    assert {path.name for path in (there / "plots").iterdir()} >= {"patch_filters.png", "attention_rollout.svg"}
 
 
 def test_python_of_scaling(there, monkeypatch, tmp_path):
@@ -206,7 +214,9 @@ def test_python_of_scaling(there, monkeypatch, tmp_path):
 
 
 def test_no_page_has_python_that_is_not_run():
-    ran = {"README.md", "docs/weights.md", "docs/how_it_works.md", "docs/export.md", "docs/scaling.md"}
+    ran = {"README.md"} | {
+        f"docs/{page}.md" for page in ("weights", "how_it_works", "export", "scaling", "evaluation", "inside")
+    }
     assert {page for page, text in PAGES.items() if FENCED.search(text)} == ran
     assert {language for text in PAGES.values() for language, _ in FENCED.findall(text)} == {"python"}
 
@@ -376,7 +386,7 @@ def test_versions():
     assert citation["version"] == SETUP["metadata"]["version"] == package.__version__
     assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["authors"]
     assert citation["license"] == SETUP["metadata"]["license"] and citation["title"] == SETUP["metadata"]["name"]
-    assert f"first release will be {package.__version__}." in PAGES["CHANGELOG.md"]
+    assert f"next release will be {package.__version__}." in PAGES["CHANGELOG.md"]
 
 
 # --- nothing twice ----------------------------------------------------------------------------------------------------
