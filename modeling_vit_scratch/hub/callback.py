@@ -32,7 +32,7 @@ class HubPushCallback(TrainerCallback):
     finished folder.
 
     Why a thread of our own, not `HfApi.run_as_future`: that one queues every checkpoint, and a program that ends would
-    wait for it, however dead the server is. Nor `CommitScheduler`: it commits at intervals whatever a folder then holds.
+    wait for it, however dead the server is. Nor `CommitScheduler`, which commits at intervals, complete or not.
 
     Args:
         repo_id: `owner/name`, or `name` for one of the token's owner.
