@@ -1,6 +1,7 @@
 """What a released version wrote keeps loading and resuming: folders of runs on digits, made by 0.1.0.
 
-Each is a whole output folder, as it would lie on the Hub, with its first checkpoint; plots are left out.
+Each is a whole output folder, as it would lie on the Hub, with its first checkpoint; plots are left out, and the two
+code files that lay in every folder are kept once, in `code`.
 """
 
 import shutil
@@ -25,10 +26,24 @@ RUNS = {
 CLASSES = {"classifier": "ViTScratchForImageClassification", "pretrained": "ViTScratchForMaskedImageModeling"}
 
 
+@pytest.fixture
+def released(tmp_path):
+    """A function of a run's name: its folder, as the version left it."""
+
+    def copy(name: str) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(RELEASED / name, folder)
+        for place in (folder, folder / "checkpoint-2"):
+            shutil.copytree(RELEASED / "code", place, dirs_exist_ok=True)
+        return folder
+
+    return copy
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_it_computes_what_its_own_code_computes(name):
+def test_it_computes_what_its_own_code_computes(name, released):
     """The two code files beside the weights are that version's."""
-    folder = RELEASED / name
+    folder = released(name)
     theirs = get_class_from_dynamic_module(f"modeling_vit_scratch.{CLASSES[name]}", str(folder))
     assert theirs is not getattr(modeling, CLASSES[name])
     pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -47,10 +62,9 @@ def test_an_encoder_that_was_pretrained_is_taken():
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_its_checkpoint_is_resumed(name, tmp_path):
+def test_its_checkpoint_is_resumed(name, released):
     """To the weights that the version itself ended with."""
-    folder = tmp_path / name
-    shutil.copytree(RELEASED / name, folder)
+    folder = released(name)
     (folder / "model.safetensors").unlink()
     argv = options(folder, **SETTINGS, **RUNS[name], resume_from_checkpoint="last")
     assert load_script("finetune").main(argv) == 0
