@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,10 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 PEERS = os.environ.get("VIT_SCRATCH_PEERS")
 if PEERS:
     sys.path.append(PEERS)
+
+# Processes that test side by side (pytest-xdist, in CI) keep apart what transformers copies of repositories' code.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules-")
 
 from benchmarking import peers  # noqa: E402  beside a torchvision that does not import, transformers does only after this
 from hub_folders import folder, made, no_waiting  # noqa: E402, F401
