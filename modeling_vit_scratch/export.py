@@ -314,11 +314,11 @@ def report_text(report: dict) -> str:
     labelled = "dataset" in report
     lines = [
         f"{report['model']}, opset {report['opset']}, {some(report['threads'], 'thread')}",
-        f"milliseconds: {some(report['batch_size'], 'picture')} at once, median of {report['repeats']}; ratio: to "
+        f"milliseconds: {some(report['batch_size'], 'image')} at once, median of {report['repeats']}; ratio: to "
         "PyTorch's",
     ]
     if labelled:
-        lines.append(f"accuracy: {report['dataset']}, split {report['split']}, {report['examples']:,} pictures")
+        lines.append(f"accuracy: {report['dataset']}, split {report['split']}, {report['examples']:,} images")
     # Padded, so that tables of several models stand alike.
     header = [" " * 12, "      MB", "       ms", "ratio", "difference"] + [" accuracy", " change"] * labelled
     rows = []

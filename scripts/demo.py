@@ -88,7 +88,7 @@ def build(predictor: Predictor, examples: list[str]):
         try:
             found = remembered(path)
         except (ValueError, OSError) as error:
-            text = f"This cannot be read as a picture: {str(error).replace(path, Path(path).name)}"
+            text = f"This cannot be read as an image: {str(error).replace(path, Path(path).name)}"
             gr.Warning(text, duration=None)
             return None, None, None, None, text  # nothing of an earlier image stays
         model_ms, all_ms = (1000 * part for part in found.seconds)
@@ -116,15 +116,15 @@ def build(predictor: Predictor, examples: list[str]):
     with gr.Blocks(title="What a Vision Transformer sees", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
             f"# What a Vision Transformer sees\n{Path(predictor.name).name}: {predictor.model.num_parameters():,} "
-            f"parameters, {L} blocks of {A} heads, pictures of {W} × {H} pixels in {h * w} patches of {width} × "
+            f"parameters, {L} blocks of {A} heads, images of {W} × {H} pixels in {h * w} patches of {width} × "
             f"{height}.",
             elem_id="title",
         )
         with gr.Row():
             with gr.Column():
                 image = gr.Image(
-                    label="Picture", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="picture",
-                    placeholder="Drop a picture here, paste it,\nor click to pick one",
+                    label="Image", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="picture",
+                    placeholder="Drop an image here, paste it,\nor click to pick one",
                 )  # fmt: skip
                 # gr.Image would open the file itself, and fail without a word where it cannot.
                 image.preprocess = lambda upload: upload and upload.path
@@ -146,7 +146,7 @@ def build(predictor: Predictor, examples: list[str]):
                 layer = gr.Slider(1, max(L, 2), L, step=1, label="Block", elem_id="layer", interactive=L > 1)
                 head = gr.Slider(1, max(A, 2), 1, step=1, label="Head", elem_id="which", interactive=A > 1)
             with gr.Column(min_width=280):
-                patches = view("patches", "Patches", "The picture as the model gets it, read row by row.")
+                patches = view("patches", "Patches", "The image as the model gets it, read row by row.")
         shown = [label, rollout, one_head, patches, took]
         limit = {"concurrency_limit": os.cpu_count(), "show_progress": "hidden"}
         image.change(answer, [image, layer, head], shown, api_name="classify", **limit)

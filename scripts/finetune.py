@@ -1,4 +1,4 @@
-"""Train a Vision Transformer on pictures.
+"""Train a Vision Transformer on images.
 
 python scripts/finetune.py
 python scripts/finetune.py --dataset_name path/to/folder

@@ -83,9 +83,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.output = args.output or (IMAGES if args.readme else Path("plots"))
     for kind in args.kinds:
         if kind in NEED_LABELS and not labelled:
-            options.error(f"{kind} needs labelled pictures: add --dataset NAME.")
+            options.error(f"{kind} needs labelled images: add --dataset NAME.")
         if kind in NEED_IMAGES and not images:
-            options.error(f"{kind} needs pictures: add --images PATH, or --dataset NAME.")
+            options.error(f"{kind} needs images: add --images PATH, or --dataset NAME.")
     return args
 
 

@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def table(results: list[dict]) -> str:
     """80 columns wide at most: long paths lose their beginning, long names their end; `--json` has all of both."""
-    rows = [("picture", "class", "probability")]
+    rows = [("image", "class", "probability")]
     for result in results:
         for number, best in enumerate(result.get("predictions", [])):
             name = result["picture"] if number == 0 else ""
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     files = list(find_images(arguments.images))
 
     results = []
-    with tqdm(total=len(files), unit="picture", delay=2, file=sys.stderr) as progress:
+    with tqdm(total=len(files), unit="image", delay=2, file=sys.stderr) as progress:
         for result in predict_files(predictor, files, arguments.top_k, arguments.batch_size):
             if "error" in result:
                 progress.clear()  # tqdm's own write() would leave a bar behind where none was due

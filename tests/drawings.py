@@ -49,5 +49,5 @@ def small_config(**fields) -> ViTScratchConfig:
     )  # fmt: skip
 
 
-def picture(C=3, H=24, W=16, seed=0) -> torch.Tensor:
+def noise_image(C=3, H=24, W=16, seed=0) -> torch.Tensor:
     return torch.randint(0, 256, (C, H, W), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))

@@ -295,13 +295,13 @@ def test_bf16_and_compiled_steps(training, monkeypatch):
 
 
 def test_data_paths(args):
-    pictures = data.random_images(32, CPU)
+    images = data.random_images(32, CPU)
     paths = [data.our_data_path]
     if "torchvision" in peers.MODULES:
         paths.append(data.torchvision_data_path)
     for title, settings in data.DATA_CASES.items():
         for path in paths:
-            images, labels = path(pictures, settings)()
+            images, labels = path(images, settings)()
             assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.float32)
             assert labels.shape == ((8, 10) if "mixup" in title else (8,))
             mean, std = torch.tensor(data.MEAN), torch.tensor(data.STD)
@@ -321,7 +321,7 @@ def test_data_paths(args):
     assert data.show(result).splitlines()[-1].startswith("digits, 1,797 images: fingerprint ")
 
 
-def test_batches_cover_all_pictures():
+def test_batches_cover_all_images():
     torch.manual_seed(0)
     indices = data.batches(10, 4)
     epochs = [[next(indices), next(indices)] for _ in range(2)]
@@ -357,9 +357,9 @@ def test_trainer_and_bare_loop_do_the_same_work(monkeypatch):
 
     monkeypatch.setattr(trainer, "ViTScratchForImageClassification", watched)
     config = ViTScratchConfig.preset("showcase", **{**SMALL, "image_size": 32})
-    start, pictures = watched(config).state_dict(), data.random_images(128, CPU)
+    start, images = watched(config).state_dict(), data.random_images(128, CPU)
     for seconds in (trainer.bare_seconds, trainer.trainer_seconds):
-        assert seconds(config, pictures, 8, CPU) > 0
+        assert seconds(config, images, 8, CPU) > 0
         assert seen == [((64, 3, 32, 32), True)] * 8
         seen.clear()
         moved = [name for name, p in models[-1].state_dict().items() if not torch.equal(p, start[name])]
@@ -372,12 +372,12 @@ def test_scale(args, monkeypatch):
     result = scale.measure(args)
     found = {(row["axis"], row["x"]): row for row in result["rows"]}
     assert [found["pixels a side", size]["tokens"] for size in (32, 48)] == [5, 10]
-    assert found["pictures per batch", 1]["flops_per_image"] == found["pictures per batch", 2]["flops_per_image"]
+    assert found["images per batch", 1]["flops_per_image"] == found["images per batch", 2]["flops_per_image"]
     assert found["processes", "2 processes, 1 thread"]["images_per_second"] == 4
     text = scale.show(result)
     assert max(map(len, text.splitlines())) <= 80
     assert "showcase, training, batch 64 per process" in text
-    assert scale.draw(result).axes[0].get_xlabel() == "pictures per batch"
+    assert scale.draw(result).axes[0].get_xlabel() == "images per batch"
 
 
 @pytest.mark.slow

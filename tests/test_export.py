@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
     return save(ViTScratchForImageClassification(ViTScratchConfig(**FIELDS, id2label=names)), folder), folder
 
 
-def pictures(count):
+def images(count):
     return torch.randn(count, 1, 16, 16, generator=torch.Generator().manual_seed(count))
 
 
@@ -60,7 +60,7 @@ def test_program_of_torch_export_takes_any_batch(trained, tmp_path, capsys):
     assert [row["format"] for row in json.loads(output)["rows"]] == ["PyTorch", "torch.export"]
     program = torch.export.load(tmp_path / "model.pt2").module()
     for count in (1, 2, 7):
-        torch.testing.assert_close(program(pictures(count)), model(pictures(count)).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(program(images(count)), model(images(count)).logits, atol=1e-5, rtol=0)
     assert {path.name for path in tmp_path.iterdir()} >= {"model.pt2", "config.json", "preprocessor_config.json"}
 
 
@@ -80,8 +80,8 @@ def test_onnx_takes_any_batch_at_the_opset_that_is_named(trained, opset, tmp_pat
     assert session.get_inputs()[0].shape == ["batch", 1, 16, 16]
     assert session.get_outputs()[0].name == "logits"
     for count in (1, 2, 7):
-        logits = session.run(None, {"pixel_values": pictures(count).numpy()})[0]
-        torch.testing.assert_close(torch.from_numpy(logits), model(pictures(count)).logits, atol=1e-4, rtol=0)
+        logits = session.run(None, {"pixel_values": images(count).numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(logits), model(images(count)).logits, atol=1e-4, rtol=0)
 
 
 @needs_onnx
@@ -110,7 +110,7 @@ def test_table_of_every_format_with_accuracy(trained, tmp_path, capsys):
     status, text, said = run(capsys, *argv)
     assert status == 0
     assert all(len(line) <= 80 for line in text.splitlines())
-    assert "90 pictures" in text
+    assert "90 images" in text
     assert "model_int8.onnx" in said
     status, output, _ = run(capsys, *argv, "--json")
     report = json.loads(output)
@@ -128,7 +128,7 @@ def test_table_of_every_format_with_accuracy(trained, tmp_path, capsys):
         assert rows[name]["accuracy_change"] == 0
         assert rows[name]["largest_difference"] <= 1e-4
     int8 = rows["ONNX int8"]
-    assert 1e-4 < int8["largest_difference"] < 0.2 * model(pictures(3)).logits.abs().max()
+    assert 1e-4 < int8["largest_difference"] < 0.2 * model(images(3)).logits.abs().max()
     assert int8["accuracy_change"] == pytest.approx(int8["accuracy"] - right, abs=1e-9)
     for name, row in rows.items():
         size = sum(p.numel() * 4 for p in model.parameters())
@@ -166,8 +166,8 @@ def test_a_model_whose_config_says_tuples(trained, tmp_path, capsys):
     (tmp_path / "tuples" / "config.json").write_text(json.dumps(config))
     words = [tmp_path / "tuples", tmp_path / "out", "--formats", "program", "--repeats", 1, "--dataset", "digits"]
     assert run(capsys, *words, "--max_samples", 9)[0] == 0
-    logits = torch.export.load(tmp_path / "out" / "model.pt2").module()(pictures(2))
-    torch.testing.assert_close(logits, model(pictures(2)).logits, atol=1e-4, rtol=0)
+    logits = torch.export.load(tmp_path / "out" / "model.pt2").module()(images(2))
+    torch.testing.assert_close(logits, model(images(2)).logits, atol=1e-4, rtol=0)
 
 
 @needs_onnx
@@ -183,8 +183,8 @@ def test_a_model_of_another_library_and_one_without_classes(tmp_path, capsys):
     model = save(ViTScratchForImageClassification(ViTScratchConfig(**FIELDS, num_labels=0)), tmp_path / "features")
     assert run(capsys, tmp_path / "features", tmp_path / "out", "--formats", "onnx", "--repeats", 1)[0] == 0
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
-    features = session.run(["features"], {"pixel_values": pictures(3).numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(features), model.vit(pictures(3)).pooler_output, atol=1e-4, rtol=0)
+    features = session.run(["features"], {"pixel_values": images(3).numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(features), model.vit(images(3)).pooler_output, atol=1e-4, rtol=0)
 
 
 def test_without_the_extra(trained, tmp_path, capsys, monkeypatch):
@@ -245,7 +245,7 @@ def test_export_model_gives_the_report_that_the_script_prints(trained, tmp_path,
     assert (report["model"], report["split"], report["examples"]) == (str(folder), "test", 90)
     assert {file.name for file in (tmp_path / "a").iterdir()} == {file.name for file in (tmp_path / "b").iterdir()}
     program = torch.export.load(tmp_path / "a" / "model.pt2").module()
-    torch.testing.assert_close(program(pictures(2)), model(pictures(2)).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(program(images(2)), model(images(2)).logits, atol=1e-5, rtol=0)
 
 
 def test_export_model_takes_a_predictor_and_a_loaded_split(trained, tmp_path):
@@ -255,7 +255,7 @@ def test_export_model_takes_a_predictor_and_a_loaded_split(trained, tmp_path):
     assert (report["dataset"], report["examples"], report["rows"][1]["file"]) == ("digits", 20, "model.pt2")
     text = export.report_text(report)
     assert max(map(len, text.splitlines()[1:])) <= 80  # the first line has a path
-    assert "accuracy: digits, split test, 20 pictures" in text
+    assert "accuracy: digits, split test, 20 images" in text
 
 
 @pytest.mark.parametrize("difference", [2e-4, math.nan])

@@ -59,7 +59,7 @@ def find_images(patterns: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         path = Path(pattern)
         if path.is_dir():
             found = list(map(str, images_below(path)))
-            wrong = "the folder holds no pictures"
+            wrong = "the folder holds no images"
         elif path.exists():
             found, wrong = [pattern], None
         else:

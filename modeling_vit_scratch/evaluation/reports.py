@@ -153,7 +153,7 @@ def _measured(models, dataset, split, flip, batch_size, options) -> tuple[dict, 
     for predictor in predictors:
         predictor.require_classifier()
         if predictor.config.problem_type == "multi_label_classification":
-            raise ValueError(f"{predictor.name} gives a picture several classes; top-1 says nothing of it.")
+            raise ValueError(f"{predictor.name} gives an image several classes; top-1 says nothing of it.")
         match_classes(split.class_names, predictor.class_names)
     results, answers = [], []
     for predictor in predictors:
@@ -184,7 +184,7 @@ def report_text(report: dict) -> str:
     letters = [f"{letter}: " if len(results) > 1 else "" for letter in "AB"[: len(results)]]
     names = [f"{letter}{result['model']}\n" for letter, result in zip(letters, results, strict=True)]
     n, classes = results[0]["examples"], len(results[0]["per_class"])
-    parts = ["".join(names) + f"on {report['dataset']}, split {report['split']}: {n:,} pictures of {classes} classes"]
+    parts = ["".join(names) + f"on {report['dataset']}, split {report['split']}: {n:,} images of {classes} classes"]
     parts.append(text_table(_summary_rows(results)))
     if "comparison" in report:
         parts.append(comparison_text(report["comparison"]))
@@ -230,7 +230,7 @@ def _summary_rows(results: list[dict]) -> list[list[str]]:
     add("mean confidence", *((_percent(r["mean_confidence"]), "") for r in results))
     add("calibration error", *((_percent(r["expected_calibration_error"]), "") for r in results))
     add("cross-entropy", *((f"{r['loss']:.4f}", "") for r in results))
-    add("pictures/s", *((f"{r['pictures_per_second']:,.0f}", "") for r in results))
+    add("images/s", *((f"{r['pictures_per_second']:,.0f}", "") for r in results))
     add("  with reading", *((f"{r['pictures_per_second_with_reading']:,.0f}", "") for r in results))
     return rows
 
@@ -241,10 +241,10 @@ def comparison_text(test: dict) -> str:
     if p < 0.05:
         verdict = f"{'A' if test['difference'] > 0 else 'B'} is better"
     else:
-        verdict = "these pictures cannot tell which is better"
+        verdict = "these images cannot tell which is better"
     interval = _between(test["difference_interval"], "+")
     return (
-        f"right: only A on {test['only_a']:,} pictures, only B on {test['only_b']:,}\n"
+        f"right: only A on {test['only_a']:,} images, only B on {test['only_b']:,}\n"
         f"A less B: {100 * test['difference']:+.2f} points, 95 % interval {interval}\n"
         f"McNemar's exact test: p = {p:.2g}: {verdict}"
     )
@@ -254,7 +254,7 @@ def class_rows(results: list[dict]) -> list[list[str]]:
     """Accuracy of each class, the first model's best first; of many classes, those at both ends."""
     per_class = [result["per_class"] for result in results]
     names = sorted(per_class[0], key=lambda name: -per_class[0][name]["accuracy"])
-    rows = [["class", "pictures", *(["right", "95 % interval"] if len(results) == 1 else ["A", "B", "A less B"])]]
+    rows = [["class", "images", *(["right", "95 % interval"] if len(results) == 1 else ["A", "B", "A less B"])]]
     for name in names:
         classes = [classes[name] for classes in per_class]
         shares = [_percent(part["accuracy"]) for part in classes]
@@ -280,7 +280,7 @@ def confusion_text(result: dict) -> str:
         return "\n".join(lines)
     wrong = matrix * (1 - np.eye(len(names), dtype=int))
     most = [index for index in np.argsort(-wrong, axis=None, kind="stable")[:20] if wrong.flat[index]]
-    rows = [["true class", "predicted class", "pictures", "of the class"]]
+    rows = [["true class", "predicted class", "images", "of the class"]]
     for true, guess in (divmod(int(index), len(names)) for index in most):
         share = matrix[true, guess] / matrix[true].sum()
         rows.append([names[true][:24], names[guess][:24], f"{matrix[true, guess]:,}", f"{share:.1%}"])

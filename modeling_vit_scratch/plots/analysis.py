@@ -19,7 +19,7 @@ def patch_sequence(image: torch.Tensor, patch_hw: tuple[int, int]) -> torch.Tens
     C, H, W = image.shape
     height, width = patch_hw
     if H % height or W % width:
-        raise ValueError(f"a picture of {H}x{W} cannot be cut into patches of {height}x{width}.")
+        raise ValueError(f"an image of {H}x{W} cannot be cut into patches of {height}x{width}.")
     patches = image.reshape(C, H // height, height, W // width, width).permute(1, 3, 0, 2, 4)  # (h, w, C, ., .)
     return patches.reshape(-1, C, height, width)
 
@@ -197,7 +197,7 @@ def project_features(features: torch.Tensor, method: str = "pca", seed: int = 0)
     features = torch.as_tensor(features).detach().float().cpu().numpy()
     n = len(features)
     if n < 4 or features.ndim != 2:
-        raise ValueError(f"features must be (n, D) of at least 4 pictures, got shape {features.shape}.")
+        raise ValueError(f"features must be (n, D) of at least 4 images, got shape {features.shape}.")
     if method == "pca":
         components = PCA(2, random_state=0).fit(features)
         return torch.from_numpy(components.transform(features)), components.explained_variance_ratio_.tolist()

@@ -79,7 +79,7 @@ def as_pixels(image: torch.Tensor) -> torch.Tensor:
     """An image for drawing: (C, H, W) in [0, 1], 1 or 3 channels."""
     image = torch.as_tensor(image).detach().cpu()
     if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"a picture must be (1 or 3, H, W), got shape {tuple(image.shape)}.")
+        raise ValueError(f"an image must be (1 or 3, H, W), got shape {tuple(image.shape)}.")
     image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
     if not (image.min() >= -1e-4 and image.max() <= 1 + 1e-4):
         raise ValueError(

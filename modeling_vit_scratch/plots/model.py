@@ -94,11 +94,11 @@ def plot_reconstructions(images: torch.Tensor, mask: torch.Tensor, painted: torc
     if painted.shape != images.shape or len(mask) != len(images):
         raise ValueError(
             f"images {tuple(images.shape)}, painted {tuple(painted.shape)} and mask {tuple(mask.shape)} must be of "
-            "the same pictures."
+            "the same images."
         )
     hidden = torch.nn.functional.interpolate(mask[:, None].float(), images.shape[2:]) > 0.5  # (n, 1, H, W)
     rows = {
-        "picture": images,
+        "image": images,
         "what the model sees": torch.where(hidden, 0.5, images),
         "what it paints": torch.where(hidden, painted.float().clamp(0, 1), images),
     }
@@ -249,7 +249,7 @@ def plot_attention_rollout(
         )[0]
         show_image(axes[2], image * large / large.max().clamp_min(1e-12))
         if row == 0:
-            for panel, title in zip(axes, ["picture", "rollout", "picture × rollout"], strict=True):
+            for panel, title in zip(axes, ["image", "rollout", "image × rollout"], strict=True):
                 panel.set_title(title, fontsize=10)
         if titles is not None:
             # The layout sees a line's height, but not its length: it may run under the next panels.
@@ -273,7 +273,7 @@ def plot_attention_heads(image: torch.Tensor, maps: torch.Tensor, title: str = "
     figure = new_figure(2.1 * columns, rows * (1.45 * image.shape[1] / image.shape[2] + 0.3) + 0.35)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     show_image(panels[0], image)
-    panels[0].set_title("picture", fontsize=9)
+    panels[0].set_title("image", fontsize=9)
     for head, axes in enumerate(panels[1:]):
         if head < A:
             overlay(figure, axes, image, maps[head].detach().float().cpu(), label="")
@@ -345,5 +345,5 @@ def plot_features(
     if classes <= 120:
         handles = figure.axes[0].get_legend_handles_labels()[0]
         draw_legend(figure, handles, loc="outside lower center", markerscale=1.3 if many else 2, **legend)
-    figure.suptitle(f"Features of {len(labels):,} pictures", fontsize=11)
+    figure.suptitle(f"Features of {len(labels):,} images", fontsize=11)
     return figure

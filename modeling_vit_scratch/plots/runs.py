@@ -204,7 +204,7 @@ def plot_confusion_matrix(matrix, class_names: Sequence[str] | None = None) -> F
     axes.spines[:].set_visible(False)
     n, right = int(matrix.sum()), int(matrix.diagonal().sum())
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"Confusion matrix: {right / max(n, 1):.2%} of {n:,} pictures right", fontsize=11)
+    axes.set_title(f"Confusion matrix: {right / max(n, 1):.2%} of {n:,} images right", fontsize=11)
     return figure
 
 
@@ -289,7 +289,7 @@ def plot_mistakes(
     wrong = len(confident_mistakes(probabilities, labels, len(labels)))
     if not chosen:
         figure = new_figure(5.0, 1.0)
-        figure.text(0.5, 0.5, f"No mistakes in {len(labels):,} pictures.", ha="center", va="center")
+        figure.text(0.5, 0.5, f"No mistakes in {len(labels):,} images.", ha="center", va="center")
         return figure
     columns = min(5, len(chosen))
     rows = math.ceil(len(chosen) / columns)
@@ -304,7 +304,7 @@ def plot_mistakes(
         p, guess = probabilities[i].max(dim=0)
         caption(axes, short(names[labels[i]], 20), color=BLUE)
         caption(axes, f"{short(names[guess], 14)} {p:.0%}", line=1, color=ORANGE)
-    figure.suptitle(f"Most confident of {wrong:,} mistakes in {len(labels):,} pictures", fontsize=11)
+    figure.suptitle(f"Most confident of {wrong:,} mistakes in {len(labels):,} images", fontsize=11)
     handles = [
         Line2D([], [], marker="s", color="none", markerfacecolor=c, markeredgecolor="none", label=label)
         for c, label in ((BLUE, "true class"), (ORANGE, "predicted class, its probability"))
@@ -340,14 +340,14 @@ def plot_reliability(probabilities, labels, bins: int = 15) -> Figure:
     mean = (count * confidence).sum() / n, (count * accuracy).sum() / n
     for x, colour, label in zip(mean, (ORANGE, BLUE), ("mean confidence", "accuracy"), strict=True):
         lower.axvline(x, ymax=1 / 1.4, color=colour, linewidth=1.5, label=f"{label} {x:.1%}")
-    lower.set(xlabel="confidence: largest probability (%)", ylabel="pictures (%)", xlim=(0, 1))
+    lower.set(xlabel="confidence: largest probability (%)", ylabel="images (%)", xlim=(0, 1))
     lower.set_ylim(0, 1.4 * count.max() / n)  # room for the legend
     draw_legend(lower, lower.get_legend_handles_labels()[0], loc="upper center", ncols=2)
     for axes in (upper, lower):
         tidy(axes)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    upper.set_title(f"Expected calibration error {error:.2%} ({n:,} pictures)", fontsize=11)
+    upper.set_title(f"Expected calibration error {error:.2%} ({n:,} images)", fontsize=11)
     # Below, not inside: a bin of few images can have a bar anywhere.
     draw_legend(figure, upper.get_legend_handles_labels()[0], loc="outside lower center", ncols=3, columnspacing=1)
     return figure

@@ -79,7 +79,7 @@ class ModelView:
             title = Path(name).name
             self.titles.append(title if len(title) <= MAX_TITLE else f"{title[:26]}…{title[-13:]}")
         if not self.pixels:
-            raise ValueError(f"none of {len(files)} pictures could be read.")
+            raise ValueError(f"none of {len(files)} images could be read.")
 
     def batch(self, indices: range) -> torch.Tensor:
         """Images of the split: uint8 (B, C, H, W)."""

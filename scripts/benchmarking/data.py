@@ -123,7 +123,7 @@ def show(result: dict) -> str:
         own = row["name"] == OURS
         cells = [number(row["images_per_second"]), f"{row['spread']:.0%}", "" if own else ratio(row["ours_is"])]
         lines.append([row["name"], *cells, share(row["share_of_step"])])
-    text = f"{DATA_BATCH} pictures of 32 x 32; one core, or the GPU if it is the device\n" + text_table(
+    text = f"{DATA_BATCH} images of 32 x 32; one core, or the GPU if it is the device\n" + text_table(
         [["", "images/s", "spread", "ours is", "of a training step"], *lines]
     )
     look = result["inspection"]

@@ -87,7 +87,7 @@ def show(result: dict) -> str:
     notes = [
         "",
         "ms: median; spread: interquartile range over it; vs fastest: speed over that of the fastest peer; ours is: "
-        "our speed over this one's; of peak: floating-point operations per second (GFLOP: of one picture, all tokens "
+        "our speed over this one's; of peak: floating-point operations per second (GFLOP: of one image, all tokens "
         "in all blocks, though ours leaves out what no logit needs) over those of a large matrix product; MB: most "
         "memory of model and computation.",
         *(f"Not compared, as it does not import here: {name} ({why})" for name, why in result["absent"].items()),

@@ -70,7 +70,7 @@ def _train(rank: int, processes: int, threads: int, steps: int, meeting: str) ->
 def measure(args: argparse.Namespace) -> dict:
     """Speed and memory against batch size (training), image size (inference) and processes (training)."""
     series = {
-        "pictures per batch": {
+        "images per batch": {
             batch: Case("showcase, training", "showcase", batch, training=True) for batch in args.batch_sizes
         },
         "pixels a side": {

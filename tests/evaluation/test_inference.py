@@ -41,7 +41,7 @@ def noise(seed: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
-# -- pictures in -------------------------------------------------------------------------------------------------------
+# -- images in -------------------------------------------------------------------------------------------------------
 
 
 PROCESSORS = {
@@ -54,7 +54,7 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("kind", PROCESSORS)
 @pytest.mark.parametrize("size", [(16, 16), (20, 20), (40, 23)])
-def test_pictures_become_what_the_processor_makes_of_them(kind, size, tmp_path):
+def test_images_become_what_the_processor_makes_of_them(kind, size, tmp_path):
     own = save(colour_model(), tmp_path, PROCESSORS[kind])
     images = [noise(0, size), noise(1, size)]
     pixels = own.pixels(images)
@@ -64,7 +64,7 @@ def test_pictures_become_what_the_processor_makes_of_them(kind, size, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["resize", "crop"])
-def test_enlarged_pictures_show_the_same_part(kind, tmp_path):
+def test_enlarged_images_show_the_same_part(kind, tmp_path):
     own = save(colour_model(), tmp_path, PROCESSORS[kind])
     slope = np.linspace(0, 255, 120)[None, :, None] * np.ones((90, 1, 3))
     image = Image.fromarray(slope.astype(np.uint8))
@@ -73,7 +73,7 @@ def test_enlarged_pictures_show_the_same_part(kind, tmp_path):
     assert (torch.nn.functional.avg_pool2d(large, 4) - small).abs().max() < 4  # 16 columns of 255 / 16
 
 
-def test_a_grey_model_gets_grey_pictures(tmp_path):
+def test_a_grey_model_gets_grey_images(tmp_path):
     config = ViTScratchConfig(
         num_channels=1, image_size=16, patch_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1,
         intermediate_size=4,
@@ -235,7 +235,7 @@ def test_throughput_is_counted(predictor):
 
 
 def test_measure_by_hand():
-    """Four pictures of two of three classes: right, right (second class), wrong, wrong."""
+    """Four images of two of three classes: right, right (second class), wrong, wrong."""
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.5, 0.3], [0.1, 0.1, 0.8]])
     result = measure(probabilities, torch.tensor([0, 1, 0, 1]), ["a", "b", "c"])
     assert (result["examples"], result["accuracy"], result["top5_accuracy"]) == (4, 0.5, 1.0)
@@ -253,7 +253,7 @@ def test_measure_by_hand():
 
 
 def test_compare_by_hand(predictor, tmp_path):
-    """A knows colours; B says red of everything. A picture of the wrong colour lies among the red ones."""
+    """A knows colours; B says red of everything. An image of the wrong colour lies among the red ones."""
     biased = colour_model()
     with torch.no_grad():
         biased.classifier.bias[0] = 1000

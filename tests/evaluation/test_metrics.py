@@ -196,7 +196,7 @@ def test_wilson_interval():
 
 
 def test_mcnemar_by_hand():
-    # Only A is right on 1 picture, only B on 5: p = 2 * (C(6, 0) + C(6, 1)) / 2^6 = 14 / 64.
+    # Only A is right on 1 image, only B on 5: p = 2 * (C(6, 0) + C(6, 1)) / 2^6 = 14 / 64.
     a = np.array([True] + [False] * 5 + [True] * 4)
     b = np.array([False] + [True] * 5 + [True] * 4)
     assert mcnemar_test(a, b) == {"only_a": 1, "only_b": 5, "examples": 10, "p_value": pytest.approx(14 / 64)}

@@ -1,4 +1,4 @@
-"""scripts/predict.py: every kind of picture and model, what is said of unreadable ones, and the exit status."""
+"""scripts/predict.py: every kind of image and model, what is said of unreadable ones, and the exit status."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def photos(tmp_path) -> Path:
     paint((200, 30, 30)).save(folder / "a red.png")
     paint((30, 200, 30), (40, 40)).save(folder / "b green.jpg")
     paint((30, 30, 200), (7, 90)).save(folder / "below" / "c blue.bmp")
-    (folder / "notes.txt").write_text("no picture, and not taken for one")
+    (folder / "notes.txt").write_text("no image, and not taken for one")
     return folder
 
 
@@ -47,7 +47,7 @@ def results(script, capsys, *arguments: str, status: int = 0) -> list[dict]:
 def test_table(script, model, photos, capsys):
     assert script.main([str(photos / "a red.png"), "--model", model]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["picture", "class", "probability"]
+    assert lines[0].split() == ["image", "class", "probability"]
     assert len(lines) == 4 and lines[1].partition("  ")[0].endswith("a red.png")
     assert lines[1].split()[-2] == "red"
     probabilities = [float(line.split()[-1]) for line in lines[1:]]
@@ -90,8 +90,8 @@ def test_probabilities_are_those_of_the_model(script, model, photos, capsys):
         assert best["probability"] == pytest.approx(expected[best["index"]].item(), rel=1e-4)
 
 
-def test_pictures_that_cannot_be_read(script, model, photos, capsys):
-    (photos / "broken.png").write_bytes(b"no picture")
+def test_images_that_cannot_be_read(script, model, photos, capsys):
+    (photos / "broken.png").write_bytes(b"no image")
     whole = (photos / "a red.png").read_bytes()
     (photos / "torn.png").write_bytes(whole[: len(whole) // 2])
     (photos / "empty").mkdir()
@@ -102,14 +102,14 @@ def test_pictures_that_cannot_be_read(script, model, photos, capsys):
     assert len(found) == 9 and sum("predictions" in result for result in found) == 3
     bad = [result["picture"] for result in found if "error" in result]
     assert bad == [str(photos / "broken.png"), str(photos / "torn.png"), *missing]
-    for name, text in zip(missing, ["no such file", "nothing matches", "no pictures", "unreadable image"], strict=True):
+    for name, text in zip(missing, ["no such file", "nothing matches", "no images", "unreadable image"], strict=True):
         assert any(name in line and text in line for line in printed.err.splitlines())
     assert script.main([missing[0], "--model", model]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and "0%" not in printed.err  # no bar is left behind
 
 
-def test_what_lies_beside_the_pictures_of_a_folder_is_none(script, model, photos, capsys):
+def test_what_lies_beside_the_images_of_a_folder_is_none(script, model, photos, capsys):
     """What systems leave behind, hidden folders, and kinds of files that Pillow writes but cannot read."""
     (photos / "._a red.png").write_bytes(b"a resource fork")
     (photos / ".thumbnails").mkdir()
@@ -122,12 +122,12 @@ def test_what_lies_beside_the_pictures_of_a_folder_is_none(script, model, photos
 def test_every_mode(script, model, tmp_path, capsys):
     red = paint((210, 20, 20))
     cmyk = red.convert("CMYK")
-    pictures = {
+    images = {
         "rgba.png": red.convert("RGBA"), "palette.png": red.convert("P"), "palette.gif": red.convert("P"),
         "cmyk.jpg": cmyk, "cmyk.tif": cmyk, "jpeg.jpeg": red, "webp.webp": red,
     }  # fmt: skip
-    for name, picture in pictures.items():
-        picture.save(tmp_path / name)
+    for name, image in images.items():
+        image.save(tmp_path / name)
     transparent = red.convert("P")
     transparent.save(tmp_path / "transparent.png", transparency=bytes([255] * 256))
     found = results(script, capsys, tmp_path, "--model", model)
@@ -142,9 +142,9 @@ def test_every_mode(script, model, tmp_path, capsys):
 
 
 def test_exif_rotation_is_applied(script, tmp_path, capsys):
-    # A picture whose left half is red: the model sees the patch kernels of the left half alone.
+    # An image whose left half is red: the model sees the patch kernels of the left half alone.
     model = colour_model()
-    with torch.no_grad():  # only the first patch column of a picture counts: the others' positions drown the channels
+    with torch.no_grad():  # only the first patch column of an image counts: the others' positions drown the channels
         model.vit.embeddings.position_embeddings.zero_()
         kernel = model.vit.embeddings.patch_embeddings.projection.weight.view(4, 3, 8, 8)
         kernel.zero_()
@@ -263,7 +263,7 @@ def test_progress_is_shown_when_it_takes_long(script, model, photos, capsys, mon
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
 
     assert script.main([str(photos), "--model", model]) == 0
-    assert "picture/s" not in capsys.readouterr().err
+    assert "image/s" not in capsys.readouterr().err
     monkeypatch.setattr(inference, "load_image", load_image)
     assert script.main([str(photos), "--model", model, "--batch_size", "1"]) == 0
-    assert "picture" in capsys.readouterr().err
+    assert "image" in capsys.readouterr().err

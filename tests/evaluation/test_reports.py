@@ -60,7 +60,7 @@ def test_a_model_is_measured(model, data):
     assert result["pictures_per_second"] > 0 and result["pictures_per_second_with_reading"] > 0
     json.dumps(report)
     lines = report_text(report).splitlines()
-    assert lines[:2] == [str(model), f"on {data}, split train: 10 pictures of 3 classes"]
+    assert lines[:2] == [str(model), f"on {data}, split train: 10 images of 3 classes"]
     assert any(line.split()[:5] == ["top-1,", "with", "flip", "90.00", "%"] for line in lines)
 
 
@@ -99,7 +99,7 @@ def test_two_models_are_compared(model, biased, data):
     assert comparison["difference"] == 0.5
     text = report_text(report)
     assert text.startswith(f"A: {model}\nB: {biased}\n")
-    assert "right: only A on 6 pictures, only B on 1\nA less B: +50.00 points" in text
+    assert "right: only A on 6 images, only B on 1\nA less B: +50.00 points" in text
     # Each is what it is alone, and the other way round the sign changes.
     alone = [without_times(evaluate_model(each, data))["models"][0] for each in (model, biased)]
     alone[1]["device"] = "cpu"

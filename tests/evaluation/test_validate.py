@@ -33,7 +33,7 @@ def biased(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    """10 pictures, one of them blue among the red ones."""
+    """10 images, one of them blue among the red ones."""
     folder = tmp_path_factory.mktemp("data") / "colours"
     return paint_folder(folder, red=[RED, RED, RED, BLUE], green=[GREEN] * 3, blue=[BLUE] * 3)
 
@@ -58,10 +58,10 @@ def test_one_model(script, model, data, capsys):
     low, high = wilson_interval(9, 10)
     assert rows["top-1"][1:] == ["90.00", "%", f"{100 * low:.2f}", "to", f"{100 * high:.2f}"]
     assert "top-5" not in out  # of three classes
-    assert rows["calibration error"] and rows["pictures/s"]
+    assert rows["calibration error"] and rows["images/s"]
     assert rows["red"][1:4] == ["4", "75.00", "%"] and rows["blue"][1:4] == ["3", "100.00", "%"]
     assert re.search(r" 0 red +3 +· +1\n 1 green +· +3 +·\n 2 blue +· +· +3\n", out)
-    assert "10 pictures of 3 classes" in out and "flip" not in out
+    assert "10 images of 3 classes" in out and "flip" not in out
 
 
 def test_top_5_is_shown_where_it_says_something(script, model, biased, data, tmp_path, capsys):
@@ -104,8 +104,8 @@ def test_two_models(script, model, biased, data, capsys):
     lines = out.splitlines()
     assert lines[0] == f"A: {model}" and lines[1] == f"B: {biased}"
     assert max(map(len, lines[3:])) <= 80
-    assert "only A on 6 pictures, only B on 1" in out and "A less B: +50.00 points" in out
-    assert "p = 0.12: these pictures cannot tell which is better" in out
+    assert "only A on 6 images, only B on 1" in out and "A less B: +50.00 points" in out
+    assert "p = 0.12: these images cannot tell which is better" in out
     assert re.search(r"top-1 +90.00 % .*40.00 %", out)
     assert re.search(r"red +4 +75.00 % +100.00 % +-25.00", out)
     report = json.loads(run(script, capsys, biased, model, data, "--json")[1])
@@ -146,7 +146,7 @@ def test_classes_that_do_not_match(script, model, tmp_path, capsys):
 
 def test_statuses(script, model, data, tmp_path, capsys):
     bad = paint_folder(tmp_path / "bad", red=[RED], blue=[BLUE])
-    (tmp_path / "bad" / "red" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "bad" / "red" / "1.png").write_bytes(b"no image")
     status, out, err = run(script, capsys, model, bad)
     assert (status, out) == (1, "") and "1.png" in err and "unreadable image" in err
     untrained = colour_model()

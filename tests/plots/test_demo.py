@@ -93,7 +93,7 @@ def test_an_address_of_another_computer(script, folder, capsys):
     assert capsys.readouterr().err.startswith("demo.py: --host 192.0.2.1 is no address of this computer: ")
 
 
-def test_the_examples_are_pictures(script):
+def test_the_examples_are_images(script):
     files = sorted(script.EXAMPLES.iterdir())
     assert len(files) >= 4
     for file in files:
@@ -119,7 +119,7 @@ def test_it_listens_on_this_computer_only(address):
 
 
 def test_twenty_users_at_once(address, folder, tmp_path):
-    """Each gets the answer to their own picture."""
+    """Each gets the answer to their own image."""
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 256, (20, 3))
     paths = [tmp_path / f"{i}.png" for i in range(20)]
@@ -139,10 +139,10 @@ def test_odd_files_get_an_answer_or_a_message_and_it_goes_on(address, photos, tm
     assert ask(address, tmp_path / "50 megapixels.jpg")[0]["label"] == "green"
     Image.new("L", (30, 30), 128).save(tmp_path / "grey.gif")
     assert len(ask(address, tmp_path / "grey.gif")[0]["confidences"]) == 3
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     *nothing, message = ask(address, tmp_path / "text.png")
     assert len(nothing) == 4 and not any(nothing)
-    assert "cannot be read as a picture: unreadable image" in message and str(tmp_path) not in message
+    assert "cannot be read as an image: unreadable image" in message and str(tmp_path) not in message
     with open(tmp_path / "large.png", "wb") as file:
         file.truncate(100_000_000)
     with pytest.raises(Exception, match=r"413|[Ff]ile size|[Tt]oo [Ll]arge"):
@@ -229,7 +229,7 @@ def test_in_a_browser(address, browser, photos, tmp_path):
     page.resize(1280, 1000)
     page.upload(photos["blue"])
     page.wait(lambda: page.top1() == "blue", "the answer")
-    page.wait(lambda: page.source("rollout") and page.source("patches") and page.source("head"), "the pictures")
+    page.wait(lambda: page.source("rollout") and page.source("patches") and page.source("head"), "the images")
     assert re.search(r"\d+ ms", page.find("#took").text)
     bars = browser.find_elements("css selector", "#answer .confidence-set, #answer .bar, #answer meter")
     assert len(bars) >= 3
@@ -254,9 +254,9 @@ def test_in_a_browser(address, browser, photos, tmp_path):
 def test_messages_in_a_browser(address, browser, photos, tmp_path):
     page = Page(browser, address)
     page.resize(1280, 1000)
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     page.upload(tmp_path / "text.png")
-    page.wait(lambda: "cannot be read as a picture" in page.find("#took").text, "the message")
+    page.wait(lambda: "cannot be read as an image" in page.find("#took").text, "the message")
     page.screenshot("message")
     page = Page(browser, address)
     with open(tmp_path / "large.png", "wb") as file:

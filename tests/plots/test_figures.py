@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from drawings import draw, picture, small_config, write_history
+from drawings import draw, noise_image, small_config, write_history
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers import ViTImageProcessorPil
@@ -38,7 +38,7 @@ def photos(tmp_path_factory):
 
 
 def opened(seed: int) -> Image.Image:
-    return Image.fromarray(picture(3, 30, 20, seed).permute(1, 2, 0).numpy())
+    return Image.fromarray(noise_image(3, 30, 20, seed).permute(1, 2, 0).numpy())
 
 
 def test_figures_of_images(folder, photos):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawings import picture, small_config, write_history
+from drawings import noise_image, small_config, write_history
 from PIL import Image
 from runs import load_script
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -38,9 +38,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_script_draws_pictures(script, folder, tmp_path, capsys):
+def test_script_draws_images(script, folder, tmp_path, capsys):
     for name in ("a.png", "b.jpg"):
-        Image.fromarray(picture(3, 30, 20).permute(1, 2, 0).numpy()).save(tmp_path / name)
+        Image.fromarray(noise_image(3, 30, 20).permute(1, 2, 0).numpy()).save(tmp_path / name)
     output = tmp_path / "plots"
     status = script.main(["all", str(folder), "--images", str(tmp_path), "--output", str(output), "--layer", "1"])
     listed = capsys.readouterr().out.split()
@@ -60,12 +60,12 @@ def test_script_draws_a_split(script, folder, tmp_path, capsys):
 
 
 def test_script_says_what_the_model_says(script, folder):
-    """The split's answers are those of the model called by hand on processed pictures."""
+    """The split's answers are those of the model called by hand on processed images."""
     view, _ = script.load_view(script.parse(["features", str(folder), "--dataset", "digits", "--max_samples", "20"]))
     answers = view.answers
-    picture = Image.fromarray(view[3].permute(1, 2, 0).numpy())
+    image = Image.fromarray(view[3].permute(1, 2, 0).numpy())
     with torch.no_grad():
-        pixels = view.predictor.processor(picture, return_tensors="pt")["pixel_values"]
+        pixels = view.predictor.processor(image, return_tensors="pt")["pixel_values"]
         logits = view.model(pixels).logits
         pooled = view.model.vit(pixels).pooler_output
     torch.testing.assert_close(answers.probabilities[3], logits.softmax(1)[0], atol=1e-5, rtol=1e-4)
@@ -138,12 +138,12 @@ def test_the_filters_of_early_convolutions_are_named(tmp_path):
     assert figure.axes[0].images[0].get_array().shape == (3, 3, 3)
 
 
-def test_script_draws_pictures_from_all_parts_of_a_split(script, folder, tmp_path):
+def test_script_draws_images_from_all_parts_of_a_split(script, folder, tmp_path):
     """Folders are sorted by class."""
     for label in range(3):
         (tmp_path / str(label)).mkdir()
         for i in range(3):
-            image = Image.fromarray(picture(3, 16, 8, seed=3 * label + i).permute(1, 2, 0).numpy())
+            image = Image.fromarray(noise_image(3, 16, 8, seed=3 * label + i).permute(1, 2, 0).numpy())
             image.save(tmp_path / str(label) / f"{i}.png")
     words = ["rollout", str(folder), "--dataset", str(tmp_path), "--max_pictures", "3"]
     view, _ = script.load_view(script.parse(words))
@@ -156,7 +156,7 @@ def test_script_draws_pictures_from_all_parts_of_a_split(script, folder, tmp_pat
     torch.testing.assert_close(view.distance(most=3), expected)
 
 
-def test_script_remakes_the_pictures_of_the_readme(script, folder, tmp_path, capsys):
+def test_script_remakes_the_images_of_the_readme(script, folder, tmp_path, capsys):
     words = ["readme", str(folder)]
     assert script.parse(words).output == script.IMAGES
     assert script.main([*words, "--output", str(tmp_path / "out")]) == 0
@@ -166,7 +166,7 @@ def test_script_remakes_the_pictures_of_the_readme(script, folder, tmp_path, cap
 
 
 def test_script_status_when_an_input_fails(script, folder, history, tmp_path, capsys):
-    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "broken.png").write_text("no image")
     good = tmp_path / "good.png"
     Image.new("L", (9, 9)).save(good)
     words = ["patches", str(folder), "--output", str(tmp_path / "p"), "--images"]
@@ -175,7 +175,7 @@ def test_script_status_when_an_input_fails(script, folder, history, tmp_path, ca
     assert len(out.split()) == 2  # the good one is drawn
     assert "broken.png" in err and "none.png" in err
     assert script.main([*words, str(tmp_path / "broken.png")]) == 2
-    assert "none of 1 pictures" in capsys.readouterr().err
+    assert "none of 1 images" in capsys.readouterr().err
     assert script.main(["curves", "filters", str(folder), "--output", str(tmp_path / "p")]) == 1
     assert "history.csv" in capsys.readouterr().err
     assert script.main(["heads", str(folder), "--images", str(good), "--layer", "3", "--output", str(tmp_path)]) == 1
@@ -187,8 +187,8 @@ def test_script_status_when_an_input_fails(script, folder, history, tmp_path, ca
     [
         (["rolout", "x"], "'rolout' is no KIND"),
         (["rollout"], "MODEL is missing"),
-        (["rollout", "x"], "rollout needs pictures"),
-        (["features", "x", "--images", "a.png"], "features needs labelled pictures"),
+        (["rollout", "x"], "rollout needs images"),
+        (["features", "x", "--images", "a.png"], "features needs labelled images"),
         (["filters", "x", "y"], "there are 2 models"),
         (["filters", "x", "--count", "0"], "0 must be at least 1"),
         (["rollout", "x", "--images", "a", "--dataset", "b"], "not allowed with"),

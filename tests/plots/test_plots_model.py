@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from drawings import draw, overlaps, picture, small_config
+from drawings import draw, noise_image, overlaps, small_config
 
 from modeling_vit_scratch import ViTScratchForImageClassification, plots
 
@@ -97,11 +97,11 @@ def test_attention_distance_by_hand(grid_hw, maps, pixels):
     assert plots.attention_distance([maps.half()], grid_hw, PATCH, 0).item() == pytest.approx(pixels, rel=1e-3)
 
 
-def test_attention_distance_of_layers_heads_and_pictures():
+def test_attention_distance_of_layers_heads_and_images():
     still, down, side = (
         moves((2, 2), move) for move in (lambda i, j: (i, j), lambda i, j: (1 - i, j), lambda i, j: (i, 1 - j))
     )
-    first = torch.cat([torch.cat([still, down], dim=1), torch.cat([down, down], dim=1)])  # 2 pictures, 2 heads
+    first = torch.cat([torch.cat([still, down], dim=1), torch.cat([down, down], dim=1)])  # 2 images, 2 heads
     second = torch.cat([side, still], dim=1).expand(2, -1, -1, -1)
     distance = plots.attention_distance((first, second), (2, 2), PATCH, 0)
     torch.testing.assert_close(distance, torch.tensor([[4.0, 8.0], [20.0, 0.0]]))
@@ -214,7 +214,7 @@ def test_project_features():
     assert (torch.cdist(near, centre).argmin(1) == torch.arange(40) % 2).all()
     with pytest.raises(ValueError, match="'umap'"):
         plots.project_features(plane, "umap")
-    with pytest.raises(ValueError, match=r"at least 4 pictures, got shape \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"at least 4 images, got shape \(3, 2\)"):
         plots.project_features(plane[:3])
 
 
@@ -222,7 +222,7 @@ def test_project_features():
 
 
 def test_draws_the_patch_sequence():
-    image = picture()
+    image = noise_image()
     figure = draw(plots.plot_patch_sequence(image, (8, 4)))
     whole, sequence = figure.axes
     np.testing.assert_allclose(whole.images[0].get_array(), image.permute(1, 2, 0) / 255)
@@ -232,13 +232,13 @@ def test_draws_the_patch_sequence():
     np.testing.assert_allclose(canvas[:8, :4], image[:, :8, :4].permute(1, 2, 0) / 255)
     assert whole.get_title() == "24 × 16 pixels"
     assert sequence.get_title() == "12 patches of 8 × 4 pixels, in reading order"
-    many = draw(plots.plot_patch_sequence(picture(1, 224, 224), (16, 16)))
+    many = draw(plots.plot_patch_sequence(noise_image(1, 224, 224), (16, 16)))
     assert [text.get_text() for text in many.axes[1].texts] == [str(i) for i in range(1, 197, 28)]
     assert not overlaps(many.axes[1].texts)
 
 
 def test_draws_reconstructions():
-    images = torch.stack([picture(3, 8, 12), picture(3, 8, 12)])
+    images = torch.stack([noise_image(3, 8, 12), noise_image(3, 8, 12)])
     painted = torch.rand(2, 3, 8, 12)
     mask = torch.zeros(2, 2, 3, dtype=torch.bool)
     mask[0, 0, 1] = mask[1, 1, 2] = True  # patches of 4 x 4
@@ -253,7 +253,7 @@ def test_draws_reconstructions():
         for changed in (seen, done):
             changed[rows, columns] = whole[rows, columns]
             np.testing.assert_array_equal(changed, whole)  # all else is as it was
-    with pytest.raises(ValueError, match="of the same pictures"):
+    with pytest.raises(ValueError, match="of the same images"):
         plots.plot_reconstructions(images, mask[:1], painted)
 
 
@@ -312,7 +312,10 @@ def test_draws_attention_distance():
 
 
 def test_draws_rollout_and_heads():
-    images, maps = [picture(), picture(1, seed=1)], torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    images, maps = (
+        [noise_image(), noise_image(1, seed=1)],
+        torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)),
+    )
     figure = draw(plots.plot_attention_rollout(images, maps, ["a $cat$: said $dog", "b"]))
     panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
     assert len(panels) == 6
@@ -330,7 +333,7 @@ def test_draws_rollout_and_heads():
 
     heads = draw(plots.plot_attention_heads(images[0], torch.rand(6, 3, 4), "Layer 2"))
     titles = [axes.get_title() for axes in heads.axes if axes.get_title()]
-    assert titles == ["picture", *(f"head {i}" for i in range(1, 7))]
+    assert titles == ["image", *(f"head {i}" for i in range(1, 7))]
     assert heads.get_suptitle().startswith("Layer 2")
 
 
@@ -353,20 +356,20 @@ def test_patch_mosaic_by_hand():
     assert (mosaic[:, :, 6] == 255).all()
     for column, pixel in ((0, 0), (1, 0), (4, 2), (7, 3), (12, 5)):
         assert mosaic[0, :, column].tolist() == [pixel, pixel, pixel + 6, pixel + 6]
-    assert plots.patch_mosaic(picture(), (8, 4), gap=2).shape == (3, 24 + 2 * 2, 16 + 3 * 2)
+    assert plots.patch_mosaic(noise_image(), (8, 4), gap=2).shape == (3, 24 + 2 * 2, 16 + 3 * 2)
 
 
 def test_draws_mistakes():
-    images = [picture(seed=i) for i in range(5)]
+    images = [noise_image(seed=i) for i in range(5)]
     probabilities = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.8, 0.2], [0.25, 0.75], [0.9, 0.1]])
     figure = draw(plots.plot_mistakes(images, probabilities, torch.tensor([1, 1, 1, 0, 0]), ["cat", "dog $5"], count=2))
-    assert figure.get_suptitle() == "Most confident of 3 mistakes in 5 pictures"
+    assert figure.get_suptitle() == "Most confident of 3 mistakes in 5 images"
     captions = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     assert captions == [["dog $5", "cat 80%"], ["cat", "dog $5 75%"]]
     np.testing.assert_allclose(figure.axes[1].images[0].get_array(), images[3].permute(1, 2, 0) / 255)
     assert not overlaps([text for axes in figure.axes for text in axes.texts])
     none = plots.plot_mistakes(images, probabilities, probabilities.argmax(1))
-    assert none.texts[0].get_text() == "No mistakes in 5 pictures."
+    assert none.texts[0].get_text() == "No mistakes in 5 images."
 
 
 def test_draws_reliability():
@@ -378,7 +381,7 @@ def test_draws_reliability():
     np.testing.assert_allclose([bar.get_height() for bar in bars], [0.5, 0.5])
     np.testing.assert_allclose([bar.get_height() for bar in gaps], [0.0, 0.3], atol=1e-7)
     np.testing.assert_allclose([bar.get_height() for bar in lower.containers[0]], [0.5, 0.5])
-    assert "15.00% (4 pictures)" in upper.get_title()
+    assert "15.00% (4 images)" in upper.get_title()
     labels = [text.get_text() for text in lower.get_legend().get_texts()]
     assert labels == ["mean confidence 65.0%", "accuracy 50.0%"]
 
@@ -397,7 +400,7 @@ def test_draws_features(classes):
     assert [text.get_text() for text in tsne.texts] == [str(i) for i in range(classes) if classes > 20]
     assert not overlaps(figure.legends[0].get_texts())
     assert "% of the variance" in pca.get_xlabel()
-    assert "50 pictures" in figure.get_suptitle()
+    assert "50 images" in figure.get_suptitle()
     with pytest.raises(ValueError, match="59 labels for 60 features"):
         plots.plot_features(features, labels[:59])
 

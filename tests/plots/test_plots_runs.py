@@ -38,8 +38,8 @@ def test_saves_png_and_svg_small_and_the_same_each_time(tmp_path):
     plain = plots.save_figure(plots.plot_confusion_matrix(np.eye(10, dtype=int)), tmp_path / "v1.5")[0]
     assert plain.name == "v1.5.png"
     assert plain.stat().st_size < 150_000
-    with Image.open(plain) as picture:
-        assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    with Image.open(plain) as image:
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 # -- training and results ----------------------------------------------------------------------------------------------
