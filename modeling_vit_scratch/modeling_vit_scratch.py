@@ -17,19 +17,19 @@ Letters, here and in every shape comment:
 
 Where this file leaves the paper, or Google's code of it (google-research/vision_transformer, models_vit.py):
 
-- Weights start from N(0, 0.02^2) cut at +-2; Google's from Xavier's uniform distribution, and those of the patches from
-  LeCun's normal one. Every bias starts at 0; Google's in the MLP from N(0, 1e-6^2). The class token starts as positions
-  do; Google's at 0.
+- Weights start from N(0, 0.02^2), truncated at -2 and 2, which is next to never; Google's from Xavier's uniform
+  distribution, and those of the patches from LeCun's normal one. The classifier starts at 0 in both. Every bias starts
+  at 0; Google's in the MLP from N(0, 1e-6^2). The class token starts as positions do; Google's at 0.
 - GELU is exact, with erf; Google's is the approximation with tanh, here `hidden_act="gelu_pytorch_tanh"`.
 - One matrix (D, 3 D) makes queries, keys and values; Google's are three. A matrix projects patches, as in the paper;
   Google's convolution computes the same.
 - Positions are resized by bicubic interpolation, Google's by bilinear, here `position_interpolation`. Dropout is 0 by
   default, Google's 0.1.
-- `pooler_output` is the token that the classifier reads, with no dense layer and tanh as transformers' ViT has them; in
+- `pooler_output` is what the classifier reads, with no dense layer and tanh as transformers' ViT has them; in
   the paper these belong to the head of pre-training (`representation_size`).
 
-Beyond the paper, each off by default: early convolutions, mean pooling, a norm after it, no class token, registers,
-LayerScale, stochastic depth, fixed 2-D sine-cosine positions, a mask token.
+Beyond the paper, each off by default: early convolutions, mean pooling, a norm after it or none, no class token,
+registers, LayerScale, stochastic depth, fixed 2-D sine-cosine positions, a mask token.
 """
 
 import torch
@@ -151,8 +151,8 @@ class ViTScratchEmbeddings(nn.Module):
         self.num_channels, self.num_cls_tokens = config.num_channels, int(config.use_cls_token)
         self.image_hw, self.patch_hw, self.grid_hw = config.image_hw, config.patch_hw, config.grid_hw
         self.position_interpolation = config.position_interpolation
-        patches = ViTScratchStemPatchEmbeddings if config.stem_channels else ViTScratchPatchEmbeddings
-        self.patch_embeddings = patches(config)
+        embeddings_class = ViTScratchStemPatchEmbeddings if config.stem_channels else ViTScratchPatchEmbeddings
+        self.patch_embeddings = embeddings_class(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D)) if config.use_cls_token else None
         self.register_tokens = nn.Parameter(torch.empty(1, registers, D)) if registers else None
         self.mask_token = nn.Parameter(torch.empty(1, 1, D)) if use_mask_token else None
@@ -220,7 +220,7 @@ class ViTScratchAttention(nn.Module):
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.is_causal = False
+        self.is_causal = False  # read by transformers' attention functions
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -324,7 +324,7 @@ class ViTScratchLayer(ViTScratchBlock, GradientCheckpointingLayer):
         return self.drop_path(self.layer_scale2(inner(self.norm2(z)))) + pool(z)
 
     def can_pool(self, attention_mask: torch.Tensor | None = None, **kwargs) -> bool:
-        """Whether `last_block` gives the same: a mask is of all queries, and a norm or a dropout is not linear."""
+        """Whether `last_block` gives the same: a mask has a row for each query, a norm or dropout is not linear."""
         config = self.attention.config
         if config.pooling == "cls":
             return attention_mask is None
@@ -404,7 +404,8 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
 class ViTScratchModel(ViTScratchPreTrainedModel):
     """The encoder: pixels (B, C, H, W) -> `last_hidden_state` (B, T, D) and `pooler_output` (B, D). ViT, eq. 1 to 4.
 
-    Heads that read the tokens alone leave the pooling out: parameters without a gradient would stop a parallel run.
+    Models that do not read the pooled token leave it out (`add_pooling_layer=False`): a norm that nothing reads gets no
+    gradient, and stops DistributedDataParallel.
     """
 
     def __init__(self, config: ViTScratchConfig, use_mask_token: bool = False, add_pooling_layer: bool = True):

@@ -47,21 +47,21 @@ USUAL = (
 
 # The recipe of a dataset, by its name; it stands beside this script's other recipes.
 RECIPE_OF = {CIFAR10: "showcase.yaml", DIGITS: "digits.yaml"}
-# Options by which somebody chooses a model: the settings that suit the data are then not asked for.
+# Options that choose a model; with one of these, no settings are chosen by the data.
 CHOOSE_THE_MODEL = {"task", "model_name_or_path", "preset", "config_overrides", "image_size"}
 # Options of a recipe -> those on the command line that put them out of force: another way to say how long the run is,
 # or a trained model, which has its architecture.
 _LENGTHS = ("num_train_epochs", "max_steps", "time_budget")
 DISPLACED_BY = {way: tuple(other for other in _LENGTHS if other != way) for way in _LENGTHS}
 DISPLACED_BY |= dict.fromkeys(("preset", "config_overrides"), ("model_name_or_path",))
-# The same of settings that nobody named, which must never be the user's fault.
+# The same for settings chosen by the data: any option of the user wins over them.
 _MEASURED = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
 UNNAMED_DISPLACED_BY = DISPLACED_BY | dict.fromkeys(_MEASURED, _MEASURED)
 UNNAMED_DISPLACED_BY |= {"muon_learning_rate": ("optim",), "bf16": ("fp16",), "augment_until": ("rand_augment",)}
 
 
 class _Formatter(cli.HelpFormatter):
-    """One spelling of each option, and no list of forty choices in its place."""
+    """Show one spelling per option, and VALUE instead of its choices."""
 
     def _format_action_invocation(self, action):
         takes_value = action.nargs != 0
@@ -172,10 +172,16 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTraining
     Raises:
         ValueError: The data cannot be used.
     """
+    # Parsed twice: first to learn what the data are, then with the settings that these call for.
     parser = Parser()
     known = {action.dest for action in parser._actions} - {"help", "help_all"}
     recipe = Path(argv.pop(0)) if argv and argv[0].endswith((".yaml", ".yml")) else None
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    options = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    for option in options:
+        if option not in parser._option_string_actions:
+            near = difflib.get_close_matches(option, parser._option_string_actions, n=1, cutoff=0.0)[0]
+            parser.error(f"unknown option {option}; the nearest is {near}")
+    given = {option[2:].replace("-", "_") for option in options}
     try:
         settings = without_displaced(read_recipe(recipe, known), given, DISPLACED_BY) if recipe else {}
         model, data, training = parser.parse_args_into_dataclasses([*as_options(settings), *argv])

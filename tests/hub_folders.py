@@ -126,7 +126,7 @@ def made(tmp_path_factory) -> Path:
     checkpoint = folder / "checkpoint-10"
     checkpoint.mkdir()
     (checkpoint / "optimizer.pt").write_bytes(b"\x80\x02.")
-    for name in ("training_args.bin", "trainer_state.json", "run.log", ".secret"):
+    for name in ("training_args.bin", "trainer_state.json", "run.log", ".secret", "samples.png"):
         (folder / name).write_text("{}")
     return folder
 

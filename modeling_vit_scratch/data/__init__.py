@@ -1,6 +1,6 @@
 """Images and labels, from wherever they are to batches on the training device.
 
-    sources       a Hub id, a folder or .tar shards: a `datasets` dataset
+    sources       a Hub id, a folder or .tar shards become a `datasets` dataset; one image is decoded
     columns       which columns hold images and labels, and what the classes are called
     records       encoded images and checked labels of each split; how validation is cut from train
     splits        decoded once, or image by image in worker processes: uint8 (C, H, W) and a label

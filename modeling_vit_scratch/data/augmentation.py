@@ -237,6 +237,12 @@ AUGMENTATIONS = ("crop", "flip", "rand_augment", "erasing", "mixup", "cutmix")
 def parse_until(text: str | float | None) -> dict[str, float]:
     """When augmentations stop: "0.9" (all of them) or "mixup=0.8,rand_augment=0.9", as shares of the training.
 
+    `Augmentation` looks it up for each batch; images that are cropped when they are read are told by
+    `training.schedule.settle_crops`.
+
+    `Augmentation` looks it up for each batch; images that are cropped when they are read are told by
+    `training.schedule.settle_crops`.
+
     Raises:
         ValueError: The text has another form.
     """
@@ -247,7 +253,8 @@ def parse_until(text: str | float | None) -> dict[str, float]:
             until |= dict.fromkeys([name] if separator else AUGMENTATIONS, float(share))
         except ValueError as error:
             raise ValueError(
-                f"{item!r} is not of the form name=share, e.g. mixup=0.9, nor a share of the training for all."
+                f"augment_until: {item!r} is not of the form name=share, e.g. mixup=0.9, nor a share of the "
+                "training for all."
             ) from error
     return until
 
@@ -307,9 +314,9 @@ class Augmentation:
             raise ValueError(f"mixup and cutmix need num_labels ({self.num_labels}), the number of classes.")
         for name, share in self.until.items():
             if name not in AUGMENTATIONS:
-                raise ValueError(f"until: {name!r} is none of {', '.join(AUGMENTATIONS)}.")
+                raise ValueError(f"augment_until: {name!r} is none of {', '.join(AUGMENTATIONS)}.")
             if not 0 <= share <= 1:
-                raise ValueError(f"until: {name} ({share}) must be a share of the training in [0, 1].")
+                raise ValueError(f"augment_until: {name} ({share}) must be a share of the training in [0, 1].")
 
     def __call__(self, images: torch.Tensor, step: int, rank: int, progress: float = 0.0) -> torch.Tensor:
         """Augment and normalise a batch: uint8 (B, C, H, W) -> float32 (B, C, H, W), on the images' device.

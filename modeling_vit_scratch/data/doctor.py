@@ -75,8 +75,8 @@ class Overlap:
     Args:
         split: Which split.
         exact: Number of images with exactly the pixels of another image in train.
-        near: How many others are nearly the same as one in train.
-        contradictory: How many of the exact ones carry another label than their twin.
+        near: Number of others that are nearly the same as one in train.
+        contradictory: Number of the exact ones that carry another label than their twin.
         examples: Some of them: where it is, where its twin in train is, "exact" or "near".
     """
 

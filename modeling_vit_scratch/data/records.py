@@ -181,7 +181,7 @@ def draw(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
     """`limit` of the indices of some images, or all if there are no more, in order: int64 (n,).
 
     Every class gives the same share, as nearly as whole images allow, and at least one image; where there are fewer
-    images than classes, the largest classes give one, drawn among those of one size.
+    images than classes, one image from each of the largest classes; ties are drawn.
 
     Args:
         labels: Class indices (N,).

@@ -1,6 +1,6 @@
 """Where images come from: a Hub dataset, a folder, or the bundled digits; and how one image is decoded.
 
-Everything here is still encoded images in `datasets` tables; `splits` makes tensors of them.
+Datasets stay encoded here; `load_image` decodes one image, and `splits` makes tensors of all.
 """
 
 import contextlib

@@ -25,7 +25,7 @@ LEFT_OUT = {
     "*.log": "a log", "events.out.tfevents*": "a log", "training_args.bin": "training state",
     "trainer_state.json": "training state", "optimizer*": "training state", "scheduler.pt": "training state",
     "scaler.pt": "training state", "rng_state*": "training state", "__pycache__/": "bytecode", "*.pyc": "bytecode",
-    "*.tmp": "a temporary file", "*.lock": "a temporary file",
+    "samples.png": "training images", "*.tmp": "a temporary file", "*.lock": "a temporary file",
 }  # fmt: skip
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 TEXT_SUFFIXES = {".json", ".jsonl", ".md", ".csv", ".txt", ".py", ".yaml", ".yml"}

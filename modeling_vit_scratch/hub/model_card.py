@@ -246,12 +246,12 @@ def read_json(path: Path) -> dict:
 
 
 def _settings(settings: dict, prefix: str = "") -> list[list[str]]:
-    """Rows (name, value) of a dictionary of settings, nested ones as `outer.inner`; a missing value gives no row."""
+    """Rows (name, value) of a dictionary of settings, nested ones as `outer.inner`; none for a missing value."""
     rows = []
     for key, value in settings.items():
         if isinstance(value, dict):
             rows += _settings(value, f"{prefix}{key}.")
-        elif value is not None and not is_token_flag(f"-{key}"):
+        elif value not in (None, []) and not is_token_flag(f"-{key}"):
             text = f"{value:g}" if isinstance(value, float) else str(value)
             rows.append([f"`{_escape(prefix + key)}`", _escape(public_text(text))])
     return rows

@@ -72,7 +72,8 @@ def plot_training_curves(
         _draw_evaluation(panels[0], run[unit], run["eval_loss"], validation)
         if np.isfinite(run["eval_accuracy"]).any():
             _draw_evaluation(panels[1], run[unit], run["eval_accuracy"], validation)
-            best = np.nanargmax(run["eval_accuracy"])
+            accuracy = run["eval_accuracy"]
+            best = np.flatnonzero(accuracy == np.nanmax(accuracy))[-1]  # of equals the last, as training keeps it
             x, y = run[unit][best], run["eval_accuracy"][best]
             panels[1].plot(x, y, "o", color=validation, markersize=7, markerfacecolor="white")
             name = f"{name}{': ' if name else ''}best {y:.2%} at {unit} {x:g}"

@@ -5,8 +5,8 @@
     run           all of them settled once: folder, data, model, processor, augmentation, trainer
     models        the model of a run: new, or trained before; and its image processor
     schedule      steps of a run, and the learning rate along them
-    budget        how many steps fit into a time budget
-    finetuning    the acts of a run with labels: set up, look, train, measure, report
+    budget        the number of steps that fit into a time budget
+    finetuning    the steps of a run with labels: set up, look, train, measure, report
     pretraining   the same without labels: masked image modelling
     trainer       transformers' Trainer, with what it lacks: exact resuming, a clock, averaged weights
     optimization  Muon, parameter groups, the average of the weights

@@ -54,7 +54,7 @@ OF_THE_CALL = frozenset({
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "cache_dir", "token", "hub_token",
     "local_rank",
 })  # fmt: skip
-# Options that a run's facts have in other words: the architecture that comes of them, and the data's fingerprint.
+# Options recorded in another form: the architecture that comes of them, and the data's fingerprint.
 RECORDED_OTHERWISE = frozenset({
     "preset", "config_overrides", "image_size", "dataset_name", "train_dir", "validation_dir", "test_dir",
     "dataset_config_name", "image_column_name", "label_column_name", "streaming",
@@ -135,16 +135,18 @@ class DataArguments:
         },
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on so many images only, the same share of each class."}
+        default=None, metadata={"help": "Train on this number of images only, the same share of each class."}
     )
     max_eval_samples: int | None = field(
         default=None,
-        metadata={"help": "Validate and test on so many only, likewise; of a stream, on some of its first."},
+        metadata={
+            "help": "Validate and test on this number of images only, likewise; of a stream, from its first ones."
+        },
     )
     crop_padding: int | None = field(
         default=None,
         metadata={
-            "help": "Random shifts by up to so many pixels. Default: an eighth of the image; 0 where images are "
+            "help": "Random shifts by up to this number of pixels. Default: an eighth of the image; 0 where images are "
             "cropped at random when they are read."
         },
     )
@@ -207,7 +209,9 @@ class ImageTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per step and process."})
     per_device_eval_batch_size: int = field(default=250, metadata={"help": "Images per evaluation step and process."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
-    head_learning_rate: float | None = field(default=None, metadata={"help": "Another one for the classifier."})
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the classifier, where it has one of its own."}
+    )
     layer_decay: float = field(
         default=1.0, metadata={"help": "Factor on the learning rate for each block further from the head, e.g. 0.75."}
     )
@@ -218,7 +222,8 @@ class ImageTrainingArguments(TrainingArguments):
     ema_decay: float | None = field(
         default=None,
         metadata={
-            "help": "Validate and keep a moving average of the weights, e.g. 0.999 (at most (1 + n) / (10 + n))."
+            "help": "Validate and keep a moving average of the weights, e.g. 0.999; after n steps "
+            "(1 + n) / (10 + n) at most."
         },
     )
     time_budget: str | None = field(
@@ -312,7 +317,7 @@ class ImageTrainingArguments(TrainingArguments):
 
 
 def check_options(model: ModelArguments, data: DataArguments, args: ImageTrainingArguments):
-    """Refuse options that the others leave nothing to do for.
+    """Refuse options that have no effect beside the others.
 
     Raises:
         ValueError: Names the option, what it has no effect on, and the mend.

@@ -1,4 +1,4 @@
-"""How many steps fit into a time budget: some are rehearsed, and the rest is arithmetic."""
+"""The number of steps that fit into a time budget: some are rehearsed, and the rest is arithmetic."""
 
 import copy
 import itertools
@@ -50,7 +50,8 @@ class Recurring:
 
 
 def rehearse(trainer: ImageTrainer, seconds: float) -> Rehearsal:
-    """Time some steps and two measured batches on a copy of the model, in at most a fiftieth of `seconds` or 30 s.
+    """Time some steps and two measured batches on a copy of the model, for a fiftieth of `seconds`, at most 30 s,
+    but six steps at least.
 
     Args:
         trainer: Of the run, before training.
@@ -139,7 +140,7 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, images_at_end: int) -
     """
     args, began = trainer.args, time.monotonic()
     if args.process_index == 0:
-        print("Timing some steps, to see how many fit into the time budget.", file=sys.stderr)
+        print("Timing some steps, to see what fits into the time budget.", file=sys.stderr)
     found = rehearse(trainer, seconds)
     seconds -= time.monotonic() - began + found.first
     last = found.image * images_at_end * (2 if args.flip_tta else 1) + FINISH_SECONDS
@@ -150,7 +151,7 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, images_at_end: int) -
         steps = broadcast_object_list([steps])[0]
     if steps < 1:
         raise ValueError(
-            f"time_budget ({args.time_budget}) leaves {seconds:.0f} s for training, but the last measurements take "
-            f"{last:.0f} s and a step {step:.2g} s; give it more."
+            f"time_budget ({args.time_budget}) leaves {seconds:.0f} s for training, but measuring and "
+            f"saving take {last:.0f} s in all, and a step {step:.2g} s; give it more."
         )
     return steps

@@ -2,6 +2,15 @@
 
 A checkpoint is written aside, digested, synced to the disk and renamed, so that a folder named `checkpoint-N` is
 always complete, whenever the process was killed. `DIGESTS` lists the SHA-256 of each of its files.
+
+    model.safetensors, config.json, preprocessor_config.json, two .py   the model, with averaged weights if there are
+    trained_weights.safetensors     the weights that are trained, where an average is kept
+    adapter/                        LoRA's matrices, by PEFT
+    optimizer.pt, scheduler.pt, rng_state*.pth, scaler.pt               state of the training
+    trainer_state.json              Trainer's: steps, history, the best checkpoint, the clock
+    pending_loss_N.json             of each process, the loss since the last log entry
+    run.json                        what a run must share to continue it (`check_run`)
+    digests.json                    written last
 """
 
 import hashlib

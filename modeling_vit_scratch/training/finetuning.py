@@ -1,4 +1,4 @@
-"""Fine-tuning: a whole run, from the options to a folder that is a Hub repository."""
+"""A classifier's run, from scratch or fine-tuned: from the options to a folder that is a Hub repository."""
 
 import json
 
@@ -11,7 +11,7 @@ from ..evaluation.tables import text_table
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import lora
 from .arguments import DataArguments, ImageTrainingArguments, ModelArguments
-from .models import flops_per_image, load_trained, make_config, make_processor, with_classes
+from .models import load_trained, make_config, make_processor, with_classes
 from .report import describe, describe_machine, say_what_will_happen, write_history, write_predictions
 from .run import Run
 
@@ -51,6 +51,8 @@ def set_up(
     run = Run(model_args, data_args, args)
     # A new model takes mean and std from the data; a trained one comes with the processor it was trained with.
     trained, processor = load_trained(model_args) if model_args.model_name_or_path else (None, None)
+    # Two classes stand in for those of the data until they are read.
+    # Two classes stand in for those of the data until they are read.
     config = make_config(model_args, ["0", "1"]) if trained is None else trained.config
     run.load_data(processor or make_processor(config), config.num_channels)
     splits = run.splits
@@ -92,9 +94,7 @@ def look(run: Run):
 
 def measure(run: Run) -> dict:
     """Numbers of validation and test, by split; each image's prediction goes into `predictions_*.csv`."""
-    return {"model": {"parameters": run.model.num_parameters(), "flops_per_image": flops_per_image(run.model)}} | {
-        split: _measure_split(run, split) for split in run.parts if split != "train"
-    }
+    return {split: _measure_split(run, split) for split in run.parts if split != "train"}
 
 
 def _measure_split(run: Run, split: str) -> dict:
@@ -141,9 +141,9 @@ def report(run: Run, metrics: dict):
     shown = {}
     for split, part in measured.items():
         flipped = f"; with mirror images {part['flip_tta_accuracy']:.2%}" if "flip_tta_accuracy" in part else ""
+        top5 = f"top-5 {part['top5_accuracy']:.2%}, " if len(names) > 5 else ""  # else the right class is always there
         shown[f"{split} accuracy"] = (
-            f"{part['accuracy']:.2%}  (top-5 {part['top5_accuracy']:.2%}, loss {part['loss']:.4f}, "
-            f"{part['examples']:,} images){flipped}"
+            f"{part['accuracy']:.2%}  ({top5}loss {part['loss']:.4f}, {part['examples']:,} images){flipped}"
         )
     seconds = metrics["time"]
     shown["training time"] = f"{seconds['train_seconds']:.0f} s ({seconds['train_cpu_seconds']:.0f} CPU s)"

@@ -99,7 +99,7 @@ def parameter_groups(model: torch.nn.Module, args: TrainingArguments) -> list[di
     """Parameters by algorithm, learning rate and weight decay, the trained ones only; the base rate comes first.
 
     With `muon_learning_rate`, weight matrices of blocks, and kernels of a convolutional stem, are Muon's and learn at
-    that rate; `parts` says of how many matrices a weight consists (q, k and v are three, and so is what LoRA adds).
+    that rate; `parts` is the number of matrices that a weight holds (q, k and v are three, and so is what LoRA adds).
 
     Layer-wise decay (BEiT, Bao et al., 2022, app. H): block l of L learns at its rate times `layer_decay ** (L - l)`, l
     from 1, the embeddings as block 0, and what follows the blocks without a factor, the classifier at

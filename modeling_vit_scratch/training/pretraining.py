@@ -1,6 +1,6 @@
 """Pre-training without labels: SimMIM (Xie et al., 2022) hides parts of an image, and the model paints them.
 
-`pretrain` is a whole run, as `training.finetune` is; the folder it leaves is one that `finetune` starts from
+`pretrain` is a whole run, as `finetune` is; the folder it leaves is one that `finetune` starts from
 (`--model_name_or_path`): the encoder is taken, the decoder left out.
 """
 

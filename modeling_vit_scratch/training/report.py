@@ -91,7 +91,7 @@ def describe(run: Run) -> dict:
         "task": run.model_args.task,
         "dataset": {"name": facts["dataset"], "fingerprint": facts["fingerprint"], "cut": facts["cut"]}
         | {"splits": run.sizes, **classes},
-        "model": {"parameters": run.model.num_parameters()},
+        "model": {"parameters": run.model.num_parameters(), "flops_per_image": flops_per_image(run.model)},
         "training": _describe_training(run),
     }
 

@@ -50,7 +50,7 @@ class Run:
     Args:
         model_args: Which model.
         data_args: Which data, and how they are augmented.
-        args: All else; settled options are written into it (`output_dir`, `max_steps`).
+        args: All else. What is settled is written into it: `output_dir`, `max_steps` and others.
 
     Attributes:
         data_name: Of the dataset, as it was given.
@@ -145,7 +145,11 @@ class Run:
         self.model, self.processor = model, processor
         self.augmentation = make_augmentation(self.data_args, args, processor, splits)
         suit_device(args, model, splits)
-        self.facts = {**facts, **self._facts(), **facts}
+        self.facts = {
+            **facts,
+            **self._facts(),
+            **facts,
+        }  # given ones come first, and hold
         if args.resume_from_checkpoint:
             checkpoint = Path(args.resume_from_checkpoint)
             fields = {name: field.default for name, field in ViTScratchConfig.__dataclass_fields__.items()}

@@ -1,4 +1,4 @@
-"""What image batches need of transformers' Trainer, and nothing else."""
+"""transformers' Trainer with augmentation on the device, exact resuming, averaged weights and a clock."""
 
 import json
 import os
@@ -264,7 +264,7 @@ def training_loss(
         logits: (B, K).
         config: The model's.
         label_smoothing: In [0, 1]; the share of each label spread evenly over all classes; single label only.
-        num_items_in_batch: Number of examples in the whole accumulated batch; the loss is then their share of its mean.
+        num_items_in_batch: Number of examples in the whole accumulated batch; the loss is then scaled to it.
     """
     B, K = logits.shape
     if label_smoothing and config.problem_type in (None, "single_label_classification"):

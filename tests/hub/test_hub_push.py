@@ -20,7 +20,8 @@ def test_push_is_one_commit_with_everything(folder, hub):
     plots = {f"plots/{name}.png" for name in ("confusion_matrix", "another", "training_curves")}
     files = hub.files("me/x")
     assert set(files) == MODEL_FILES | plots | {"README.md", "metrics.json", "history.csv", ".gitattributes"}
-    assert set(pushed.left_out) == {"checkpoint-10/", "training_args.bin", "trainer_state.json", "run.log", ".secret"}
+    left_out = {"checkpoint-10/", "training_args.bin", "trainer_state.json", "run.log", ".secret", "samples.png"}
+    assert set(pushed.left_out) == left_out
     for name in set(files) - {"README.md", ".gitattributes"}:
         assert files[name] == (folder / name).read_bytes(), name
     assert 'repo = "me/x"' in files["README.md"].decode() and REPO_PLACEHOLDER not in files["README.md"].decode()

@@ -110,3 +110,10 @@ def test_a_read_only_output_folder(finetune, tmp_path, capsys):
 
 def test_the_tables_of_recipes_are_long_enough():
     assert len(BAD_RECIPES) + len(GOOD_RECIPES) >= 21
+
+
+def test_an_unknown_option_is_told_its_nearest(finetune, capsys):
+    with pytest.raises(SystemExit) as stop:
+        finetune.parse(["--dataset_name", "digits", "--learning_rat=1e-3"])
+    assert stop.value.code == 2
+    assert "unknown option --learning_rat; the nearest is --learning_rate" in capsys.readouterr().err
