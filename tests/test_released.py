@@ -23,6 +23,8 @@ RUNS = {
     "classifier": {"config_overrides": RANDOM, "ema_decay": 0.9, "muon_learning_rate": 0.02},
     "pretrained": {"task": "masked-image-modeling"},
 }
+# Between machines: a step changes weights by 1e-3 and more, rounding (bfloat16 in Muon, threads) by less than this.
+NEAR = 3e-4
 CLASSES = {"classifier": "ViTScratchForImageClassification", "pretrained": "ViTScratchForMaskedImageModeling"}
 
 
@@ -71,8 +73,8 @@ def test_its_checkpoint_is_resumed(name, released):
     expected, found = weights(RELEASED / name), weights(folder)
     before = load_file(RELEASED / name / "checkpoint-2" / "model.safetensors")
     assert expected.keys() == found.keys()
-    assert all(torch.allclose(tensor, expected[key], atol=1e-5) for key, tensor in found.items())
-    assert not all(torch.allclose(tensor, before[key], atol=1e-5) for key, tensor in found.items())
+    assert all(torch.allclose(tensor, expected[key], atol=NEAR) for key, tensor in found.items())
+    assert not all(torch.allclose(tensor, before[key], atol=NEAR) for key, tensor in found.items())
 
 
 def test_its_cut_is_known():

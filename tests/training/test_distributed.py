@@ -89,8 +89,8 @@ def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess:
 SHARDED = """
 import os, sys, torch
 from transformers.distributed import DistributedConfig
-from modeling_vit_scratch import ViTScratchForImageClassification, optimization
-from modeling_vit_scratch.arguments import ImageTrainingArguments
+from modeling_vit_scratch import ViTScratchForImageClassification
+from modeling_vit_scratch.training import ImageTrainingArguments, optimization
 
 source, target, method = sys.argv[1:]
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
