@@ -11,7 +11,7 @@ KIND is one or more of
   confusion per-class               of a split, or as the run saved them
   curves                            of a run's history.csv; several runs compare
   all                               each of these that the input allows
-  readme                            those of docs/how_it_works.md, of CIFAR-10
+  docs                              those of docs/how_it_works.md
 
 MODEL is a folder, file or Hub id: of this package, or what convert.py reads.
 The files written are listed on standard output.
@@ -29,9 +29,11 @@ from modeling_vit_scratch.plots.figures import KINDS, NEED_IMAGES, NEED_LABELS, 
 from modeling_vit_scratch.plots.views import ModelView
 
 PROGRAM = "plot.py"
-README = ("patches", "filters", "positions", "heads", "rollout")
-IMAGES = Path(__file__).parent.parent / "docs" / "images"  # of the docs: PNG only, one of each kind, 3 of rollout
-EXAMPLES = [str(IMAGES / "examples" / f"{name}.jpg") for name in ("horse", "ship", "bird")]
+DOCS = ("patches", "filters", "positions", "heads", "rollout")
+EXAMPLES = [
+    str(Path(__file__).parent.parent / "docs" / "images" / "examples" / f"{name}.jpg")
+    for name in ("horse", "ship", "bird")
+]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,11 +57,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--features_seed", type=int, default=0, metavar="N", help="of features: which images, and t-SNE; default: 0"
     )
     group = options.add_argument_group("output")
-    group.add_argument("--output", type=Path, metavar="DIR", help="default: plots")
+    group.add_argument("--output", type=Path, default=Path("plots"), metavar="DIR", help="default: plots")
     group.add_argument("--batch_size", type=cli.at_least_one, default=64, metavar="N", help="default: 64")
 
     args = options.parse_args(argv)
-    known = [*KINDS, "all", "readme"]
+    known = [*KINDS, "all", "docs"]
     split = next((i for i, word in enumerate(args.words) if word not in known), len(args.words))
     args.kinds, args.models = list(dict.fromkeys(args.words[:split])), args.words[split:]
     if not args.kinds:
@@ -70,17 +72,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         options.error(
             f"there are {len(args.models)} models ({', '.join(args.models)}); only curves take more than one."
         )
-    args.all, args.readme = "all" in args.kinds, "readme" in args.kinds
-    if args.readme and not args.dataset:
+    args.all, args.docs = "all" in args.kinds, "docs" in args.kinds
+    if args.docs and not args.dataset:
         args.images = args.images or EXAMPLES
     labelled, images = args.dataset is not None, args.dataset is not None or args.images is not None
     if args.all:
         args.kinds = [kind for kind in KINDS if images or kind not in NEED_IMAGES]
         args.kinds = [kind for kind in args.kinds if labelled or kind not in NEED_LABELS]
-    elif args.readme:
-        args.kinds = list(README)
+    elif args.docs:  # PNG only, one of each kind, three of rollout
+        args.kinds = list(DOCS)
         args.max_pictures = 3
-    args.output = args.output or (IMAGES if args.readme else Path("plots"))
     for kind in args.kinds:
         if kind in NEED_LABELS and not labelled:
             options.error(f"{kind} needs labelled images: add --dataset NAME.")
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     view, failed = (None, 0) if saved else load_view(args)
     args.output.mkdir(parents=True, exist_ok=True)
     for kind in args.kinds:
-        images = 1 if args.readme and kind != "rollout" else args.max_pictures
+        images = 1 if args.docs and kind != "rollout" else args.max_pictures
         choices = Choices(args.layer, args.count, images, args.features_seed)
         try:
             figures = draw_figure(kind, view, args.models, choices)
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             failed += not (args.all and kind in SAVED)  # a model need not have a run
             continue
         for name, figure in figures.items():
-            print(*plots.save_figure(figure, args.output / name, svg=not args.readme), sep="\n", flush=True)
+            print(*plots.save_figure(figure, args.output / name, svg=not args.docs), sep="\n", flush=True)
     return 1 if failed else 0
 
 

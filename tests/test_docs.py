@@ -2,13 +2,16 @@
 
 import ast
 import configparser
+import json
 import os
 import re
 import shlex
 import sys
 from collections import Counter
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +28,10 @@ import modeling_vit_scratch as package
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, modeling_vit_scratch
 from modeling_vit_scratch.configuration_vit_scratch import PRESETS
 from modeling_vit_scratch.conversion import export_checkpoint
+from modeling_vit_scratch.data.cuts import SEED, SHARE
+from modeling_vit_scratch.data.doctor import fingerprint
+from modeling_vit_scratch.data.records import Cut, load_records
+from modeling_vit_scratch.data.sources import load_raw
 from modeling_vit_scratch.export import TOLERANCE
 from modeling_vit_scratch.training import DataArguments
 from modeling_vit_scratch.training.arguments import check_options
@@ -52,7 +59,8 @@ def test_readme_is_one_screen_that_leads_everywhere():
 
 @pytest.mark.parametrize("name", DOCS)
 def test_each_page_begins_with_a_command(name):
-    assert re.match(r"# [\w ]+\n\n    (python|accelerate|pytest)\b", DOCS[name])
+    """Or with the Python that does it."""
+    assert re.match(r"# [\w ]+\n\n(## [\w ]+\n\n(.+\n)+\n```python\n|    (python|accelerate|pytest)\b)", DOCS[name])
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -90,8 +98,12 @@ def place(tmp_path_factory) -> Path:
     )
     model = ViTScratchForImageClassification(config)
     torch.nn.init.normal_(model.classifier.weight)  # else it counts as untrained
-    save(model, "runs/mine")
-    save(model, "runs/other")
+    records, class_names = load_records(load_raw(str(folder / "path" / "to" / "folder")))
+    run = {"name": "folder", "cut": asdict(Cut("stratified", SHARE, SEED))}
+    run["fingerprint"] = fingerprint(SimpleNamespace(records=records, class_names=class_names))
+    for name in ("runs/mine", "runs/other"):
+        save(model, name)
+        (folder / name / "metrics.json").write_text(json.dumps({"dataset": run}))
     tensors = {name: tensor for name, tensor in export_checkpoint(model, "timm").items() if "head" not in name}
     torch.save({**tensors, "mask_token": torch.zeros(1, 64)}, folder / "dinov2_vits14.pth")
     google = "google/vit-base-patch16-224"
@@ -129,7 +141,10 @@ def read_by_its_program(words: list[str]):
         assert extras or rest[1:] == ["-e", "."] or rest[1:3] == ["torch", "--index-url"]
     elif program == "pytest":
         markers = [line.partition(":")[0] for line in SETUP["tool:pytest"]["markers"].split("\n")]
-        assert not rest or (rest[0] == "-m" and rest[1].removeprefix("not ") in markers)
+        if rest[:1] == ["-n"]:  # as CI does
+            assert f'"{" ".join(["--numprocesses", *rest[1:]])}"' in (ROOT / ".ci" / "run").read_text()
+        else:
+            assert not rest or (rest[0] == "-m" and rest[1].removeprefix("not ") in markers)
     else:
         assert words in (["accelerate", "config"], ["ruff", "check", "."], ["ruff", "format", "--check", "."])
 
@@ -201,6 +216,7 @@ def test_python_of_export(there, monkeypatch, tmp_path):
 def test_python_of_evaluation_and_inside(there, monkeypatch, tmp_path):
     names = run_python(["docs/inside.md", "docs/evaluation.md"], monkeypatch, tmp_path)
     assert names["report"]["comparison"]["difference"] == 0  # the same model twice
+    assert names["report"]["cut"]["of_the_run"]
     assert {path.name for path in (there / "plots").iterdir()} >= {"patch_filters.png", "attention_rollout.svg"}
 
 
@@ -352,7 +368,7 @@ def test_figures_outside_the_table():
     soon, late = re.search(r"after (\d+) CPU-seconds instead of ([\d,]+)\.", readme).groups()
     [times] = re.findall(r"(\d+) times sooner", readme)
     assert late in recipe("teaching_adamw.yaml")[0] and round(int(late.replace(",", "")) / int(soon)) == int(times)
-    took, accuracy = re.search(r"(\d+ min \d+ s) on two cores reach ([\d.]+ %)", readme).groups()
+    took, accuracy = re.search(r"(\d+ min \d+ s) on two cores reaches ([\d.]+ %)", readme).groups()
     assert took in recipe("budget.yaml")[0] and accuracy in recipe("budget.yaml")[0]
     text, settings = recipe("few_labels.yaml")
     config = ViTScratchConfig.preset(settings["preset"], **settings["config_overrides"])
@@ -485,9 +501,9 @@ def test_images_are_those_that_one_command_draws():
     plot = load_script("plot")
     explained = set(re.findall(r"images/(\w+)\.png", SECTION))
     named = {name for text in PAGES.values() for name in re.findall(r"images/(\w+)\.png", text)}
-    assert explained == {plot.KINDS[kind] for kind in plot.README}
+    assert explained == {plot.KINDS[kind] for kind in plot.DOCS}
     committed = {path.stem: path.stat().st_size for path in (ROOT / "docs" / "images").glob("*.png")}
     assert set(committed) == named == explained | {"race", "reconstructions"}  # those two are of long runs
     assert max(committed.values()) < 150_000
-    assert "scripts/plot.py readme" in DOCS["how_it_works"]
+    assert "scripts/plot.py docs" in DOCS["how_it_works"]
     assert all(Path(path).is_file() for path in plot.EXAMPLES)

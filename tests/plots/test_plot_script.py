@@ -156,12 +156,12 @@ def test_script_draws_images_from_all_parts_of_a_split(script, folder, tmp_path)
     torch.testing.assert_close(view.distance(most=3), expected)
 
 
-def test_script_remakes_the_images_of_the_readme(script, folder, tmp_path, capsys):
-    words = ["readme", str(folder)]
-    assert script.parse(words).output == script.IMAGES
+def test_script_remakes_the_images_of_the_docs(script, folder, tmp_path, capsys):
+    words = ["docs", str(folder)]
+    assert script.parse(words).output == Path("plots")  # and so no command of a page writes over a committed image
     assert script.main([*words, "--output", str(tmp_path / "out")]) == 0
     drawn = {file.name for file in (tmp_path / "out").iterdir()}
-    assert drawn == {f"{KINDS[kind]}.png" for kind in script.README}
+    assert drawn == {f"{KINDS[kind]}.png" for kind in script.DOCS}
     assert len(capsys.readouterr().out.split()) == len(drawn)
 
 
