@@ -57,7 +57,8 @@ def list_folder(folder: str | Path) -> Contents:
         inside = Path(root).relative_to(folder)
         for name in sorted([*names, *(f"{name}/" for name in folders)]):
             path = (inside / name).as_posix()
-            reason = next((LEFT_OUT[pattern] for pattern in LEFT_OUT if fnmatch.fnmatch(name, pattern)), None)
+            patterns = [p for p in LEFT_OUT if p == ".*" or p.endswith("/") == name.endswith("/")]
+            reason = next((LEFT_OUT[pattern] for pattern in patterns if fnmatch.fnmatch(name, pattern)), None)
             if reason and name.endswith("/"):
                 left_out[f"{path}/"] = reason
                 folders.remove(name[:-1])

@@ -6,12 +6,11 @@ several commits, and nobody can ask between its upload and its commit whether th
 
 import contextlib
 import fnmatch
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import _http
 
@@ -151,22 +150,28 @@ def _addition(folder: Path, name: str, repo_id: str) -> CommitOperationAdd:
     return CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
 
 
-@functools.cache
 def give_up_on_silence():
-    """From now on this process's clients have a time-out: a server that accepts and never answers must not hold us.
+    """Have this process's clients give up on a server that accepts and never answers.
 
     It is set where clients are made, since huggingface_hub makes a new one when a connection fails. A factory that the
-    user has set, with proxies or certificates, goes on making them; a time-out that it sets stays.
+    user has set, with proxies or certificates, goes on making them, and a time-out that it sets stays. Not by
+    `set_client_factory`, which closes the client that other threads may be using.
     """
     make_client = _http._GLOBAL_CLIENT_FACTORY
+    if not hasattr(make_client, "made_by"):
 
-    def make_client_with_timeout():
-        client = make_client()
-        if client.timeout.read is None:
-            client.timeout = TIMEOUT_SECONDS
-        return client
+        def make_client_with_timeout():
+            return _with_timeout(make_client())
 
-    set_client_factory(make_client_with_timeout)
+        make_client_with_timeout.made_by = __name__
+        _http._GLOBAL_CLIENT_FACTORY = make_client_with_timeout
+    _with_timeout(get_session())
+
+
+def _with_timeout(client):
+    if client.timeout.read is None:
+        client.timeout = TIMEOUT_SECONDS
+    return client
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def set_up(
     """The run, ready to train; and what pushes it to the Hub."""
     run = Run(model_args, data_args, args)
     # A new model takes mean and std from the data; a trained one comes with the processor it was trained with.
-    trained, processor = load_trained(model_args) if model_args.model_name_or_path else (None, None)
+    trained, processor = (None, None) if model_args.model_name_or_path is None else load_trained(model_args)
     # Two classes stand in for those of the data until they are read.
     # Two classes stand in for those of the data until they are read.
     config = make_config(model_args, ["0", "1"]) if trained is None else trained.config

@@ -267,11 +267,15 @@ def training_loss(
         num_items_in_batch: Number of examples in the whole accumulated batch; the loss is then scaled to it.
     """
     B, K = logits.shape
-    if label_smoothing and config.problem_type in (None, "single_label_classification"):
-        if not labels.is_floating_point():
-            labels = torch.nn.functional.one_hot(labels, K)  # (B,) -> (B, K)
-        labels = (1 - label_smoothing) * labels + label_smoothing / K
-    loss = image_classification_loss(labels, logits, config)
+    single = config.problem_type == "single_label_classification" or (config.problem_type is None and K > 1)
+    if label_smoothing and single and not labels.is_floating_point():
+        loss = torch.nn.functional.cross_entropy(
+            logits.float(), labels.to(logits.device).reshape(-1), label_smoothing=label_smoothing
+        )
+    else:
+        if label_smoothing and single:
+            labels = (1 - label_smoothing) * labels + label_smoothing / K
+        loss = image_classification_loss(labels, logits, config)
     return loss if num_items_in_batch is None else loss * B / num_items_in_batch
 
 

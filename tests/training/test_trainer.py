@@ -274,3 +274,22 @@ def test_averaging_sharded_weights_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
     assert finetune.main(options(tmp_path, ema_decay=0.9)) == 2
     assert "ema_decay follows whole weights" in capsys.readouterr().err
+
+
+def test_smoothing_takes_every_label_that_the_plain_loss_takes():
+    """Ignored ones (-100), columns, bytes; and it leaves a regression alone."""
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    config, smooth = ViTScratchConfig(num_labels=5), {"label_smoothing": 0.1}
+    labels = torch.tensor([1, 4, 2])
+    expected = torch.nn.functional.cross_entropy(logits, labels, **smooth)
+    for same in (labels, labels.unsqueeze(1)):
+        assert torch.equal(training_loss(same, logits, config, **smooth), expected)
+    ignored = torch.tensor([1, -100, 2])
+    assert torch.equal(
+        training_loss(ignored, logits, config, **smooth), torch.nn.functional.cross_entropy(logits, ignored, **smooth)
+    )
+    soft = torch.nn.functional.one_hot(labels, 5).float()
+    assert torch.allclose(training_loss(soft, logits, config, **smooth), expected)
+    one, target = torch.randn(3, 1), torch.tensor([0.5, 1.0, 2.0])
+    regression = ViTScratchConfig(num_labels=1)
+    assert torch.equal(training_loss(target, one, regression, **smooth), training_loss(target, one, regression))
