@@ -295,13 +295,13 @@ def test_bf16_and_compiled_steps(training, monkeypatch):
 
 
 def test_data_paths(args):
-    images = data.random_images(32, CPU)
+    dataset = data.random_images(32, CPU)
     paths = [data.our_data_path]
     if "torchvision" in peers.MODULES:
         paths.append(data.torchvision_data_path)
     for title, settings in data.DATA_CASES.items():
         for path in paths:
-            images, labels = path(images, settings)()
+            images, labels = path(dataset, settings)()
             assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.float32)
             assert labels.shape == ((8, 10) if "mixup" in title else (8,))
             mean, std = torch.tensor(data.MEAN), torch.tensor(data.STD)
