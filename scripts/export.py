@@ -26,7 +26,6 @@ import sys
 from pathlib import Path
 
 from modeling_vit_scratch import cli
-from modeling_vit_scratch.conversion.layouts import FAMILIES
 from modeling_vit_scratch.evaluation import Predictor
 from modeling_vit_scratch.export import FORMATS, ExportDifferenceError, check_formats, export_model, report_text
 
@@ -44,8 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     what.add_argument("--opset", type=int, default=20, help="version of ONNX's operators; default: 20")
     what.add_argument("--int8", action="store_true", help="also ONNX with weights and products in 8 bits")
-    what.add_argument("--source", choices=tuple(FAMILIES), metavar="NAME", help="where it comes from; default: told")
-    what.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    cli.add_source_options(what)
     data = parser.add_argument_group("accuracy on labelled images")
     data.add_argument("--dataset", metavar="NAME", help="Hub id, folder with one directory per class, or 'digits'")
     cli.add_split_options(data)

@@ -1,5 +1,7 @@
 """A model made by hand that knows three colours, and images of them."""
 
+from pathlib import Path
+
 import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
@@ -44,4 +46,11 @@ def paint_folder(folder, **classes):
         (folder / name).mkdir(parents=True)
         for i, colour in enumerate(colours):
             paint(colour).save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+def save_trained(model: ViTScratchForImageClassification, folder: Path) -> str:
+    """As a run leaves it: the model and an image processor."""
+    model.save_pretrained(folder)
+    processor().save_pretrained(folder)
     return str(folder)

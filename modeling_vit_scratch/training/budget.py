@@ -127,12 +127,13 @@ def steps_that_fit(
     return int((USED * seconds - last) / step), step, last
 
 
-def steps_in_budget(trainer: ImageTrainer, seconds: float, images_at_end: int) -> int:
+def steps_in_budget(trainer: ImageTrainer, seconds: float, batches: int, images_at_end: int) -> int:
     """Optimizer steps after which training, validation, saving and the last measurements end in so many seconds.
 
     Args:
         trainer: Of the run, before training.
         seconds: That are left, the rehearsal included.
+        batches: In an epoch.
         images_at_end: Images that are measured once more after training.
 
     Raises:
@@ -145,7 +146,7 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, images_at_end: int) -
     seconds -= time.monotonic() - began + found.first
     last = found.image * images_at_end * (2 if args.flip_tta else 1) + FINISH_SECONDS
     recurring = recurring_parts(args, found.image * len(trainer.eval_dataset))
-    per_epoch = len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps
+    per_epoch = batches // args.gradient_accumulation_steps
     steps, step, last = steps_that_fit(seconds, found.step, last, recurring, per_epoch)
     if args.world_size > 1:  # the main process decides for all
         steps = broadcast_object_list([steps])[0]

@@ -1,18 +1,15 @@
 """A classifier's run, from scratch or fine-tuned: from the options to a folder that is a Hub repository."""
 
-import json
-
 from .. import hub, plots
 from ..data import inspect_splits
 from ..data.doctor import sample_sheet
 from ..data.sources import public_name
 from ..evaluation import ImageClassificationMetrics
-from ..evaluation.tables import text_table
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import lora
 from .arguments import DataArguments, ImageTrainingArguments, ModelArguments
 from .models import load_trained, make_config, make_processor, with_classes
-from .report import describe, describe_machine, say_what_will_happen, write_history, write_predictions
+from .report import describe, describe_machine, finish, say_what_will_happen, write_numbers, write_predictions
 from .run import Run
 
 
@@ -51,7 +48,6 @@ def set_up(
     run = Run(model_args, data_args, args)
     # A new model takes mean and std from the data; a trained one comes with the processor it was trained with.
     trained, processor = (None, None) if model_args.model_name_or_path is None else load_trained(model_args)
-    # Two classes stand in for those of the data until they are read.
     # Two classes stand in for those of the data until they are read.
     config = make_config(model_args, ["0", "1"]) if trained is None else trained.config
     run.load_data(processor or make_processor(config), config.num_channels)
@@ -123,21 +119,13 @@ def _measure_split(run: Run, split: str) -> dict:
 
 def report(run: Run, metrics: dict):
     """Write what people look at: numbers, curves, card; say the result."""
-    folder = run.folder
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    logged = write_history(folder, run.trainer.state.log_history)
+    logged = write_numbers(run, metrics)
     measured = {split: metrics[split] for split in ("validation", "test") if split in metrics}
     names, result = metrics["dataset"]["class_names"], list(measured.values())[-1]
     figures = {
         "per_class_accuracy": plots.plot_per_class_accuracy(list(result["per_class_accuracy"].values()), names),
         "confusion_matrix": plots.plot_confusion_matrix(result["confusion_matrix"], names),
     }
-    if logged:
-        figures["training_curves"] = plots.plot_training_curves(folder / "history.csv")
-    (folder / "plots").mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / "plots" / f"{name}.png", dpi=110)
-    hub.write_model_card(folder)
     shown = {}
     for split, part in measured.items():
         flipped = f"; with mirror images {part['flip_tta_accuracy']:.2%}" if "flip_tta_accuracy" in part else ""
@@ -145,7 +133,4 @@ def report(run: Run, metrics: dict):
         shown[f"{split} accuracy"] = (
             f"{part['accuracy']:.2%}  ({top5}loss {part['loss']:.4f}, {part['examples']:,} images){flipped}"
         )
-    seconds = metrics["time"]
-    shown["training time"] = f"{seconds['train_seconds']:.0f} s ({seconds['train_cpu_seconds']:.0f} CPU s)"
-    shown["everything is in"] = str(folder)
-    print(text_table(list(shown.items()), left=2, indent=2))
+    finish(run, metrics, figures, logged, shown)

@@ -4,8 +4,6 @@
 (`--model_name_or_path`): the encoder is taken, the decoder left out.
 """
 
-import json
-
 import torch
 from torch.utils.data import default_collate
 from transformers import ViTImageProcessorPil
@@ -13,12 +11,10 @@ from transformers import ViTImageProcessorPil
 from .. import plots
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.augmentation import draw_mask, normalize
-from ..evaluation.tables import text_table
-from ..hub import write_model_card
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling
 from .arguments import MASKED, DataArguments, ImageTrainingArguments, ModelArguments
 from .models import load_trained, make_config, make_processor
-from .report import describe, describe_machine, say_what_will_happen, write_history
+from .report import describe, describe_machine, finish, say_what_will_happen, write_numbers
 from .run import Run
 from .trainer import ImageTrainer
 
@@ -172,26 +168,14 @@ def measure(run: Run) -> dict:
 @torch.no_grad()
 def report(run: Run, metrics: dict):
     """Write what people look at: numbers, curve, reconstructions, card; say the result."""
-    folder, trainer, dataset = run.folder, run.trainer, run.splits.validation
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    logged = write_history(folder, trainer.state.log_history)
+    trainer, dataset = run.trainer, run.splits.validation
+    logged = write_numbers(run, metrics)
     images = default_collate([dataset[i] for i in range(min(SHOWN, len(dataset)))])["pixel_values"]
     inputs = trainer.held_out_inputs(images)
     painted = run.model.eval()(**inputs).reconstruction.cpu()
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (run.augmentation.mean, run.augmentation.std))
     mask = inputs["bool_masked_pos"].cpu()
-    (folder / "plots").mkdir(exist_ok=True)
     figure = plots.plot_reconstructions(images.cpu(), mask, (painted * std + mean).clamp(0, 1))
-    figure.savefig(folder / "plots" / "reconstructions.png", dpi=110)
-    if logged:
-        curves = plots.plot_training_curves(folder / "history.csv", plots.LOSSES[MASKED])
-        curves.savefig(folder / "plots" / "training_curves.png", dpi=110)
-    write_model_card(folder)
-    loss, seconds = metrics["validation"]["loss"], metrics["time"]
-    shown = {
-        "validation loss": f"{loss:.4f} standard deviations from each hidden pixel, {len(dataset):,} images",
-        "training time": f"{seconds['train_seconds']:.0f} s ({seconds['train_cpu_seconds']:.0f} CPU s)",
-        "everything is in": str(folder),
-        "fine-tune it": f"python scripts/finetune.py --model_name_or_path {folder} --dataset_name ...",
-    }
-    print(text_table(list(shown.items()), left=2, indent=2))
+    loss = f"{metrics['validation']['loss']:.4f} standard deviations from each hidden pixel, {len(dataset):,} images"
+    further = f"python scripts/finetune.py --model_name_or_path {run.folder} --dataset_name ..."
+    finish(run, metrics, {"reconstructions": figure}, logged, {"validation loss": loss}, {"fine-tune it": further})

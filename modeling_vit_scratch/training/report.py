@@ -1,6 +1,7 @@
 """What a run says and writes: its summary before, and its numbers, history and predictions after."""
 
 import csv
+import json
 import math
 import platform
 import shlex
@@ -11,10 +12,12 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from matplotlib.figure import Figure
 
+from .. import plots
 from ..data.splits import DecodedImages
 from ..evaluation.tables import text_table
-from ..hub import public_command
+from ..hub import public_command, write_model_card
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from .arguments import ImageTrainingArguments
 from .models import flops_per_image
@@ -23,7 +26,9 @@ from .run import Run
 
 
 def say_what_will_happen(run: Run):
-    """Print the summary that a run begins with."""
+    """Print the summary that a run begins with; the main process alone."""
+    if not run.is_main:
+        return
     args, config, data = run.args, run.model.config, run.splits
     sizes = ["streamed train"] * run.streamed + [f"{count:,} {name}" for name, count in run.sizes.items()]
     classes = f"{len(data.class_names)} classes, " if data.class_names else ""
@@ -33,7 +38,7 @@ def say_what_will_happen(run: Run):
     height, width = config.image_hw
     epochs = ""
     if not run.streamed:
-        per_epoch = math.ceil(len(run.trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+        per_epoch = math.ceil(run.batches / args.gradient_accumulation_steps)
         epochs = f" ({run.steps / per_epoch:g} epochs)"
     rows = {
         "model": f"ViT, {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} "
@@ -53,8 +58,7 @@ def say_what_will_happen(run: Run):
     for change in run.facts["changes"]:
         options = (f"{name} {values[0]} -> {values[1]}" for name, values in change.items() if name != "step")
         rows[f"from step {change['step']:,}"] = ", ".join(options)
-    if run.is_main:
-        print(text_table(list(rows.items()), left=2, indent=2), flush=True)
+    print(text_table(list(rows.items()), left=2, indent=2), flush=True)
 
 
 def _frozen(model: ViTScratchPreTrainedModel) -> str:
@@ -151,7 +155,38 @@ def describe_machine(run: Run) -> dict:
     }
 
 
-def write_history(folder: Path, log_history: list[dict]) -> bool:
+def write_numbers(run: Run, metrics: dict) -> bool:
+    """Write `metrics.json` and `history.csv`, before anything is drawn that could fail; whether anything was logged."""
+    (run.folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    return _write_history(run.folder, run.trainer.state.log_history)
+
+
+def finish(run: Run, metrics: dict, figures: dict[str, Figure], logged: bool, shown: dict, further: dict | None = None):
+    """Write the plots and the model card, and say the result.
+
+    Args:
+        run: That has ended.
+        metrics: What `metrics.json` holds.
+        figures: File name -> figure, beside the training curves.
+        logged: Whether there is anything to draw curves of.
+        shown: What is said first, by its name.
+        further: And last.
+    """
+    folder, seconds = run.folder, metrics["time"]
+    loss = plots.LOSSES[metrics["task"]]
+    curves = {"training_curves": plots.plot_training_curves(folder / "history.csv", loss)} if logged else {}
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, figure in {**figures, **curves}.items():
+        figure.savefig(folder / "plots" / f"{name}.png", dpi=110)
+    write_model_card(folder)
+    shown = shown | {
+        "training time": f"{seconds['train_seconds']:.0f} s ({seconds['train_cpu_seconds']:.0f} CPU s)",
+        "everything is in": str(folder),
+    }
+    print(text_table([*shown.items(), *(further or {}).items()], left=2, indent=2))
+
+
+def _write_history(folder: Path, log_history: list[dict]) -> bool:
     """One row per logged event, in the order of steps; empty where an event has no such number. False if none was."""
     names = ["step", "epoch", "learning_rate", "loss", "grad_norm", "eval_loss", "eval_accuracy", "eval_top5_accuracy"]
     names += ["train_seconds", "train_cpu_seconds"]

@@ -58,8 +58,8 @@ class Run:
         model, processor, augmentation, facts: After `settle_model`. `facts` are what a checkpoint must share with the
             run that continues it.
         trainer: After `make_trainer`.
-        steps, last_rate: After `settle_steps`: optimizer steps, and the learning rate of the last one (None where
-            validation sets it).
+        batches, steps, last_rate: After `settle_steps`: batches of an epoch (None of a stream), optimizer steps, and
+            the learning rate of the last one (None where validation sets it).
 
     Raises:
         ValueError: An option is wrong, or the output folder is taken or cannot be written.
@@ -139,17 +139,13 @@ class Run:
         Args:
             model: On the CPU.
             processor: With the data's mean and standard deviation, or those that the model was trained with.
-            **facts: That a checkpoint must share beside `run_facts`.
+            **facts: That a checkpoint must share beside those of every run.
         """
         args, splits = self.args, self.splits
         self.model, self.processor = model, processor
         self.augmentation = make_augmentation(self.data_args, args, processor, splits)
         suit_device(args, model, splits)
-        self.facts = {
-            **facts,
-            **self._facts(),
-            **facts,
-        }  # given ones come first, and hold
+        self.facts = {**facts, **self._facts(), **facts}  # given ones come first, and hold
         if args.resume_from_checkpoint:
             checkpoint = Path(args.resume_from_checkpoint)
             fields = {name: field.default for name, field in ViTScratchConfig.__dataclass_fields__.items()}
@@ -202,8 +198,8 @@ class Run:
             ValueError: No batch is full, the time is too short, or a checkpoint is past the end.
         """
         args, resumed = self.args, self.args.resume_from_checkpoint
-        batches = None if self.streamed else len(self.trainer.get_train_dataloader())
-        if batches == 0:
+        self.batches = None if self.streamed else len(self.trainer.get_train_dataloader())
+        if self.batches == 0:
             raise ValueError(
                 f"no batch is full: {len(self.splits.train)} images for training, per_device_train_batch_size "
                 f"{args.per_device_train_batch_size}; lower it, or leave out dataloader_drop_last."
@@ -213,9 +209,9 @@ class Run:
         elif args.time_budget_seconds is not None:
             left = args.time_budget_seconds - (time.monotonic() - self.started)
             at_end = sum(len(part) for name, part in self.parts.items() if name != "train")
-            args.max_steps = steps_in_budget(self.trainer, left, at_end)
-        self.steps, self.last_rate = settle_schedule(args, batches)
-        settle_crops(self.trainer, self.steps, batches)
+            args.max_steps = steps_in_budget(self.trainer, left, self.batches, at_end)
+        self.steps, self.last_rate = settle_schedule(args, self.batches)
+        settle_crops(self.trainer, self.steps, self.batches)
         done = trainer_state(resumed)["global_step"] if resumed else 0
         if self.steps < done:
             raise ValueError(

@@ -20,14 +20,6 @@ def script():
     return load_script("predict")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    colour_model().save_pretrained(folder)
-    processor().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def photos(tmp_path) -> Path:
     folder = tmp_path / "photos"

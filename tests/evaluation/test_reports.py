@@ -4,40 +4,13 @@ import json
 
 import pytest
 import torch
-from colours import BLUE, GREEN, NAMES, RED, colour_model, paint_folder, processor
+from colours import BLUE, NAMES, RED, colour_model, paint_folder, save_trained
 
 from modeling_vit_scratch.data import load_split
 from modeling_vit_scratch.data.records import BadImages
 from modeling_vit_scratch.evaluation import Predictor, compare_models, evaluate_model, report_text
 from modeling_vit_scratch.evaluation.metrics import mcnemar_test, wilson_interval
 from modeling_vit_scratch.evaluation.tables import shorten, text_table
-
-
-def save(model, folder):
-    model.save_pretrained(folder)
-    processor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save(colour_model(), tmp_path_factory.mktemp("knows colours"))
-
-
-@pytest.fixture(scope="module")
-def biased(tmp_path_factory):
-    """Says red of everything."""
-    model = colour_model()
-    with torch.no_grad():
-        model.classifier.bias[0] = 1000
-    return save(model, tmp_path_factory.mktemp("says red"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    """10 images, one of them blue among the red ones."""
-    folder = tmp_path_factory.mktemp("data") / "colours"
-    return paint_folder(folder, red=[RED, RED, RED, BLUE], green=[GREEN] * 3, blue=[BLUE] * 3)
 
 
 def without_times(report: dict) -> dict:
@@ -115,9 +88,9 @@ def test_bad_input_is_named_in_a_line(call, model, data, tmp_path, monkeypatch):
     untrained = colour_model()
     torch.nn.init.zeros_(untrained.classifier.weight)
     bad = {
-        "untrained": save(untrained, tmp_path / "untrained"),
-        "several": save(colour_model(problem_type="multi_label_classification"), tmp_path / "several"),
-        "other": save(colour_model(id2label={**NAMES, 0: "pink"}), tmp_path / "other"),
+        "untrained": save_trained(untrained, tmp_path / "untrained"),
+        "several": save_trained(colour_model(problem_type="multi_label_classification"), tmp_path / "several"),
+        "other": save_trained(colour_model(id2label={**NAMES, 0: "pink"}), tmp_path / "other"),
     }
     monkeypatch.setattr(Predictor, "answers", lambda *args: pytest.fail("a model started before all were checked"))
 

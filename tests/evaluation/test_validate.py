@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from colours import BLUE, GREEN, NAMES, RED, colour_model, paint_folder, processor
+from colours import BLUE, GREEN, NAMES, RED, colour_model, paint_folder, save_trained
 from runs import load_script
 
 from modeling_vit_scratch.evaluation import reports
@@ -15,33 +15,6 @@ from modeling_vit_scratch.evaluation.metrics import wilson_interval
 @pytest.fixture(scope="module")
 def script():
     return load_script("validate")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save(colour_model(), tmp_path_factory.mktemp("knows colours"))
-
-
-@pytest.fixture(scope="module")
-def biased(tmp_path_factory) -> str:
-    """Says red of everything."""
-    model = colour_model()
-    with torch.no_grad():
-        model.classifier.bias[0] = 1000
-    return save(model, tmp_path_factory.mktemp("says red"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    """10 images, one of them blue among the red ones."""
-    folder = tmp_path_factory.mktemp("data") / "colours"
-    return paint_folder(folder, red=[RED, RED, RED, BLUE], green=[GREEN] * 3, blue=[BLUE] * 3)
-
-
-def save(model, folder) -> str:
-    model.save_pretrained(folder)
-    processor().save_pretrained(folder)
-    return str(folder)
 
 
 def run(script, capsys, *words: str) -> tuple[int, str, str]:
@@ -66,8 +39,8 @@ def test_one_model(script, model, data, capsys):
 
 def test_top_5_is_shown_where_it_says_something(script, model, biased, data, tmp_path, capsys):
     names = {**NAMES, 3: "a", 4: "b"}
-    five = save(colour_model(id2label=names), tmp_path / "five")
-    six = save(colour_model(id2label={**names, 5: "c"}), tmp_path / "six")
+    five = save_trained(colour_model(id2label=names), tmp_path / "five")
+    six = save_trained(colour_model(id2label={**names, 5: "c"}), tmp_path / "six")
     for words, expected in (
         ([five], []),
         ([six], ["top-5", "top-5, with flip"]),
@@ -153,8 +126,8 @@ def test_statuses(script, model, data, tmp_path, capsys):
     torch.nn.init.zeros_(untrained.classifier.weight)
     several = colour_model(problem_type="multi_label_classification")
     for words, text in (
-        ([save(untrained, tmp_path / "untrained"), data], "no trained classifier"),
-        ([save(several, tmp_path / "several"), data], "several classes"),
+        ([save_trained(untrained, tmp_path / "untrained"), data], "no trained classifier"),
+        ([save_trained(several, tmp_path / "several"), data], "several classes"),
         ([model, data, "--split", "test"], "there is no split 'test'"),
         ([model, tmp_path / "nothing"], "could not be loaded"),
     ):
