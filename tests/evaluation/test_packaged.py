@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import ROOT, load_script
+from runs import CIFAR10_COPY, load_script
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 
@@ -13,7 +13,6 @@ from modeling_vit_scratch.conversion import PACKAGED_MODEL, convert_checkpoint, 
 from modeling_vit_scratch.data import records as records_module
 from modeling_vit_scratch.data import sources as sources_module
 
-CIFAR10 = ROOT.parent / "shared" / "cifar10"
 TEST_ACCURACY = 86.77  # in float32, of 10,000 images of the JPEG copy
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -48,10 +47,10 @@ def test_its_numbers_on_two_photographs(packaged):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CIFAR10.exists(), reason="the JPEG copy of CIFAR-10 does not lie beside the checkout")
+@pytest.mark.skipif(not CIFAR10_COPY.exists(), reason="the JPEG copy of CIFAR-10 does not lie beside the checkout")
 def test_accuracy_to_the_hundredth(packaged):
     model, processor = packaged
-    records, names = records_module.load_records(sources_module.load_raw(str(CIFAR10)))
+    records, names = records_module.load_records(sources_module.load_raw(str(CIFAR10_COPY)))
     assert names == CLASSES
     right = 0
     for start in range(0, 10_000, 500):
