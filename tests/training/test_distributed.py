@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, SCRIPTS, fork_run, history, options, wait_all, weights
+from runs import CIFAR10_COPY, SCRIPTS, fork_run, history, options, wait_all, weights
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.data import Augmentation
 from modeling_vit_scratch.training import checkpoints
 
-CIFAR10 = ROOT.parent / "shared" / "cifar10"
 PLAIN = {
     "horizontal_flip": 0, "crop_padding": 0, "max_grad_norm": 0, "max_train_samples": 384, "num_train_epochs": 9,
     "save_strategy": "no", "eval_strategy": "no",
@@ -52,9 +51,14 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, optim):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [10_000, 9_999])
 def test_evaluation_counts_each_image_once(tmp_path, size):
-    if not CIFAR10.is_dir():
-        pytest.skip(f"needs {CIFAR10}")
-    changes = {"dataset_name": CIFAR10, "max_eval_samples": size, "max_steps": 2, "per_device_eval_batch_size": 500}
+    if not CIFAR10_COPY.is_dir():
+        pytest.skip(f"needs {CIFAR10_COPY}")
+    changes = {
+        "dataset_name": CIFAR10_COPY,
+        "max_eval_samples": size,
+        "max_steps": 2,
+        "per_device_eval_batch_size": 500,
+    }
     results = []
     for n in (1, 2):
         folder = train(tmp_path / str(n), n, **changes)
