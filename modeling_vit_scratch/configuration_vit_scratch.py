@@ -36,8 +36,10 @@ PRESETS = {
     },
 }  # fmt: skip
 
-POOLINGS = ("cls", "mean")
-POSITION_EMBEDDING_TYPES = ("learned", "sincos")
+POOLINGS = ("cls", "mean", "cls+mean", "attention")
+POSITION_EMBEDDING_TYPES = ("learned", "sincos", "rope", "learned+rope", "none")
+ROPE_COORDINATES = ("centered", "index")
+ROPE_FREQUENCIES = ("axial", "mixed")
 POSITION_INTERPOLATIONS = (
     "bicubic", "bicubic_antialias", "bicubic_align_corners", "bicubic_offset", "bilinear", "bilinear_align_corners",
 )  # fmt: skip
@@ -74,14 +76,31 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         stem_channels: Channels of each stage of early convolutions (Xiao et al., 2021) before the patches; empty for
             none. Each halves height and width, so `patch_size` must be a multiple of 2 ** stages.
         qkv_bias: Whether the query, key and value projections have biases.
+        key_bias: Whether, where these have biases, the key's has one, too (not so in BEiT and DINOv3).
+        use_qk_norm: Whether a LayerNorm over each head's channels normalises queries and keys (Dehghani et al., 2023).
+        use_gated_mlp: Whether the MLP is gated (Shazeer, 2020): with hidden_act="silu" SwiGLU; has half as many weights
+            again at the same `intermediate_size`.
         encoder_stride: Pixels that one token decodes to in masked image modelling, one number or (height, width).
         use_cls_token: Whether a learned class token leads the sequence (ViT, eq. 1).
+        num_cls_tokens: How many there are, each with a position of its own; DeiT's distillation token is a second one.
         num_register_tokens: Learned tokens without a position, after the class token (Darcet et al., 2024).
-        pooling: What the classifier sees: "cls", the class token (ViT, eq. 4), or "mean", the mean of the patch tokens.
+        pooling: What the classifier sees: "cls", the class token (ViT, eq. 4), of several their concatenation; "mean",
+            the mean of the patch tokens; "cls+mean", both, one after the other (DINOv2's linear heads); or "attention",
+            what a learned query gathers from the patch tokens, and an MLP (Zhai et al., 2022; SigLIP).
+        use_embedding_norm: Whether a LayerNorm comes before the first block (CLIP, Radford et al., 2021).
         use_final_norm: Whether a LayerNorm follows the last block (ViT, eq. 4).
         norm_after_pooling: Whether that LayerNorm follows the pooling instead, so that `last_hidden_state` is not
             normalised (He et al., 2022, fine-tuning; timm's `fc_norm`).
-        position_embedding_type: "learned" (ViT, eq. 1), or "sincos": fixed, 2-D (MoCo v3; MAE).
+        position_embedding_type: "learned" (ViT, eq. 1); "sincos", fixed, 2-D (MoCo v3; MAE); "rope", rotary positions
+            in attention (Su et al., 2021) and none in the embeddings; "learned+rope"; or "none".
+        rope_theta: Base of the frequencies of rotary positions: they fall from 1 to nearly 1 / rope_theta.
+        rope_coordinates: Where rotary positions put the patches of an axis: "centered", from -2 pi to 2 pi whatever
+            their number (DINOv3); or "index", their numbers, from 0 (EVA-02).
+        rope_grid_size: Patches a side that "index" is scaled to, so that larger images do not leave the places learned
+            (EVA-02: 16); None for no scaling.
+        rope_offset: Number of the first patch for "index"; 1 in Perception Encoder.
+        rope_frequencies: "axial", a pair of channels turns by y or by x; or "mixed", by both, with frequencies learned
+            for each head and layer (Heo et al., 2024).
         position_interpolation: How positions are resized to images of another size (ViT, sec. 3.2): "bicubic" (as
             transformers, DeiT and MAE do), "bicubic_antialias" (timm; DINOv2 with registers), "bicubic_align_corners"
             (torchvision), "bicubic_offset" (DINO's and DINOv2's own code, which adds 0.1 patches to the new height and
@@ -121,14 +140,24 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     num_channels: int = 3
     stem_channels: list[int] | tuple[int, ...] = ()
     qkv_bias: bool = True
+    key_bias: bool = True
+    use_qk_norm: bool = False
+    use_gated_mlp: bool = False
     encoder_stride: int | list[int] | tuple[int, int] = 16
     use_cls_token: bool = True
+    num_cls_tokens: int = 1
     num_register_tokens: int = 0
     pooling: str = "cls"
+    use_embedding_norm: bool = False
     use_final_norm: bool = True
     norm_after_pooling: bool = False
     position_embedding_type: str = "learned"
     position_interpolation: str = "bicubic"
+    rope_theta: float | int = 100.0
+    rope_coordinates: str = "centered"
+    rope_grid_size: int | None = None
+    rope_offset: float | int = 0
+    rope_frequencies: str = "axial"
     representation_size: int | None = None
     layerscale_value: float | int | None = None
     reshape_hidden_states: bool = True
@@ -228,8 +257,19 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the first patch: class token and registers."""
-        return int(self.use_cls_token) + self.num_register_tokens
+        """Tokens before the first patch: class tokens and registers."""
+        return self.cls_tokens + self.num_register_tokens
+
+    @property
+    def cls_tokens(self) -> int:
+        """Class tokens: `num_cls_tokens`, or 0 where there are none."""
+        return self.num_cls_tokens if self.use_cls_token else 0
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of what the classifier sees: D for each of the tokens that are pooled."""
+        tokens = {"cls": self.cls_tokens, "cls+mean": self.cls_tokens + 1}
+        return self.hidden_size * tokens.get(self.pooling, 1)
 
     # The stages of a backbone. The library's mixin stores the names of all stages and of the last, and writes them to
     # config.json, which then cannot be loaded with another number of layers. Here only a choice is stored.
@@ -300,11 +340,15 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate(self):
         """Raise a ValueError that says what is wrong, both numbers, and the mend."""
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
+        for name in (*sizes, "num_cls_tokens"):
             _require_int(name, getattr(self, name), minimum=1)
         _require_int("num_register_tokens", self.num_register_tokens, minimum=0)
-        if self.representation_size is not None:
-            _require_int("representation_size", self.representation_size, minimum=1)
+        for name in ("representation_size", "rope_grid_size"):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), minimum=1)
+        _require_number("rope_theta", self.rope_theta, minimum=1)
+        _require_number("rope_offset", self.rope_offset, minimum=0)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             _require_number(name, getattr(self, name), minimum=0, maximum=1)
         _require_number("layer_norm_eps", self.layer_norm_eps, minimum=0)
@@ -316,14 +360,16 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             _require_choice("initializer_range", self.initializer_range, ("fan_in",))
         else:
             _require_number("initializer_range", self.initializer_range, minimum=1e-12)
-        flags = ("qkv_bias", "use_cls_token", "use_final_norm", "norm_after_pooling")
-        for name in (*flags, "reshape_hidden_states", "apply_layernorm"):
+        flags = ("qkv_bias", "key_bias", "use_qk_norm", "use_gated_mlp", "use_cls_token", "use_embedding_norm")
+        for name in (*flags, "use_final_norm", "norm_after_pooling", "reshape_hidden_states", "apply_layernorm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         _require_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
         _require_choice("pooling", self.pooling, POOLINGS)
         _require_choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         _require_choice("position_interpolation", self.position_interpolation, POSITION_INTERPOLATIONS)
+        _require_choice("rope_coordinates", self.rope_coordinates, ROPE_COORDINATES)
+        _require_choice("rope_frequencies", self.rope_frequencies, ROPE_FREQUENCIES)
         self._validate_geometry()
         self._validate_stages()
 
@@ -366,8 +412,20 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be divisible by 4 for position_embedding_type='sincos'; "
                 f"use {math.ceil(self.hidden_size / 4) * 4}."
             )
-        if self.pooling == "cls" and not self.use_cls_token:
-            raise ValueError("pooling='cls' needs use_cls_token=True; use pooling='mean' without a class token.")
+        head_dim = self.hidden_size // self.num_attention_heads
+        if self.position_embedding_type.endswith("rope") and head_dim % 4:
+            raise ValueError(
+                f"the width of a head ({self.hidden_size} / {self.num_attention_heads} = {head_dim}) must be divisible "
+                f"by 4 for rotary positions; use hidden_size={math.ceil(head_dim / 4) * 4 * self.num_attention_heads}."
+            )
+        if self.pooling.startswith("cls") and not self.use_cls_token:
+            raise ValueError(
+                f"pooling={self.pooling!r} needs use_cls_token=True; use pooling='mean' without a class token."
+            )
+        if self.pooling == "attention" and self.use_cls_token:
+            raise ValueError("pooling='attention' reads the patch tokens alone; use use_cls_token=False.")
+        if self.num_cls_tokens > 1 and not self.use_cls_token:
+            raise ValueError(f"num_cls_tokens ({self.num_cls_tokens}) needs use_cls_token=True.")
         if self.norm_after_pooling and not self.use_final_norm:
             raise ValueError("norm_after_pooling=True moves the final norm, so it needs use_final_norm=True.")
 

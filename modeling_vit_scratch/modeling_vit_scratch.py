@@ -28,8 +28,10 @@ Where this file leaves the paper, or Google's code of it (google-research/vision
 - `pooler_output` is what the classifier reads, with no dense layer and tanh as transformers' ViT has them; in
   the paper these belong to the head of pre-training (`representation_size`).
 
-Beyond the paper, each off by default: early convolutions, mean pooling, a norm after it or none, no class token,
-registers, LayerScale, stochastic depth, fixed 2-D sine-cosine positions, a mask token.
+Beyond the paper, each off by default: early convolutions, pooling by the mean or by attention, a norm after it or
+none, no class token or several, registers, LayerScale, stochastic depth, fixed 2-D sine-cosine positions, a mask token;
+and what made the ViT of 2021 that of today: rotary positions, a gated MLP, a norm before the first block, normalised
+queries and keys, no bias of the keys. docs/today.md shows which model has which.
 """
 
 import torch
@@ -115,7 +117,7 @@ def sincos_positions(config: ViTScratchConfig) -> torch.Tensor:
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")  # (h, w) each
     angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]  # (N, D / 4) each
     patches = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)  # (N, D)
-    positions = nn.functional.pad(patches, (0, 0, int(config.use_cls_token), 0))  # a row of zeros for the class token
+    positions = nn.functional.pad(patches, (0, 0, config.cls_tokens, 0))  # a row of zeros for the class token
     return positions.unsqueeze(0).to(torch.get_default_dtype())
 
 
@@ -142,25 +144,27 @@ def resize_positions(positions: torch.Tensor, old_hw, new_hw, how: str) -> torch
 class ViTScratchEmbeddings(nn.Module):
     """Patches, positions, class token, registers: (B, C, H, W) -> (B, T, D). ViT, eq. 1.
 
-    Positions cover the class token and the patches; registers have none (Darcet et al., 2024).
+    Positions cover the class token and the patches; registers have none (Darcet et al., 2024). Where rotary positions
+    take their place, there are no embeddings of positions, and images may have any size.
     """
 
     def __init__(self, config: ViTScratchConfig, use_mask_token: bool = False):
         super().__init__()
         D, registers = config.hidden_size, config.num_register_tokens
-        self.num_channels, self.num_cls_tokens = config.num_channels, int(config.use_cls_token)
+        self.num_channels, self.num_cls_tokens = config.num_channels, config.cls_tokens
         self.image_hw, self.patch_hw, self.grid_hw = config.image_hw, config.patch_hw, config.grid_hw
         self.position_interpolation = config.position_interpolation
         embeddings_class = ViTScratchStemPatchEmbeddings if config.stem_channels else ViTScratchPatchEmbeddings
         self.patch_embeddings = embeddings_class(config)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, D)) if config.use_cls_token else None
+        self.cls_token = nn.Parameter(torch.empty(1, self.num_cls_tokens, D)) if config.use_cls_token else None
         self.register_tokens = nn.Parameter(torch.empty(1, registers, D)) if registers else None
         self.mask_token = nn.Parameter(torch.empty(1, 1, D)) if use_mask_token else None
-        if config.position_embedding_type == "learned":
+        if config.position_embedding_type.startswith("learned"):
             N = self.grid_hw[0] * self.grid_hw[1]
             self.position_embeddings = nn.Parameter(torch.empty(1, self.num_cls_tokens + N, D))
         else:
-            self.register_buffer("position_embeddings", sincos_positions(config), persistent=False)
+            positions = sincos_positions(config) if config.position_embedding_type == "sincos" else None
+            self.register_buffer("position_embeddings", positions, persistent=False)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: torch.Tensor, bool_masked_pos, interpolate_pos_encoding: bool) -> torch.Tensor:
@@ -169,12 +173,13 @@ class ViTScratchEmbeddings(nn.Module):
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values are {pixel_values.dtype}, not floating point; use the image processor.")
         (B, _, H, W), (P, Q) = pixel_values.shape, self.patch_hw
-        if (H % P or W % Q) if interpolate_pos_encoding else (H, W) != self.image_hw:
+        any_size = interpolate_pos_encoding or self.position_embeddings is None
+        if (H % P or W % Q) if any_size else (H, W) != self.image_hw:
             raise ValueError(
                 f"pixel_values are {H}x{W}, but the model was made for {self.image_hw[0]}x{self.image_hw[1]}; resize "
                 f"them, or pass interpolate_pos_encoding=True for a size that patches of {P}x{Q} divide."
             )
-        patches = self.patch_embeddings(pixel_values.to(self.position_embeddings.dtype))  # (B, N, D)
+        patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.projection.bias.dtype))  # (B, N, D)
         if bool_masked_pos is not None:
             if self.mask_token is None or bool_masked_pos.numel() != B * patches.shape[1]:
                 raise ValueError(
@@ -183,11 +188,13 @@ class ViTScratchEmbeddings(nn.Module):
                 )
             mask = bool_masked_pos.reshape(B, -1, 1).bool()  # (B, N, 1)
             patches = torch.where(mask, self.mask_token, patches)
-        positions = self.position_embeddings  # (1, 1 + N, D)
-        if interpolate_pos_encoding:
-            positions = self.interpolate_pos_encoding((H // P, W // Q))
-        patches = patches + positions[:, self.num_cls_tokens :]
-        cls = None if self.cls_token is None else self.cls_token + positions[:, :1]
+        cls = self.cls_token  # (1, 1, D)
+        if self.position_embeddings is not None:
+            positions = self.position_embeddings  # (1, 1 + N, D)
+            if interpolate_pos_encoding:
+                positions = self.interpolate_pos_encoding((H // P, W // Q))
+            patches = patches + positions[:, self.num_cls_tokens :]
+            cls = None if cls is None else cls + positions[:, : self.num_cls_tokens]
         prefix = [token.expand(B, -1, -1) for token in (cls, self.register_tokens) if token is not None]
         return self.dropout(torch.cat([*prefix, patches], dim=1))  # (B, T, D)
 
@@ -197,6 +204,50 @@ class ViTScratchEmbeddings(nn.Module):
         if not torch.jit.is_tracing() and not torch.compiler.is_exporting() and grid_hw == self.grid_hw:
             return self.position_embeddings
         return resize_positions(self.position_embeddings, self.grid_hw, grid_hw, self.position_interpolation)
+
+
+class ViTScratchRotaryPositions(nn.Module):
+    """Optional: rotary positions (Su et al., 2021, "RoFormer"): a grid (h, w) -> cosines and sines (2, ..., T, d / 2).
+
+    Channels j and j + d / 2 of a query or key are a point in the plane. It is turned by an angle that grows with the
+    place (y, x) of its patch, so that the score of two patches depends on how far apart they are, and not on where.
+    Class tokens and registers are not turned. Pair j turns by y or by x alone at frequency `rope_theta`^(-4 j / d)
+    ("axial": EVA-02, DINOv3), or by y f_j + x g_j with learned f and g for each head and layer (Heo et al., 2024).
+    """
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__()
+        self.config, A = config, config.num_attention_heads
+        mixed = config.rope_frequencies == "mixed"
+        self.frequencies = nn.Parameter(torch.empty(A, 2, config.hidden_size // A // 2)) if mixed else None
+
+    def axial(self, device: torch.device | None = None) -> torch.Tensor:
+        """Radians for each step of y (first row) and x: (2, d / 2); half of the pairs turn by each."""
+        quarter = self.config.hidden_size // self.config.num_attention_heads // 4
+        bands = self.config.rope_theta ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+        return torch.stack([nn.functional.pad(bands, (0, quarter)), nn.functional.pad(bands, (quarter, 0))])
+
+    def places(self, side: int, device: torch.device) -> torch.Tensor:
+        """Where the patches of one axis stand: (h,) or (w,)."""
+        config, steps = self.config, torch.arange(side, dtype=torch.float32, device=device)
+        if config.rope_coordinates == "centered":
+            return 2 * torch.pi * (2 * (steps + 0.5) / side - 1)
+        return (steps + config.rope_offset) * (1 if config.rope_grid_size is None else config.rope_grid_size / side)
+
+    def forward(self, grid_hw: tuple[int, int], device: torch.device) -> torch.Tensor:
+        y, x = torch.meshgrid(*(self.places(side, device) for side in grid_hw), indexing="ij")  # (h, w) each
+        places = torch.stack([y, x], dim=-1).flatten(0, 1)  # (h, w, 2) -> (N, 2)
+        places = nn.functional.pad(places, (0, 0, self.config.num_prefix_tokens, 0))  # (T, 2)
+        # (2, d / 2), or learned (A, 1, 2, d / 2); a sum in float32, which autocast would compute otherwise as a product.
+        frequencies = self.axial(device) if self.frequencies is None else self.frequencies.float().unsqueeze(1)
+        angles = (places.unsqueeze(2) * frequencies).sum(dim=-2)  # (T, 2, 1) -> (T, d / 2) or (A, T, d / 2)
+        return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(tokens: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Turn each pair of channels of queries or keys (B, A, T, d) by its angle. RoFormer, eq. 34."""
+    (a, b), (cos, sin) = tokens.chunk(2, dim=-1), rotation.to(tokens.dtype)  # (B, A, T, d / 2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -221,14 +272,31 @@ class ViTScratchAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # read by transformers' attention functions
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias and config.key_bias)
+        separate = config.qkv_bias and not config.key_bias  # BEiT, DINOv3
+        for name in ("q_bias", "v_bias"):
+            self.register_parameter(name, nn.Parameter(torch.empty(config.hidden_size)) if separate else None)
+        for name in (
+            "q_norm",
+            "k_norm",
+        ):  # Dehghani et al., 2023, "Scaling Vision Transformers to 22 Billion Parameters"
+            norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.use_qk_norm else nn.Identity()
+            self.add_module(name, norm)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor, keep_maps=None, num_queries: int | None = None, **kwargs):
+    def forward(
+        self, hidden_states: torch.Tensor, keep_maps=None, num_queries: int | None = None, rotation=None, **kwargs
+    ):
         """`keep_maps` is called with the maps (B, A, T, T). Of the tokens, the first `num_queries` ask; None is all."""
-        qkv = self.qkv(hidden_states).unflatten(2, (3, -1, self.head_dim))  # (B, T, 3 D) -> (B, T, 3, A, d)
+        qkv = self.qkv(hidden_states)  # (B, T, D) -> (B, T, 3 D)
+        if self.q_bias is not None:
+            qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
+        qkv = qkv.unflatten(2, (3, -1, self.head_dim))  # (B, T, 3, A, d)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, A, T, d) each
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         implementation = self.config._attn_implementation if keep_maps is None else "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
@@ -240,17 +308,29 @@ class ViTScratchAttention(nn.Module):
 
 
 class ViTScratchMLP(nn.Module):
-    """Two dense layers with an activation between: (B, T, D) -> (B, T, D). ViT, eq. 3."""
+    """Two dense layers with an activation between: (B, T, D) -> (B, T, D). ViT, eq. 3.
+
+    Gated, the first layer has two outputs of that width, and the activation of one multiplies the other (Shazeer, 2020,
+    "GLU Variants Improve Transformer"; SwiGLU where the activation is SiLU).
+    """
 
     def __init__(self, config: ViTScratchConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.gated = config.use_gated_mlp
+        self.fc1 = nn.Linear(config.hidden_size, (1 + self.gated) * config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What fc2 reads: (B, T, D) -> (B, T, `intermediate_size`)."""
+        if not self.gated:
+            return self.activation(self.fc1(hidden_states))
+        gate, value = self.fc1(hidden_states).chunk(2, dim=-1)
+        return self.activation(gate) * value
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(hidden_states)))))
+        return self.dropout(self.fc2(self.dropout(self.hidden(hidden_states))))
 
 
 class ViTScratchDropPath(nn.Module):
@@ -317,10 +397,11 @@ class ViTScratchLayer(ViTScratchBlock, GradientCheckpointingLayer):
         The class token alone asks, and enters the MLP; or the mean is taken before fc2, since fc2 of a mean is the mean
         of fc2. The first saves 6 % of ViT-B/16's forward pass, the second 5 % of a training step of the showcase.
         """
-        cls = self.attention.config.pooling == "cls"
-        gathered = self.attention(self.norm1(hidden_states), num_queries=1 if cls else None, **kwargs)
-        z = self.drop_path(self.layer_scale1(gathered)) + (hidden_states[:, :1] if cls else hidden_states)
-        inner = self.mlp if cls else lambda x: self.mlp.fc2(pool(self.mlp.activation(self.mlp.fc1(x))))
+        config = self.attention.config
+        cls = config.pooling == "cls"
+        gathered = self.attention(self.norm1(hidden_states), num_queries=config.cls_tokens if cls else None, **kwargs)
+        z = self.drop_path(self.layer_scale1(gathered)) + (pool(hidden_states) if cls else hidden_states)
+        inner = self.mlp if cls else lambda x: self.mlp.fc2(pool(self.mlp.hidden(x)))
         return self.drop_path(self.layer_scale2(inner(self.norm2(z)))) + pool(z)
 
     def can_pool(self, attention_mask: torch.Tensor | None = None, **kwargs) -> bool:
@@ -329,7 +410,31 @@ class ViTScratchLayer(ViTScratchBlock, GradientCheckpointingLayer):
         if config.pooling == "cls":
             return attention_mask is None
         normed = config.use_final_norm and not config.norm_after_pooling
-        return not normed and not (self.training and config.hidden_dropout_prob)
+        return config.pooling == "mean" and not normed and not (self.training and config.hidden_dropout_prob)
+
+
+class ViTScratchAttentionPooling(nn.Module):
+    """Optional: a learned query gathers from the patches, and an MLP follows: (B, N, D) -> (B, 1, D).
+
+    The head of "Scaling Vision Transformers" (Zhai et al., 2022) and of SigLIP (Zhai et al., 2023).
+    """
+
+    def __init__(self, config: ViTScratchConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.head_dim = D // config.num_attention_heads
+        self.query = nn.Parameter(torch.empty(1, 1, D))
+        self.q, self.kv, self.proj = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(D, D)
+        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.mlp = ViTScratchMLP(config)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        query = self.q(self.query).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (1, A, 1, d)
+        key_value = self.kv(patches).unflatten(2, (2, -1, self.head_dim))  # (B, N, 2, A, d)
+        key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)  # (B, A, N, d) each
+        context, _ = eager_attention_forward(self, query, key, value, None, self.head_dim**-0.5)  # (B, 1, A, d)
+        pooled = self.proj(context.flatten(2))
+        return pooled + self.mlp(self.norm(pooled))  # (B, 1, D)
 
 
 class ViTScratchPreTrainedModel(PreTrainedModel):
@@ -344,9 +449,11 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         | weight of a linear or convolutional layer         | truncated N(0, std^2) in [-2, 2]                     |
         | the same, `initializer_range="fan_in"`            | N(0, 1 / fan_in)                                     |
         | weight of `classifier`                            | 0 (as in Google's code)                              |
-        | bias                                              | 0                                                    |
+        | bias, `q_bias`, `v_bias`                          | 0                                                    |
         | LayerNorm                                         | weight 1, bias 0                                     |
         | `cls_token`, `register_tokens`, learned positions | truncated N(0, std'^2) in [-2, 2] * max(std', 1)      |
+        | `query` of attention pooling                      | the same                                             |
+        | `frequencies` of rotary positions                 | the axial ones, turned by a random angle for a head  |
         | sincos positions                                  | `sincos_positions`                                   |
         | `mask_token`                                      | 0                                                    |
         | LayerScale                                        | `layerscale_value`                                   |
@@ -368,17 +475,24 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, ViTScratchLayerScale):
             init.constant_(module.scale, self.config.layerscale_value)
-        elif isinstance(module, ViTScratchEmbeddings):
+        elif isinstance(module, ViTScratchAttention) and module.q_bias is not None:
+            init.zeros_(module.q_bias)
+            init.zeros_(module.v_bias)
+        elif isinstance(module, ViTScratchRotaryPositions) and module.frequencies is not None:
+            angle = 2 * torch.pi * torch.rand(self.config.num_attention_heads)
+            turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], dim=1)  # (A, 4)
+            init.copy_(module.frequencies, turn.view(-1, 2, 2) @ module.axial())  # (A, 2, 2) @ (2, d / 2)
+        elif isinstance(module, (ViTScratchEmbeddings, ViTScratchAttentionPooling)):
             cut = 2.0 * max(token_std, 1.0)
             for name, tensor in module.named_parameters(recurse=False):  # tokens and, where they are learned, positions
                 zero = name == "mask_token"
                 init.zeros_(tensor) if zero else init.trunc_normal_(tensor, std=token_std, a=-cut, b=cut)
-            if self.config.position_embedding_type == "sincos":
+            if isinstance(module, ViTScratchEmbeddings) and self.config.position_embedding_type == "sincos":
                 init.copy_(module.position_embeddings, sincos_positions(self.config))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone: biases, norms, scales, tokens, positions."""
-        own = {"cls_token", "register_tokens", "mask_token", "position_embeddings"}
+        own = {"cls_token", "register_tokens", "mask_token", "position_embeddings", "query", "frequencies"}
         return {name for name, tensor in self.named_parameters() if tensor.ndim < 2 or name.rsplit(".", 1)[-1] in own}
 
     # What transformers has to know, and nothing that a Vision Transformer needs; at the end of the file is the rest.
@@ -412,17 +526,28 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         super().__init__(config)
         self.add_pooling_layer = add_pooling_layer
         self.embeddings = ViTScratchEmbeddings(config, use_mask_token)
+        D, eps = config.hidden_size, config.layer_norm_eps
+        self.embedding_norm = nn.LayerNorm(D, eps=eps) if config.use_embedding_norm else nn.Identity()  # CLIP
+        rotary = config.num_hidden_layers if config.rope_frequencies == "mixed" else 1  # of each layer, or of all
+        rotary = rotary if config.position_embedding_type.endswith("rope") else 0
+        self.rotary_positions = nn.ModuleList([ViTScratchRotaryPositions(config) for _ in range(rotary)])
         self.layers = nn.ModuleList([ViTScratchLayer(config, i) for i in range(config.num_hidden_layers)])
-        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        norm = nn.LayerNorm(D, eps=eps)
         self.norm = norm if config.use_final_norm and not config.norm_after_pooling else nn.Identity()
         self.pooled_norm = norm if config.norm_after_pooling and add_pooling_layer else nn.Identity()
+        if config.pooling == "attention" and add_pooling_layer:
+            self.attention_pooling = ViTScratchAttentionPooling(config)
         self.post_init()
 
     def pool(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The token the classifier sees: (B, T, D) -> (B, 1, D)."""
+        """The token that the classifier sees: (B, T, D) -> (B, 1, D); of "cls+mean" two, and each of several "cls"."""
+        cls, patches = hidden_states[:, : self.config.cls_tokens], hidden_states[:, self.config.num_prefix_tokens :]
         if self.config.pooling == "cls":
-            return hidden_states[:, :1]
-        return hidden_states[:, self.config.num_prefix_tokens :].mean(dim=1, keepdim=True)
+            return cls
+        if self.config.pooling == "attention":
+            return self.attention_pooling(patches)
+        mean = patches.mean(dim=1, keepdim=True)
+        return mean if self.config.pooling == "mean" else torch.cat([cls, mean], dim=1)
 
     def patch_grid(self, hidden_states: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """The patch tokens at their places in the image: (B, T, D) -> (B, h, w, D)."""
@@ -464,16 +589,22 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         want_states = self.config.selected("output_hidden_states", output_hidden_states, L + 1)
         early = pooled_only and L - 1 not in want_maps and L not in want_states and self.layers[-1].can_pool(**kwargs)
         hidden_states = self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)  # (B, T, D)
+        hidden_states = self.embedding_norm(hidden_states)
+        (H, W), (P, Q) = pixel_values.shape[2:], self.config.patch_hw
+        rotations = [rotary((H // P, W // Q), hidden_states.device) for rotary in self.rotary_positions]
         all_states, all_maps = [hidden_states if 0 in want_states else None], []
         for i, layer in enumerate(self.layers):
             pool = self.pool if early and i == L - 1 else None
+            kwargs |= {"rotation": rotations[i % len(rotations)]} if rotations else {}
             outputs = layer(hidden_states, output_attentions=i in want_maps, pool=pool, **kwargs)
             hidden_states, maps = outputs if i in want_maps else (outputs, None)
             all_states.append(hidden_states if i + 1 in want_states else None)
             all_maps.append(maps)
         hidden_states = self.norm(hidden_states)
-        pooled = hidden_states if early else self.pool(hidden_states)  # (B, 1, D)
-        pooled = self.pooled_norm(pooled[:, 0]) if self.add_pooling_layer else None  # (B, D)
+        pooled = None
+        if self.add_pooling_layer:
+            pooled = hidden_states if early else self.pool(hidden_states)  # (B, 1, D)
+            pooled = self.pooled_norm(pooled).flatten(1)  # (B, D)
         states, maps = tuple(all_states) if want_states else None, tuple(all_maps) if want_maps else None
         return BaseModelOutputWithPooling(hidden_states, pooled, states, maps)
 
@@ -525,7 +656,7 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vit = ViTScratchModel(config)
-        D, width, K = config.hidden_size, config.representation_size, config.num_labels
+        D, width, K = config.pooled_size, config.representation_size, config.num_labels
         self.pre_logits = nn.Sequential(nn.Linear(D, width), nn.Tanh()) if width else nn.Identity()
         self.classifier = nn.Linear(width or D, K) if K else nn.Identity()
         self.post_init()

@@ -60,30 +60,41 @@ def rows_of(name):
         return "LayerScale"
     if "norm" in name.rsplit(".", 2)[-2]:
         return "LayerNorm"
-    if last == "bias":
-        return "bias"
+    if last in ("bias", "q_bias", "v_bias"):
+        return "bias, `q_bias`, `v_bias`"
+    if last in ("query", "frequencies"):
+        return {"query": "`query` of attention pooling", "frequencies": "`frequencies` of rotary positions"}[last]
     return "weight of `classifier`" if name == "classifier.weight" else "weight of a linear or convolutional layer"
 
 
 FULL = {**BIG, "num_register_tokens": 4, "layerscale_value": 0.25, "representation_size": 96, "stem_channels": [32]}
+# What came after the ViT of 2021.
+MODERN = {
+    "position_embedding_type": "learned+rope", "rope_frequencies": "mixed", "use_gated_mlp": True, "key_bias": False,
+    "use_qk_norm": True, "use_embedding_norm": True, "pooling": "attention", "use_cls_token": False,
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("modern", [False, True])
 @pytest.mark.parametrize("cls", [*HEADS, ViTScratchModel])
-def test_every_tensor_starts_as_the_table_says(cls):
+def test_every_tensor_starts_as_the_table_says(cls, modern):
     table = dict(init_table())
     assert list(table) == [
         "weight of a linear or convolutional layer",
         'the same, `initializer_range="fan_in"`',
         "weight of `classifier`",
-        "bias",
+        "bias, `q_bias`, `v_bias`",
         "LayerNorm",
         "`cls_token`, `register_tokens`, learned positions",
+        "`query` of attention pooling",
+        "`frequencies` of rotary positions",
         "sincos positions",
         "`mask_token`",
         "LayerScale",
     ]
     set_seed(0)
-    model = cls(ViTScratchConfig(**FULL, initializer_range=0.03, position_initializer_range=0.5))
+    fields = {**FULL, **(MODERN if modern else {})}
+    model = cls(ViTScratchConfig(**fields, initializer_range=0.03, position_initializer_range=0.5))
     seen = set()
     for name, p in model.named_parameters():
         row = rows_of(name)
@@ -94,7 +105,7 @@ def test_every_tensor_starts_as_the_table_says(cls):
             assert table[row] == "truncated N(0, std^2) in [-2, 2]"
             assert abs(mean) < 0.03 * noise
             assert std == pytest.approx(0.03, rel=noise)
-        elif row in ("weight of `classifier`", "bias", "`mask_token`"):
+        elif row in ("weight of `classifier`", "bias, `q_bias`, `v_bias`", "`mask_token`"):
             assert table[row].startswith("0")
             assert (p == 0).all(), name
         elif row == "LayerNorm":
@@ -103,16 +114,26 @@ def test_every_tensor_starts_as_the_table_says(cls):
         elif row == "LayerScale":
             assert table[row] == "`layerscale_value`"
             assert (p == 0.25).all(), name
+        elif row == "`frequencies` of rotary positions":
+            assert table[row] == "the axial ones, turned by a random angle for a head"
+            size, axial = p.norm(dim=1), model.get_submodule(name.rpartition(".")[0]).axial().norm(dim=0)
+            assert torch.allclose(size, axial.expand_as(size), atol=1e-5)
+            assert len({round(angle, 3) for angle in torch.atan2(p[:, 0, 0], p[:, 1, 0]).tolist()}) == len(p)
+            quarter = p.shape[2] // 2
+            assert (p[..., :quarter] * p[..., quarter:]).sum(dim=1).abs().max() < 1e-5  # a right angle between the two
         else:
-            assert table[row] == "truncated N(0, std'^2) in [-2, 2] * max(std', 1)"
+            same = "truncated N(0, std'^2) in [-2, 2] * max(std', 1)"
+            assert table[row] == ("the same" if row.startswith("`query`") else same)
             assert abs(mean) < 0.5 * noise
             assert std == pytest.approx(0.5, rel=noise)
     expected = set(table) - {'the same, `initializer_range="fan_in"`', "sincos positions"}
     absent = {
         ViTScratchForImageClassification: {"`mask_token`"},
-        ViTScratchForMaskedImageModeling: {"weight of `classifier`"},
+        ViTScratchForMaskedImageModeling: {"weight of `classifier`", "`query` of attention pooling"},
         ViTScratchModel: {"`mask_token`", "weight of `classifier`"},
     }
+    if not modern:
+        expected -= {"`query` of attention pooling", "`frequencies` of rotary positions"}
     assert seen == expected - absent[cls]
 
 
