@@ -238,7 +238,7 @@ class ViTScratchRotaryPositions(nn.Module):
         y, x = torch.meshgrid(*(self.places(side, device) for side in grid_hw), indexing="ij")  # (h, w) each
         places = torch.stack([y, x], dim=-1).flatten(0, 1)  # (h, w, 2) -> (N, 2)
         places = nn.functional.pad(places, (0, 0, self.config.num_prefix_tokens, 0))  # (T, 2)
-        # (2, d / 2), or learned (A, 1, 2, d / 2); a sum in float32, which autocast would compute otherwise as a product.
+        # (2, d / 2), or (A, 1, 2, d / 2); a sum, since autocast would compute a product of matrices in bfloat16.
         frequencies = self.axial(device) if self.frequencies is None else self.frequencies.float().unsqueeze(1)
         angles = (places.unsqueeze(2) * frequencies).sum(dim=-2)  # (T, 2, 1) -> (T, d / 2) or (A, T, d / 2)
         return torch.stack([angles.cos(), angles.sin()])
@@ -273,15 +273,12 @@ class ViTScratchAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # read by transformers' attention functions
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias and config.key_bias)
-        separate = config.qkv_bias and not config.key_bias  # BEiT, DINOv3
-        for name in ("q_bias", "v_bias"):
-            self.register_parameter(name, nn.Parameter(torch.empty(config.hidden_size)) if separate else None)
-        for name in (
-            "q_norm",
-            "k_norm",
-        ):  # Dehghani et al., 2023, "Scaling Vision Transformers to 22 Billion Parameters"
-            norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) if config.use_qk_norm else nn.Identity()
-            self.add_module(name, norm)
+        self.q_bias = self.v_bias = None
+        if config.qkv_bias and not config.key_bias:  # BEiT (Bao et al., 2022), DINOv3
+            self.q_bias, self.v_bias = (nn.Parameter(torch.empty(config.hidden_size)) for _ in range(2))
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.use_qk_norm:  # Dehghani et al., 2023, "Scaling Vision Transformers to 22 Billion Parameters"
+            self.q_norm, self.k_norm = (nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps) for _ in range(2))
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -433,8 +430,8 @@ class ViTScratchAttentionPooling(nn.Module):
         key_value = self.kv(patches).unflatten(2, (2, -1, self.head_dim))  # (B, N, 2, A, d)
         key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)  # (B, A, N, d) each
         context, _ = eager_attention_forward(self, query, key, value, None, self.head_dim**-0.5)  # (B, 1, A, d)
-        pooled = self.proj(context.flatten(2))
-        return pooled + self.mlp(self.norm(pooled))  # (B, 1, D)
+        pooled = self.proj(context.flatten(2))  # (B, 1, A, d) -> (B, 1, D)
+        return pooled + self.mlp(self.norm(pooled))
 
 
 class ViTScratchPreTrainedModel(PreTrainedModel):

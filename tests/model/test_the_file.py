@@ -45,9 +45,9 @@ def test_definitions_stand_in_reading_order():
     """Bottom up, and what the paper has before what is optional."""
     order = re.findall(r"^class ViTScratch(\w+)", SOURCE, re.MULTILINE)
     assert order == [
-        "PatchEmbeddings", "StemStage", "StemPatchEmbeddings", "Embeddings", "RotaryPositions", "Attention",
-        "MLP", "DropPath", "LayerScale", "Block", "Layer", "AttentionPooling", "PreTrainedModel", "Model", "ForImageClassification", "ForMaskedImageModeling",
-        "Backbone",
+        "PatchEmbeddings", "StemStage", "StemPatchEmbeddings", "Embeddings", "RotaryPositions", "Attention", "MLP",
+        "DropPath", "LayerScale", "Block", "Layer", "AttentionPooling", "PreTrainedModel", "Model",
+        "ForImageClassification", "ForMaskedImageModeling", "Backbone",
     ]  # fmt: skip
 
 
