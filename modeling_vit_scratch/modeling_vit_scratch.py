@@ -207,7 +207,7 @@ class ViTScratchEmbeddings(nn.Module):
 
 
 class ViTScratchRotaryPositions(nn.Module):
-    """Optional: rotary positions (Su et al., 2021, "RoFormer"): a grid (h, w) -> cosines and sines (2, ..., T, d / 2).
+    """Optional: rotary positions (Su et al., 2021, "RoFormer"): a grid (h, w) -> cosines and sines (2, ..., T, d).
 
     Channels j and j + d / 2 of a query or key are a point in the plane. It is turned by an angle that grows with the
     place (y, x) of its patch, so that the score of two patches depends on how far apart they are, and not on where.
@@ -241,13 +241,13 @@ class ViTScratchRotaryPositions(nn.Module):
         # (2, d / 2), or (A, 1, 2, d / 2); a sum, since autocast would compute a product of matrices in bfloat16.
         frequencies = self.axial(device) if self.frequencies is None else self.frequencies.float().unsqueeze(1)
         angles = (places.unsqueeze(2) * frequencies).sum(dim=-2)  # (T, 2, 1) -> (T, d / 2) or (A, T, d / 2)
-        return torch.stack([angles.cos(), angles.sin()])
+        return torch.stack([angles.cos().tile(2), torch.cat([-angles.sin(), angles.sin()], dim=-1)])  # (2, ..., T, d)
 
 
 def rotate(tokens: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Turn each pair of channels of queries or keys (B, A, T, d) by its angle. RoFormer, eq. 34."""
-    (a, b), (cos, sin) = tokens.chunk(2, dim=-1), rotation.to(tokens.dtype)  # (B, A, T, d / 2) each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    cos, sin = rotation.to(tokens.dtype)  # (T, d) or (A, T, d); of the first channel of a pair, the sine is negated
+    return tokens * cos + tokens.roll(tokens.shape[-1] // 2, dims=-1) * sin
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
