@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from transformers.utils import logging as transformers_logging
 
-from .conversion.layouts import FAMILIES
+from .conversion.families import FAMILIES
 from .conversion.processors import read_labels
 from .data import load_split
 from .data.cuts import SEED, SHARE, Split

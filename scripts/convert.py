@@ -27,7 +27,8 @@ from modeling_vit_scratch.conversion import (
     verify_export,
 )
 from modeling_vit_scratch.conversion.exporting import open_to_others
-from modeling_vit_scratch.conversion.layouts import TARGETS, WEIGHT_FILES
+from modeling_vit_scratch.conversion.families import TARGETS
+from modeling_vit_scratch.conversion.layouts import WEIGHT_FILES
 from modeling_vit_scratch.conversion.loading import is_own
 from modeling_vit_scratch.conversion.processors import read_labels
 from modeling_vit_scratch.conversion.proof import TOLERANCE, Verification

@@ -13,19 +13,9 @@ from safetensors.torch import save_file
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from .layouts import (
-    CONFIG_FIELDS,
-    DINOV2,
-    FAMILIES,
-    JAX,
-    MODEL_TYPES,
-    TARGETS,
-    TIMM,
-    TIMM_ACTIVATIONS,
-    TIMM_POOLINGS,
-    TIMM_RESAMPLE,
-    spellings_of,
-)
+from .architectures import ACTIVATIONS, POOLINGS, RESAMPLE
+from .families import CONFIG_FIELDS, FAMILIES, MODEL_TYPES, TARGETS
+from .layouts import DINOV2, JAX, TIMM, forms_of
 from .recognition import to_jax
 
 logger = logging.getLogger(__package__)
@@ -69,7 +59,7 @@ def export_checkpoint(
     for name, tensor in ours.items():
         if name.endswith("patch_embeddings.projection.weight"):
             tensor = tensor.unflatten(1, (config.num_channels, *config.patch_hw))
-        parts = spellings_of(layout, name)
+        parts = forms_of(layout, name)[0]
         for spellings, part in zip(parts, tensor.chunk(len(parts)), strict=True):
             part = to_jax(name, part, config.num_attention_heads) if layout.jax else part
             part = part.clone(memory_format=torch.contiguous_format)
@@ -134,7 +124,7 @@ def _obstacles(config: ViTScratchConfig) -> dict[str, dict[str, bool]]:
         "timm": {
             **tanh,
             **stem,
-            f"the activation {config.hidden_act}": config.hidden_act not in TIMM_ACTIVATIONS.values(),
+            f"the activation {config.hidden_act}": config.hidden_act not in ACTIVATIONS.values(),
         },
         "torchvision": {
             **plain,
@@ -233,8 +223,8 @@ def timm_arguments(config: ViTScratchConfig, no_embed_class: bool) -> dict:
         "reg_tokens": config.num_register_tokens,
         "final_norm": config.use_final_norm,
         "fc_norm": config.norm_after_pooling,
-        "global_pool": {ours: theirs for theirs, ours in TIMM_POOLINGS.items()}[config.pooling],
-        "act_layer": {ours: theirs for theirs, ours in reversed(TIMM_ACTIVATIONS.items())}[config.hidden_act],
+        "global_pool": {ours: theirs for theirs, ours in POOLINGS.items()}[config.pooling],
+        "act_layer": {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.hidden_act],
     }
 
 
@@ -270,7 +260,7 @@ def _write(tensors: dict, model: ViTScratchForImageClassification, target: str, 
             card |= {
                 "mean": list(image_processor.image_mean),
                 "std": list(image_processor.image_std),
-                "interpolation": {number: name for name, number in TIMM_RESAMPLE.items()}[
+                "interpolation": {number: name for name, number in RESAMPLE.items()}[
                     int(image_processor.resample)
                 ],
                 "crop_pct": cropped["height"] / resized if cropped else 1.0,

@@ -4,9 +4,7 @@ The other rooms of this wing read and write weights by them.
 """
 
 import re
-from dataclasses import dataclass, field
-
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -17,7 +15,7 @@ class Layout:
         title: What the layout is called in messages.
         marker: Name of the patch projection's kernel, by which the layout is recognised.
         names: Our module or tensor outside the blocks -> theirs. "a|b" are spellings of different versions; a tuple
-            names the parts that are stacked to one tensor of ours.
+            names the parts that are stacked to one tensor of ours; a list, forms of which a checkpoint has one.
         block: How the names of block `{i}` begin.
         block_names: As `names`, inside a block.
         unused: Pattern of names that a classifier has no use for -> what they are.
@@ -25,18 +23,20 @@ class Layout:
         hidden_act: The activation that the library's code has where nothing says another.
         positions: Which tokens before the patches have positions, in the order tried: "none", "cls", or "all", class
             token and registers.
+        may_lack_cls: Whether there are models without a class token.
         jax: Whether kernels are (in, out), the patch kernel (h, w, C, D), and heads have an axis of their own.
     """
 
     title: str
     marker: str
-    names: dict[str, str | tuple[str, ...]]
+    names: dict[str, str | tuple[str, ...] | list]
     block: str
-    block_names: dict[str, str | tuple[str, ...]]
+    block_names: dict[str, str | tuple[str, ...] | list]
     unused: dict[str, str] = field(default_factory=dict)
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu"
     positions: tuple[str, ...] = ("cls",)
+    may_lack_cls: bool = False
     jax: bool = False
 
 
@@ -89,16 +89,111 @@ DINOV2 = Layout(
     },
     unused={r"embeddings\.mask_token": "the mask token"},
 )
+DINOV2_GATED = replace(
+    DINOV2,
+    title="transformers' DINOv2 (SwiGLU)",
+    block_names={
+        **DINOV2.block_names,
+        "mlp.fc1": [("mlp.gate_proj", "mlp.up_proj"), "mlp.weights_in"],  # in memory, on the Hub
+        "mlp.fc2": "mlp.down_proj|mlp.weights_out",
+    },
+    hidden_act="silu",
+)
+
+DINOV3 = Layout(
+    title="transformers' DINOv3",
+    marker="embeddings.patch_embeddings.weight",
+    names={
+        "vit.embeddings.cls_token": "embeddings.cls_token",
+        "vit.embeddings.register_tokens": "embeddings.register_tokens",
+        "vit.embeddings.patch_embeddings.projection": "embeddings.patch_embeddings",
+        "vit.norm": "norm",
+    },
+    block="model.layer.{i}.|layer.{i}.",
+    block_names={
+        **DINOV2.block_names,
+        "attention.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        "attention.q_bias": "attention.q_proj.bias",
+        "attention.v_bias": "attention.v_proj.bias",
+        "attention.proj": "attention.o_proj",
+        "mlp.fc1": [("mlp.gate_proj", "mlp.up_proj"), "mlp.up_proj"],
+        "mlp.fc2": "mlp.down_proj",
+    },
+    unused={r"embeddings\.mask_token": "the mask token"},
+    layer_norm_eps=1e-5,
+)
+
+# The towers of CLIP and SigLIP, whose text towers and projections are left out.
+TOWER = Layout(
+    title="transformers' CLIP or SigLIP",
+    marker="embeddings.patch_embedding.weight",
+    names={
+        "vit.embeddings.cls_token": "embeddings.class_embedding",
+        "vit.embeddings.position_embeddings": "embeddings.position_embedding.weight",
+        "vit.embeddings.patch_embeddings.projection": "embeddings.patch_embedding",
+        "vit.embedding_norm": "pre_layrnorm",
+        "vit.norm": "post_layernorm",
+        "vit.pooled_norm": "post_layernorm",
+        "vit.attention_pooling.query": "head.probe",
+        "vit.attention_pooling.qkv.weight": "head.attention.in_proj_weight",
+        "vit.attention_pooling.qkv.bias": "head.attention.in_proj_bias",
+        "vit.attention_pooling.proj": "head.attention.out_proj",
+        "vit.attention_pooling.norm": "head.layernorm",
+        "vit.attention_pooling.mlp": "head.mlp",
+        "classifier": "classifier",
+    },
+    block="encoder.layers.{i}.",
+    block_names={
+        "norm1": "layer_norm1",
+        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention.proj": "self_attn.out_proj",
+        "norm2": "layer_norm2",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+    unused={
+        r"embeddings\.position_ids": "the numbers of the positions",
+        r"text_model\..*|text_projection\..*|logit_(scale|bias)": "the text tower",
+        r"visual_projection\..*": "the projection to the texts' space",
+    },
+    may_lack_cls=True,
+)
+OPEN_CLIP = Layout(
+    title="OpenAI's and OpenCLIP's",
+    marker="conv1.weight",
+    names={
+        "vit.embeddings.cls_token": "class_embedding",
+        "vit.embeddings.position_embeddings": "positional_embedding",
+        "vit.embeddings.patch_embeddings.projection": "conv1",
+        "vit.embedding_norm": "ln_pre",
+        "vit.pooled_norm": "ln_post",
+    },
+    block="transformer.resblocks.{i}.",
+    block_names={
+        "norm1": "ln_1",
+        "attention.qkv.weight": "attn.in_proj_weight",
+        "attention.qkv.bias": "attn.in_proj_bias",
+        "attention.proj": "attn.out_proj",
+        "norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    },
+    unused={r"proj": "the projection to the texts' space"},
+    layer_norm_eps=1e-5,
+)
 
 TIMM = Layout(
     title="timm's",  # and those of DeiT, DINO, DINOv2 and MAE, whose code began as timm's
     marker="patch_embed.proj.weight",
     names={
         "vit.embeddings.cls_token": "cls_token",
-        "vit.embeddings.register_tokens": "reg_token|register_tokens|dist_token",
+        "vit.embeddings.register_tokens": "reg_token|register_tokens|storage_tokens|dist_token",
         "vit.embeddings.position_embeddings": "pos_embed",
         "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
+        "vit.embedding_norm": "norm_pre",
         "vit.norm": "norm",
+        "vit.attention_pooling.query": "attn_pool.latent",
+        "vit.attention_pooling": "attn_pool",
         "vit.pooled_norm": "fc_norm",
         "pre_logits.0": "pre_logits.fc",
         "classifier": "head",
@@ -107,19 +202,42 @@ TIMM = Layout(
     block_names={
         "norm1": "norm1",
         "attention.qkv": "attn.qkv",
+        "attention.q_bias": "attn.q_bias",
+        "attention.v_bias": "attn.v_bias",
+        "attention.q_norm": "attn.q_norm",
+        "attention.k_norm": "attn.k_norm",
         "attention.proj": "attn.proj",
         "layer_scale1.scale": "ls1.gamma|gamma_1",
         "norm2": "norm2",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
+        # timm's packed and split, DINOv2's packed, DINOv3's split
+        "mlp.fc1": ["mlp.fc1|mlp.w12", ("mlp.fc1_g|mlp.w1", "mlp.fc1_x|mlp.w2")],
+        "mlp.fc2": "mlp.fc2|mlp.w3",
         "layer_scale2.scale": "ls2.gamma|gamma_2",
     },
     unused={
         r"mask_token": "the mask token",
         r"decoder_.*": "the pre-training decoder",
         r"(module\.)?head\.(mlp|last_layer)\..*": "DINO's projection head",
+        r"rope_embed\.periods": "the periods of the rotary positions, which the config has",
+        r".*\.attn\.qkv\.bias_mask": "the mask of the keys' bias",
+        r"local_cls_norm\..*": "the norm of local crops",
+        r"k_bias|.*\.attn\.k_bias": "the keys' bias, which is zero",
     },
     positions=("none", "cls", "all"),
+    may_lack_cls=True,
+)
+NAFLEX = replace(
+    TIMM,
+    title="timm's NaFlexViT",
+    marker="embeds.proj.weight",
+    names={
+        **TIMM.names,
+        "vit.embeddings.cls_token": "embeds.cls_token",
+        "vit.embeddings.register_tokens": "embeds.reg_token",
+        "vit.embeddings.position_embeddings": "embeds.pos_embed",
+        "vit.embeddings.patch_embeddings.projection": "embeds.proj",
+        "vit.embedding_norm": "embeds.norm",
+    },
 )
 
 TORCHVISION = Layout(
@@ -155,6 +273,25 @@ JAX = Layout(
         "vit.embeddings.patch_embeddings.projection.bias": "embedding/bias",
         "vit.norm.weight": "Transformer/encoder_norm/scale",
         "vit.norm.bias": "Transformer/encoder_norm/bias",
+        "vit.attention_pooling.query": "MAPHead_0/probe",
+        **{
+            f"vit.attention_pooling.{ours}.{leaf}": f"MAPHead_0/MultiHeadDotProductAttention_0/{theirs}/{their_leaf}"
+            for ours, theirs in (("q", "query"), ("proj", "out"))
+            for leaf, their_leaf in (("weight", "kernel"), ("bias", "bias"))
+        },
+        **{
+            f"vit.attention_pooling.kv.{leaf}": tuple(
+                f"MAPHead_0/MultiHeadDotProductAttention_0/{part}/{their_leaf}" for part in ("key", "value")
+            )
+            for leaf, their_leaf in (("weight", "kernel"), ("bias", "bias"))
+        },
+        "vit.attention_pooling.norm.weight": "MAPHead_0/LayerNorm_0/scale",
+        "vit.attention_pooling.norm.bias": "MAPHead_0/LayerNorm_0/bias",
+        **{
+            f"vit.attention_pooling.mlp.fc{i}.{leaf}": f"MAPHead_0/MlpBlock_0/Dense_{i - 1}/{their_leaf}"
+            for i in (1, 2)
+            for leaf, their_leaf in (("weight", "kernel"), ("bias", "bias"))
+        },
         "pre_logits.0.weight": "pre_logits/kernel",
         "pre_logits.0.bias": "pre_logits/bias",
         "classifier.weight": "head/kernel",
@@ -181,134 +318,11 @@ JAX = Layout(
         "mlp.fc2.weight": "MlpBlock_3/Dense_1/kernel|MlpBlock_0/Dense_1/kernel",
         "mlp.fc2.bias": "MlpBlock_3/Dense_1/bias|MlpBlock_0/Dense_1/bias",
     },
-    unused={r"opt/state/.*": "the optimizer's state"},
+    unused={r"opt/state/.*": "the optimizer's state", r"(params/)?(txt/.*|t|b)": "the text tower"},
+    may_lack_cls=True,
     hidden_act="gelu_pytorch_tanh",  # flax's nn.gelu approximates unless told not to, and neither codebase tells it
     jax=True,
 )
-
-HALF = (0.5, 0.5, 0.5)
-BILINEAR, BICUBIC = int(PILImageResampling.BILINEAR), int(PILImageResampling.BICUBIC)
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the tensors of one source cannot tell, as its authors published it.
-
-    Args:
-        layouts: The layouts its files come in.
-        mean, std: Of the image processor, per channel.
-        resample: PIL's number of the interpolation.
-        crop: Share of the resized image's side that the central crop keeps, or None: resized without a crop.
-        interpolation: How its authors' own code resizes positions, as the config's `position_interpolation`.
-        in_transformers: The same of transformers' class for it, whose tensors have other names.
-    """
-
-    layouts: tuple[Layout, ...]
-    mean: tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN)
-    std: tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD)
-    resample: int = BICUBIC
-    crop: float | None = 224 / 256
-    interpolation: str = "bicubic"
-    in_transformers: str = "bicubic"
-
-
-# Positions are resized by interpolate_pos_encoding in transformers' classes and in vision_transformer.py of DINO and
-# DINOv2 (hub/backbones.py sets its offset and antialiasing), resample_abs_pos_embed in timm, interpolate_embeddings in
-# torchvision, load_pretrained in Google's vit_jax/checkpoint.py (scipy.ndimage.zoom of order 1, which aligns corners;
-# big_vision does the same), interpolate_pos_embed in MAE, main.py in DeiT. timm's reader of .npz files does not align
-# corners; what it reads is Google's, whose own code is followed.
-FAMILIES = {
-    "transformers": Family((TRANSFORMERS,), HALF, HALF, BILINEAR, crop=None),
-    "timm": Family((TIMM,), HALF, HALF, BICUBIC, crop=0.9, interpolation="bicubic_antialias"),
-    "torchvision": Family((TORCHVISION,), resample=BILINEAR, interpolation="bicubic_align_corners"),
-    "jax": Family((JAX,), HALF, HALF, BILINEAR, crop=None, interpolation="bilinear_align_corners"),
-    "deit": Family((TRANSFORMERS, TIMM)),
-    "dino": Family((TRANSFORMERS, TIMM), interpolation="bicubic_offset"),
-    "dinov2": Family((DINOV2, TIMM), interpolation="bicubic_offset"),
-    "dinov2_with_registers": Family(
-        (DINOV2, TIMM), interpolation="bicubic_antialias", in_transformers="bicubic_antialias"
-    ),
-    "mae": Family((TRANSFORMERS, TIMM)),
-}
-TARGETS = {"transformers": TRANSFORMERS, "timm": TIMM, "torchvision": TORCHVISION, "jax": JAX}
-
-# `model_type` of a config.json -> family.
-MODEL_TYPES = {
-    "vit": "transformers",
-    "deit": "deit",
-    "dinov2": "dinov2",
-    "dinov2_with_registers": "dinov2_with_registers",
-    "vit_mae": "mae",
-}
-
-# Widths whose published models do not have 64 channels per head (ViT-H, SoViT, ViT-g, ViT-G).
-PUBLISHED_HEADS = {1280: 16, 1152: 16, 1408: 16, 1664: 16}
-
-# timm's arguments -> our fields; and the architectures that differ from their families.
-TIMM_ARGUMENTS = {
-    "embed_dim": "hidden_size",
-    "depth": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "patch_size": "patch_size",
-    "in_chans": "num_channels",
-    "img_size": "image_size",
-    "qkv_bias": "qkv_bias",
-    "class_token": "use_cls_token",
-    "reg_tokens": "num_register_tokens",
-    "final_norm": "use_final_norm",
-    "fc_norm": "norm_after_pooling",
-    "global_pool": "pooling",
-    "act_layer": "hidden_act",
-}
-TIMM_POOLINGS = {"token": "cls", "avg": "mean", "": None}
-TIMM_ACTIVATIONS = {
-    "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "quickgelu": "quick_gelu",
-    "relu": "relu", "silu": "silu", "swish": "silu",
-}  # fmt: skip
-TIMM_ARCHITECTURES = {
-    r"vit_base_patch16_gap_224|vit_giantopt_patch16_siglip_.*": {"num_heads": 16},
-    r"vit_(so400m_patch16|giantopt_patch16|base_patch32)_siglip_.*|vit_large_patch16_siglip_.*512": {
-        "act_layer": "gelu_tanh"
-    },
-    r"vit_intern300m_.*|vit_.*_radio_.*": {"final_norm": False},
-}
-# Architectures whose positions timm resizes another way than its others'.
-TIMM_INTERPOLATIONS = {
-    r".*flexi.*": "bilinear",
-    r".*(base|huge)_patch16_radio_v3.*": "bilinear_align_corners",
-    r".*radio.*": "bilinear",
-}
-# Architectures whose tensors have the names of a ViT, and which compute something else.
-TIMM_REFUSED = {r".*_rope_.*|eva.*|beit.*": "relative or rotary positions", r".*_rpn_.*": "norms after the branches"}
-TIMM_RESAMPLE = {kind.name.lower(): int(kind) for kind in PILImageResampling}
-
-# Fields of a config.json beside the tensors that are taken over, or, where the tensors tell, compared with them.
-CONFIG_FIELDS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "image_size",
-    "patch_size", "num_channels", "qkv_bias", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob",
-    "initializer_range", "encoder_stride", "pooling", "problem_type", "position_interpolation",
-)  # fmt: skip
-
-# Names of what the config cannot express -> what it is.
-REFUSED = {
-    r".*\bmlp\.(w12|w3|w1|w2|weights_in|weights_out|gate_proj|up_proj|fc1_g|fc1_x)\..*": "a SwiGLU MLP",
-    r".*\b(norm_pre|ln_pre|pre_layrnorm)\..*": "a norm before the first block (pre-norm towers such as CLIP's)",
-    r".*\battn_pool\..*|.*MAPHead_0/.*|.*vision_model\.head\..*": "attention pooling",
-    r".*\b(q_norm|k_norm|q_ln|k_ln)\b.*|.*/(query_norm|key_norm)/.*": "normalised queries and keys",
-    r".*\b(q_bias|v_bias)": "query and value biases without a key bias (BEiT)",
-    r".*relative_position.*|.*\brel_pos.*|.*rope_embed.*": "relative or rotary positions",
-    r".*patch_embed\.backbone\..*|.*conv_root/.*|conv_proj\.conv_.*|.*patch_embed\.(norm|proj\.\d).*": (
-        "a convolutional stem"
-    ),
-    r".*\b(attns|ffns)\.\d+\..*|.*\.in_proj\..*|.*\.mlp_out_proj\..*": "parallel blocks",
-    r".*\battn\.norm\..*|.*\bmlp\.norm\..*|.*\battn\.(lambda|sub_norm).*": "norms inside attention or MLP",
-    r".*Transformer/encoderblock/.*": "blocks stacked by flax's scan",
-    r".*\bdetection_tokens|.*mid_position_embeddings": "detection tokens",
-}
-# Heads that the model does not have; asking for a new head (`num_labels=`) leaves them out.
-REFUSED_HEADS = {
-    r"(cls_classifier|distillation_classifier|head_dist)\..*": "a distilled second head",
-}
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 # Files of a folder or Hub repository, in the order they are looked for.
@@ -320,15 +334,19 @@ WEIGHT_FILES = (
 WRAPPERS = ("state_dict", "model", "teacher", "student", "model_ema", "module")
 
 
-def spellings_of(layout: Layout, ours: str) -> list[list[str]]:
-    """Their names for our tensor: for each part that is stacked to it, the spellings to try."""
+def forms_of(layout: Layout, ours: str) -> list[list[list[str]]]:
+    """Their names for our tensor: for each form, for each part that is stacked to it, the spellings to try."""
     in_block = re.fullmatch(r"vit\.layers\.(\d+)\.(.+)", ours)
     table = layout.block_names if in_block else layout.names
     starts = [start.format(i=in_block[1]) for start in layout.block.split("|")] if in_block else [""]
     inner, suffix = (in_block[2] if in_block else ours), ""
-    if inner not in table:
+    while inner not in table and "." in inner:
         inner, _, leaf = inner.rpartition(".")
-        suffix = f".{leaf}"
+        suffix = f".{leaf}{suffix}"
     entry = table.get(inner, ())  # nothing: the layout has no such tensor
-    parts = entry if isinstance(entry, tuple) else (entry,)
-    return [[start + name + suffix for name in part.split("|") for start in starts] for part in parts]
+    forms = entry if isinstance(entry, list) else [entry]
+
+    def spellings(part: str) -> list[str]:
+        return [start + name + suffix for name in part.split("|") for start in starts]
+
+    return [[spellings(part) for part in (form if isinstance(form, tuple) else (form,))] for form in forms]

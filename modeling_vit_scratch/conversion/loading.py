@@ -181,6 +181,8 @@ def _fill(
         theirs = "/".join(filter(None, named.find(ours)))
         if ours.endswith("patch_embeddings.projection.weight"):
             tensor = tensor.flatten(1)
+        if plan.channels is not None:
+            tensor = reorder_channels(ours, tensor, plan.channels)
         if tensor.shape != empty.shape:
             misshapen.append(f"{theirs} {tuple(tensor.shape)} instead of {tuple(empty.shape)}")
             continue
@@ -201,6 +203,16 @@ def _fill(
         },
     )
     return state
+
+
+def reorder_channels(ours: str, tensor: torch.Tensor, channels: list[int]) -> torch.Tensor:
+    """Of our tensor `ours`, the channels of each head of queries and keys in this order; others as they are."""
+    match = re.fullmatch(r"vit\.layers\.\d+\.attention\.(qkv\.weight|qkv\.bias|q_bias|[qk]_norm\.\w+)", ours)
+    if not match:
+        return tensor
+    value = tensor.shape[0] * 2 // 3 if match[1].startswith("qkv") else tensor.shape[0]  # values keep their order
+    turned = tensor[:value].unflatten(0, (-1, len(channels)))[:, channels].flatten(0, 1)
+    return torch.cat([turned, tensor[value:]])
 
 
 def meta_model(config: ViTScratchConfig) -> ViTScratchForImageClassification:

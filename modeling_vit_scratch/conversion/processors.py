@@ -12,7 +12,8 @@ from transformers import AutoImageProcessor, BitImageProcessorPil, ViTImageProce
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from .layouts import FAMILIES, TIMM_RESAMPLE, Family
+from .architectures import RESAMPLE
+from .families import FAMILIES, Family
 from .reading import locate, one_line, open_checkpoint, read_json, silent
 from .recognition import recognise
 
@@ -49,7 +50,7 @@ def image_processor_for(checkpoint, model: ViTScratchForImageClassification, sou
     if "architecture" in opened.config and "mean" in card:
         family = Family(
             family.layouts, tuple(card["mean"]), tuple(card["std"]),
-            TIMM_RESAMPLE.get(card.get("interpolation"), family.resample),
+            RESAMPLE.get(card.get("interpolation"), family.resample),
             None if card.get("crop_mode") == "squash" else card.get("crop_pct", family.crop),
         )  # fmt: skip
     return _processor(model.config.image_hw, C, family)

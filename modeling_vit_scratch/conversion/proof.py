@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification
+from .architectures import ARGUMENTS
 from .exporting import export_checkpoint, timm_arguments, transformers_config
-from .layouts import JAX, REFUSED_HEADS, TIMM, TIMM_ARGUMENTS, TORCHVISION
+from .layouts import JAX, TIMM, TORCHVISION
 from .loading import REPORT, convert, find_own_folder
 from .planning import make_plan
 from .reading import Checkpoint, first_few, locate, open_checkpoint, silent
@@ -255,7 +256,7 @@ def _make_timm(opened: Checkpoint, told: _Told, headless: bool, no_embed_class: 
         return timm.create_model(opened.config["architecture"], num_classes=classes, **arguments)
     arguments = {**timm_arguments(config, no_embed_class), "num_classes": classes, "norm_layer": norm}
     for theirs in ("act_layer", "global_pool", "final_norm"):
-        if TIMM_ARGUMENTS[theirs] not in told.names:
+        if ARGUMENTS[theirs] not in told.names:
             del arguments[theirs]
     arguments = {"act_layer": act_layer, **arguments}
     if any(name.endswith("dist_token") for name in opened.tensors):
@@ -270,7 +271,7 @@ def _timm_reference(opened, family, named, told, headless, num_images) -> _Refer
     registers = "register_tokens" in state
     alone = state["pos_embed"].shape[1] == math.prod(told.config.grid_hw)
     reference = _make_timm(opened, told, headless, no_embed_class=alone or registers)
-    for pattern in (*TIMM.unused, *REFUSED_HEADS):
+    for pattern in TIMM.unused:
         state = {name: tensor for name, tensor in state.items() if not re.fullmatch(pattern, name)}
     if headless:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}

@@ -14,7 +14,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..configuration_vit_scratch import PRESETS
-from ..conversion.layouts import FAMILIES
+from ..conversion.families import FAMILIES
 from .optimization import has_fast_bfloat16
 
 logger = logging.getLogger(__name__)

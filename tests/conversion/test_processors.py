@@ -10,7 +10,7 @@ from foreign import CLASSES, HEADS, SIZES, of_transformers, timm_tensors
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.conversion import convert_checkpoint, image_processor_for
-from modeling_vit_scratch.conversion.layouts import FAMILIES
+from modeling_vit_scratch.conversion.families import FAMILIES
 from modeling_vit_scratch.conversion.processors import read_labels
 
 
