@@ -8,15 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from safetensors.torch import save_file
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from .architectures import ACTIVATIONS, POOLINGS, RESAMPLE
+from .architectures import RESAMPLE, channel_order
 from .families import CONFIG_FIELDS, FAMILIES, MODEL_TYPES, TARGETS
-from .layouts import DINOV2, JAX, TIMM, forms_of
+from .layouts import DINOV2, DINOV2_GATED, JAX, TOWER, forms_of
+from .loading import reorder_channels
 from .recognition import to_jax
+from .targets import (
+    Destination,
+    destination,
+    is_eva,
+    obstacle,
+    timm_architecture,
+    timm_arguments,
+    timm_channels,
+    timm_epsilon,
+    transformers_config,
+)
 
 logger = logging.getLogger(__package__)
 
@@ -31,8 +42,9 @@ def export_checkpoint(
 
     Args:
         model: To export; it keeps its tensors, these are copies.
-        target: "transformers" (ViT, or where there is layer scale DINOv2, with or without registers; by the names
-            that the installed version's `load_state_dict` takes), "timm", "torchvision", or "jax" (numpy arrays).
+        target: "transformers" (ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP or I-JEPA, whichever holds the model; by the
+            names that the installed version's `load_state_dict` takes), "timm", "torchvision", or "jax" (numpy arrays).
+            transformers' DINOv3, CLIP and SigLIP have no classifier: theirs are exported whose head is new or none.
         folder: Where to write it as well: model.safetensors (for transformers with the Hub's names) or model.npz, and
             config.json.
         image_processor: Written there too, or, for timm, into its config.json.
@@ -43,35 +55,96 @@ def export_checkpoint(
     if target not in TARGETS:
         raise ValueError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}.")
     config = model.config
-    obstacle = next((what for what, there in _obstacles(config)[target].items() if there), None)
-    if obstacle:
-        raise ValueError(f"{target} has no model with {obstacle}; it cannot be exported there.")
-    layout = DINOV2 if target == "transformers" and config.layerscale_value is not None else TARGETS[target]
-    ours = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
-    embeddings = model.vit.embeddings
-    ours["vit.embeddings.position_embeddings"] = embeddings.position_embeddings.detach().float().cpu()
-    if target == "timm":
-        ours["vit.embeddings.position_embeddings"] = _timm_positions(model)
-    if layout is DINOV2 and config.num_labels:
-        ours["classifier.weight"] = _on_both(ours["classifier.weight"], config.pooling)
-    writes = _transformers_names(config) if target == "transformers" else lambda spellings: (spellings[0],) * 2
+    lacking = obstacle(config, target)
+    if lacking:
+        raise ValueError(f"{target} has no model with {lacking}; it cannot be exported there.")
+    goal = destination(config, target)
+    ours = _our_tensors(model, target, goal)
+    names = _transformers_names(config, goal) if target == "transformers" else lambda forms: (forms[0], forms[0])
+    spelling = 1 if is_eva(config) else 0  # timm's Eva calls layer scale as DeiT does
     tensors, on_disk = {}, {}
     for name, tensor in ours.items():
         if name.endswith("patch_embeddings.projection.weight"):
             tensor = tensor.unflatten(1, (config.num_channels, *config.patch_hw))
-        parts = forms_of(layout, name)[0]
-        for spellings, part in zip(parts, tensor.chunk(len(parts)), strict=True):
-            part = to_jax(name, part, config.num_attention_heads) if layout.jax else part
-            part = part.clone(memory_format=torch.contiguous_format)
-            in_memory, in_file = writes(spellings)
-            on_disk[in_file] = tensors[in_memory] = part.numpy() if layout.jax else part
-    if layout is DINOV2 and config.num_register_tokens:  # it has a mask token whether that is used or not
-        name = "dinov2_with_registers.embeddings.mask_token"
-        on_disk[name] = tensors[name] = torch.zeros(1, config.hidden_size)
+        for store, form in zip((tensors, on_disk), names(forms_of(goal.layout, name)), strict=True):
+            for spellings, part in zip(form, tensor.chunk(len(form)), strict=True):
+                part = to_jax(name, part, config.num_attention_heads) if goal.layout.jax else part
+                part = part.clone(memory_format=torch.contiguous_format)
+                chosen = spellings[min(spelling, len(spellings) - 1) if "layer_scale" in name else 0]
+                store[chosen] = part.numpy() if goal.layout.jax else part
+    _add_what_only_they_have(tensors, on_disk, model, target, goal)
     _say_what_differs(config, target)
     if folder is not None:
         _write(on_disk, model, target, Path(folder), image_processor)
     return tensors
+
+
+def _our_tensors(model: ViTScratchForImageClassification, target: str, goal: Destination) -> dict[str, torch.Tensor]:
+    """Our tensors, changed where the destination has another form of the same function."""
+    config = model.config
+    ours = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
+    position = "vit.embeddings.position_embeddings"
+    if model.vit.embeddings.position_embeddings is not None:
+        ours[position] = model.vit.embeddings.position_embeddings.detach().float().cpu()
+    if config.use_embedding_norm:  # after which no library's patches have a bias
+        bias = ours.pop("vit.embeddings.patch_embeddings.projection.bias")
+        if position in ours:
+            ours[position] = ours[position].clone()
+            ours[position][:, config.cls_tokens :] += bias
+        elif bias.any():
+            raise ValueError(
+                f"{target}'s patches before a norm have no bias, and there are no positions to add this model's to."
+            )
+    if target == "timm" and position in ours:
+        ours[position] = _timm_positions(config, ours[position])
+    if goal.layout in (DINOV2, DINOV2_GATED) and config.num_labels:
+        ours["classifier.weight"] = _on_both(ours["classifier.weight"], config.pooling)
+    if goal.headless:
+        if any(ours[name].any() for name in list(ours) if name.startswith("classifier.")):
+            raise ValueError(
+                f"transformers' {goal.model_class.__name__} has no classifier, and this model's is trained; "
+                "it cannot be exported there with it."
+            )
+        ours = {name: tensor for name, tensor in ours.items() if not name.startswith("classifier.")}
+    if config.cls_tokens == 2:  # two tokens and two heads, whose mean is predicted
+        ours["vit.embeddings.cls_token"], ours["vit.embeddings.register_tokens"] = ours[
+            "vit.embeddings.cls_token"
+        ].split(1, dim=1)
+    if is_eva(config) and target == "timm":
+        order = channel_order(timm_arguments(config, False), config.hidden_size // config.num_attention_heads)
+        if order is not None:
+            back = torch.tensor(order).argsort().tolist()
+            ours = {name: reorder_channels(name, tensor, back) for name, tensor in ours.items()}
+    if goal.layout is TOWER and config.pooling == "attention":  # one matrix for query, keys and values
+        for leaf in ("weight", "bias"):
+            parts = [ours.pop(f"vit.attention_pooling.{part}.{leaf}") for part in ("q", "kv")]
+            ours[f"vit.attention_pooling.qkv.{leaf}"] = torch.cat(parts)
+    return {name: tensor for name, tensor in ours.items() if ".rotary_positions." not in name}
+
+
+def _add_what_only_they_have(
+    tensors: dict, on_disk: dict, model: ViTScratchForImageClassification, target: str, goal: Destination
+):
+    """A mask token where it is there whether used or not, a distilled model's second head, learned frequencies."""
+    config, added = model.config, {}
+    if goal.model_class is not None and hasattr(goal.config_class, "num_register_tokens"):
+        shape = (1, 1, config.hidden_size) if goal.headless else (1, config.hidden_size)
+        added[f"{goal.prefix}embeddings.mask_token"] = torch.zeros(shape)
+        if goal.headless and not config.num_register_tokens:
+            added[f"{goal.prefix}embeddings.register_tokens"] = torch.zeros(1, 0, config.hidden_size)
+    if config.cls_tokens == 2:
+        heads = ("cls_classifier", "distillation_classifier") if target == "transformers" else ("head", "head_dist")
+        for store in (tensors, on_disk):
+            for name in [name for name in store if name.startswith(("classifier.", "head."))]:
+                del store[name]
+        for head, weight in zip(heads, (2 * model.classifier.weight).chunk(2, dim=1), strict=True):
+            added[f"{head}.weight"] = weight.detach().float().cpu().contiguous()
+            added[f"{head}.bias"] = model.classifier.bias.detach().float().cpu().clone()
+    if target == "timm" and config.rope_frequencies == "mixed" and len(model.vit.rotary_positions):
+        learned = [rotary.frequencies.detach().float().cpu() for rotary in model.vit.rotary_positions]
+        added["rope.freqs"] = timm_channels(torch.stack(learned))
+    tensors |= added
+    on_disk |= added
 
 
 def _say_what_differs(config: ViTScratchConfig, target: str):
@@ -86,7 +159,7 @@ def _say_what_differs(config: ViTScratchConfig, target: str):
                 )  # fmt: skip
     theirs = FAMILIES[target].interpolation
     if target == "transformers":
-        theirs = FAMILIES[MODEL_TYPES[_transformers_classes(config)[2]]].in_transformers
+        theirs = FAMILIES[MODEL_TYPES[destination(config, target).config_class.model_type]].in_transformers
     if config.position_interpolation != theirs:
         logger.warning(
             "For images of another size %s resizes positions as %r, this model as %r.",
@@ -94,138 +167,41 @@ def _say_what_differs(config: ViTScratchConfig, target: str):
         )  # fmt: skip
 
 
-def _obstacles(config: ViTScratchConfig) -> dict[str, dict[str, bool]]:
-    """For each target, what it lacks, and whether the model has it."""
-    scaled, registers = config.layerscale_value is not None, bool(config.num_register_tokens)
-    plain = {
-        "no class token": not config.use_cls_token,
-        "mean pooling": config.pooling == "mean",
-        "no final norm": not config.use_final_norm,
-        "a norm after the pooling": config.norm_after_pooling,
-        "registers": registers,
-        "layer scale": scaled,
-    }
-    tanh = {"a tanh layer before the classifier": config.representation_size is not None}
-    stem = {"early convolutions": bool(config.stem_channels)}
-    gap = not config.use_cls_token and config.pooling == "mean"
-    return {
-        "transformers": {
-            **{
-                what: there
-                for what, there in plain.items()
-                if not (scaled and what in ("mean pooling", "registers", "layer scale"))
-            },
-            "an MLP whose width is no multiple of its own (with layer scale)": (
-                scaled and config.intermediate_size % config.hidden_size != 0
-            ),
-            **tanh,
-            **stem,
-        },
-        "timm": {
-            **tanh,
-            **stem,
-            f"the activation {config.hidden_act}": config.hidden_act not in ACTIVATIONS.values(),
-        },
-        "torchvision": {
-            **plain,
-            **stem,
-            "no bias of query, key and value": not config.qkv_bias,
-            f"the activation {config.hidden_act}": config.hidden_act != "gelu",
-            "images or patches that are no squares": len({*config.image_hw}) + len({*config.patch_hw}) > 2,
-            f"{config.num_channels} channels": config.num_channels != 3,
-            "no classifier": not config.num_labels,
-        },
-        "jax": {
-            **stem,
-            **{
-                what: there for what, there in plain.items() if not (gap and what in ("no class token", "mean pooling"))
-            },
-            "no bias of query, key and value": not config.qkv_bias,
-            f"the activation {config.hidden_act}": config.hidden_act not in ("gelu", JAX.hidden_act),
-        },
-    }
-
-
-def _timm_positions(model: ViTScratchForImageClassification) -> torch.Tensor:
+def _timm_positions(config: ViTScratchConfig, positions: torch.Tensor) -> torch.Tensor:
     """Positions as timm has them: of the patches alone where the class token's is 0, else of every token."""
-    config = model.config
-    positions = model.vit.embeddings.position_embeddings.detach().float().cpu()
-    own, patches = positions.tensor_split([int(config.use_cls_token)], dim=1)
-    if not own.any():
+    own, patches = positions.tensor_split([config.cls_tokens], dim=1)
+    if not own.any() and config.cls_tokens < 2:
         return patches
     return torch.cat([own, own.new_zeros(1, config.num_register_tokens, config.hidden_size), patches], dim=1)
 
 
 def _on_both(weight: torch.Tensor, pooling: str) -> torch.Tensor:
-    """A classifier (classes, D) as DINOv2's (classes, 2 D), which sees class token and mean."""
+    """A classifier as DINOv2's (classes, 2 D), which sees class token and mean."""
+    if pooling == "cls+mean":
+        return weight
     zero = torch.zeros_like(weight)
     return torch.cat([weight, zero] if pooling == "cls" else [zero, weight], dim=1)
 
 
-def _transformers_classes(config: ViTScratchConfig) -> tuple[type, type, str]:
-    """transformers' config and classifier, and the name of its encoder, for a config of ours."""
-    if config.layerscale_value is None:
-        return transformers.ViTConfig, transformers.ViTForImageClassification, "vit"
-    if config.num_register_tokens:
-        config_class = transformers.Dinov2WithRegistersConfig
-        return config_class, transformers.Dinov2WithRegistersForImageClassification, "dinov2_with_registers"
-    return transformers.Dinov2Config, transformers.Dinov2ForImageClassification, "dinov2"
-
-
-def _transformers_names(config: ViTScratchConfig):
-    """A function of a tensor's spellings: its name in the installed transformers' model, and on the Hub (the last)."""
-    config_class, model_class, prefix = _transformers_classes(config)
+def _transformers_names(config: ViTScratchConfig, goal: Destination):
+    """A function of a tensor's forms: the one in the installed transformers' model, and the one on the Hub."""
     with torch.device("meta"):
-        there = model_class(transformers_config(config, config_class)).state_dict()
+        there = goal.model_class(transformers_config(config, goal.config_class)).state_dict()
+    on_hub = "vision_model." if goal.layout is TOWER else goal.prefix
 
-    def names(spellings: list[str]) -> tuple[str, str]:
-        full = [name if name.startswith("classifier.") else f"{prefix}.{name}" for name in spellings]
-        return next(name for name in full if name in there), full[-1]
+    def full(name: str, prefix: str) -> str:
+        return name if name.startswith("classifier.") else prefix + name
+
+    def in_memory(part: list[str]) -> str | None:
+        names = [full(name, prefix) for name in part for prefix in (goal.prefix, on_hub)]
+        return next((name for name in names if name in there), None)
+
+    def names(forms: list) -> tuple[list, list]:
+        form = next(form for form in forms if all(in_memory(part) for part in form))
+        hub = forms[-1] if goal.layout is DINOV2_GATED else form  # which has one matrix for what is two in memory
+        return [[in_memory(part)] for part in form], [[full(part[-1], on_hub)] for part in hub]
 
     return names
-
-
-def transformers_config(config: ViTScratchConfig, config_class: type, names=CONFIG_FIELDS):
-    """A config of transformers with the fields of ours that it has, of those named."""
-    fields = {name: getattr(config, name) for name in names if hasattr(config_class, name)}
-    if isinstance(config.initializer_range, str):  # "fan_in", which its configs do not know; of new weights only
-        fields.pop("initializer_range", None)
-    fields |= {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
-    if hasattr(config_class, "mlp_ratio"):
-        fields |= {"mlp_ratio": config.intermediate_size // config.hidden_size}
-        fields |= {"layerscale_value": float(config.layerscale_value)}
-    if config.representation_size and hasattr(config_class, "pooler_output_size"):
-        fields |= {"pooler_output_size": config.representation_size}
-    if hasattr(config_class, "num_register_tokens"):
-        fields |= {"num_register_tokens": config.num_register_tokens}
-    if hasattr(config_class, "use_mask_token"):
-        fields |= {"use_mask_token": False}
-    return config_class(**fields)
-
-
-def timm_arguments(config: ViTScratchConfig, no_embed_class: bool) -> dict:
-    """The arguments of timm's VisionTransformer, as JSON can hold them."""
-    ratio = config.intermediate_size / config.hidden_size
-    if int(config.hidden_size * ratio) != config.intermediate_size:  # timm floors
-        ratio = (config.intermediate_size + 0.5) / config.hidden_size
-    return {
-        "img_size": list(config.image_hw),
-        "patch_size": list(config.patch_hw),
-        "in_chans": config.num_channels,
-        "embed_dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "mlp_ratio": ratio,
-        "qkv_bias": config.qkv_bias,
-        "init_values": config.layerscale_value,
-        "class_token": config.use_cls_token,
-        "no_embed_class": no_embed_class,
-        "reg_tokens": config.num_register_tokens,
-        "final_norm": config.use_final_norm,
-        "fc_norm": config.norm_after_pooling,
-        "global_pool": {ours: theirs for theirs, ours in POOLINGS.items()}[config.pooling],
-        "act_layer": {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.hidden_act],
-    }
 
 
 def _write(tensors: dict, model: ViTScratchForImageClassification, target: str, folder: Path, image_processor):
@@ -239,16 +215,17 @@ def _write(tensors: dict, model: ViTScratchForImageClassification, target: str, 
     if image_processor is not None and target != "timm":
         image_processor.save_pretrained(folder)
     if target == "transformers":
-        config_class, model_class, _ = _transformers_classes(config)
-        theirs = transformers_config(config, config_class)
-        theirs.architectures = [model_class.__name__]
+        goal = destination(config, target)
+        theirs = transformers_config(config, goal.config_class)
+        theirs.architectures = [goal.model_class.__name__]
         theirs.save_pretrained(folder)
         open_to_others(folder)
         return
     fields = {name: getattr(config, name) for name in CONFIG_FIELDS}
     if target == "timm":
-        arguments = timm_arguments(config, tensors["pos_embed"].shape[1] == math.prod(config.grid_hw))
-        if config.layer_norm_eps != TIMM.layer_norm_eps:
+        positions = tensors.get("pos_embed")
+        arguments = timm_arguments(config, positions is None or positions.shape[1] == math.prod(config.grid_hw))
+        if config.layer_norm_eps != timm_epsilon(config):
             logger.warning(
                 "timm's config.json cannot say layer_norm_eps=%g: give its norm_layer.", config.layer_norm_eps
             )
@@ -260,14 +237,12 @@ def _write(tensors: dict, model: ViTScratchForImageClassification, target: str, 
             card |= {
                 "mean": list(image_processor.image_mean),
                 "std": list(image_processor.image_std),
-                "interpolation": {number: name for name, number in RESAMPLE.items()}[
-                    int(image_processor.resample)
-                ],
+                "interpolation": {number: name for name, number in RESAMPLE.items()}[int(image_processor.resample)],
                 "crop_pct": cropped["height"] / resized if cropped else 1.0,
                 "crop_mode": "center" if cropped else "squash",
             }
         fields = {
-            "architecture": "vit_base_patch16_224",  # its arguments are all overridden
+            "architecture": timm_architecture(config),  # its arguments are all overridden
             "num_classes": config.num_labels,
             "num_features": config.hidden_size,
             "global_pool": arguments["global_pool"],

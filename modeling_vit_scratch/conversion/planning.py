@@ -292,6 +292,7 @@ def _plan_tokens(
     registers = named.shape(prefix + "register_tokens") if tokens < 2 else None
     _check_tokens(title, {"registers": registers}, D)
     registers = registers[1] if registers else 0
+    named.used.update(filter(None, named.find(prefix + "register_tokens")))  # though there may be none in it
     if not named.has(prefix + "position_embeddings"):
         if told not in ("rope", "learned+rope", "none"):
             if named.layout not in (TIMM, NAFLEX):

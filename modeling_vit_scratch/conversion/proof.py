@@ -18,12 +18,13 @@ from tqdm.auto import tqdm
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .architectures import ARGUMENTS
-from .exporting import export_checkpoint, timm_arguments, transformers_config
-from .layouts import JAX, TIMM, TORCHVISION
+from .exporting import export_checkpoint
+from .layouts import JAX, NAFLEX, OPEN_CLIP, TIMM, TORCHVISION, TOWER
 from .loading import REPORT, convert, find_own_folder
 from .planning import make_plan
 from .reading import Checkpoint, first_few, locate, open_checkpoint, silent
 from .recognition import recognise
+from .targets import is_eva, timm_arguments, transformers_config
 
 logger = logging.getLogger(__package__)
 
@@ -104,7 +105,13 @@ def verify_checkpoint(
         plan = make_plan(opened, family, named, hints, new_head=num_labels is not None)
         model = convert(opened, family, named, plan)[0] if model is None else copy.deepcopy(model).eval()
     headless = plan.classes is None
-    make = {id(TIMM): _timm_reference, id(TORCHVISION): _torchvision_reference, id(JAX): _jax_reference}
+    make = {
+        id(TIMM): _timm_reference,
+        id(NAFLEX): _timm_reference,
+        id(TORCHVISION): _torchvision_reference,
+        id(JAX): _jax_reference,
+        id(OPEN_CLIP): _open_clip_reference,
+    }
     told = _Told(ViTScratchConfig(**plan.fields), plan.told | {"num_attention_heads"})
     reference = make.get(id(named.layout), _transformers_reference)(opened, family, named, told, headless, num_images)
     generator = torch.Generator().manual_seed(0)
@@ -113,13 +120,15 @@ def verify_checkpoint(
     theirs = _outputs(reference, images, headless)
     title = reference.title
     del reference
-    norm = model.vit.pooled_norm if config.norm_after_pooling else model.vit.norm
+    after = {"final norm": model.vit.pooled_norm if config.norm_after_pooling else model.vit.norm}
+    if "attention pooling" in theirs:
+        after["attention pooling"] = model.vit.attention_pooling
     # Without hidden states the last block computes the class token alone.
     arguments = {"return_dict": True, "output_hidden_states": True}
-    ours = _outputs(_Reference("ours", model, model.vit.layers, norm, arguments), images, headless)
+    ours = _outputs(_Reference("ours", model, model.vit.layers, after, arguments), images, headless)
     if "tanh layer" in theirs:
         ours["tanh layer"] = model.pre_logits(ours["final norm"][:, 0])
-    differences = {name: (ours[name] - theirs[name]).abs().max().item() for name in theirs}
+    differences = {name: _difference(ours[name], theirs[name]) for name in theirs}
     top5 = None
     if "logits" in theirs:
         k = min(5, config.num_labels)
@@ -157,17 +166,17 @@ class _Told:
 
 @dataclass
 class _Reference:
-    """A model, and where in it are the blocks and the final norm."""
+    """A model, and where in it are the blocks and what comes after them: name -> module."""
 
     title: str
     module: nn.Module
     blocks: nn.Module
-    norm: nn.Module
+    after: dict[str, nn.Module]
     arguments: dict = field(default_factory=dict)
 
 
 def _outputs(reference: _Reference, images: torch.Tensor, headless: bool) -> dict[str, torch.Tensor]:
-    """Embeddings, every block's output, the final norm's, and the logits."""
+    """Embeddings, every block's output, what comes after them, and the logits."""
     outputs = {}
     bar = tqdm(total=len(reference.blocks), desc=f"Running {reference.title}", unit="block", delay=2, leave=False)
 
@@ -181,7 +190,8 @@ def _outputs(reference: _Reference, images: torch.Tensor, headless: bool) -> dic
     reference.blocks[0].register_forward_pre_hook(lambda module, inputs: outputs.update({"embeddings": inputs[0]}))
     for number, block in enumerate(reference.blocks, start=1):
         block.register_forward_hook(keep(f"block {number}", blocks=1))
-    reference.norm.register_forward_hook(keep("final norm"))
+    for name, module in reference.after.items():
+        module.register_forward_hook(keep(name))
     with bar:
         result = reference.module.double().eval()(images, **reference.arguments)
     if getattr(reference.module, "pooler", None) is not None:
@@ -191,22 +201,42 @@ def _outputs(reference: _Reference, images: torch.Tensor, headless: bool) -> dic
     return outputs
 
 
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest absolute difference; where one side has all tokens and the other what is pooled, of the first."""
+    ours, theirs = (tensor if tensor.ndim == 3 else tensor.unsqueeze(1) for tensor in (ours, theirs))
+    if 1 in (ours.shape[1], theirs.shape[1]):
+        ours, theirs = ours[:, :1], theirs[:, :1]
+    return (ours - theirs).abs().max().item()
+
+
+OF_TRANSFORMERS = {  # family -> class with a classifier, without one, and the encoder's name in the former
+    "transformers": ("ViTForImageClassification", "ViTModel", "vit"),
+    "deit": ("DeiTForImageClassification", "DeiTModel", "deit"),
+    "dino": ("ViTForImageClassification", "ViTModel", "vit"),
+    "dinov2": ("Dinov2ForImageClassification", "Dinov2Model", "dinov2"),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersModel", "dinov2_with_registers",
+    ),
+    "dinov3": (None, "DINOv3ViTModel", ""),
+    "mae": (None, "ViTMAEModel", "vit"),
+    "msn": ("ViTMSNForImageClassification", "ViTMSNModel", "vit"),
+    "ijepa": ("IJepaForImageClassification", "IJepaModel", "ijepa"),
+    "clip": ("CLIPForImageClassification", "CLIPVisionModel", "vision_model"),
+    "siglip": ("SiglipForImageClassification", "SiglipVisionModel", "vision_model"),
+}  # fmt: skip
+
+
 def _transformers_reference(opened, family, named, told, headless, num_images) -> _Reference:
-    classes = {
-        "transformers": ("ViTForImageClassification", "ViTModel", "vit"),
-        "deit": ("DeiTForImageClassification", "DeiTModel", "deit"),
-        "dino": ("ViTForImageClassification", "ViTModel", "vit"),
-        "dinov2": ("Dinov2ForImageClassification", "Dinov2Model", "dinov2"),
-        "dinov2_with_registers": (
-            "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersModel", "dinov2_with_registers",
-        ),
-        "mae": (None, "ViTMAEModel", "vit"),
-    }  # fmt: skip
-    classifier, encoder, prefix = classes[family]
+    classifier, encoder, prefix = OF_TRANSFORMERS[family]
     model_class = getattr(transformers, encoder if headless or classifier is None else classifier)
+    if told.config.cls_tokens == 2:
+        model_class = transformers.DeiTForImageClassificationWithTeacher
     config_class = model_class.config_class
     if "model_type" in opened.config:
-        config = config_class.from_dict(opened.config)
+        nested = opened.config.get("vision_config")  # of a model with two towers, of which one is run
+        config = config_class.from_dict(nested if nested and "vision" in config_class.model_type else opened.config)
+    elif named.layout is TOWER and not headless:
+        raise NotImplementedError(f"{model_class.__name__} is made by its config.json, and there is none.")
     else:
         config = transformers_config(told.config, config_class, told.names)
     config.return_dict = True  # within its own forward, too
@@ -214,9 +244,16 @@ def _transformers_reference(opened, family, named, told, headless, num_images) -
     if family == "mae":
         config.mask_ratio = 0.0
         arguments["noise"] = torch.arange(math.prod(told.config.grid_hw)).expand(num_images, -1)  # keeps the order
-    elif model_class.__name__ in ("ViTModel", "DeiTModel"):
+    elif model_class.__name__ in ("ViTModel", "DeiTModel", "IJepaModel"):
         keywords["add_pooling_layer"] = told.config.representation_size is not None
-    state = {name: named.raw(short).clone() for short, name in named.names.items()}
+    left_out = [name for pattern in named.layout.unused for name in named.names if re.fullmatch(pattern, name)]
+    left_out = left_out if named.layout is TOWER else []  # of others, a decoder may be part of the class
+    state = {short: named.raw(short).clone() for short in named.names if short not in left_out}
+    if named.layout is TOWER:  # some versions have the tower's name before its tensors
+        with torch.device("meta"):
+            there = model_class(config).state_dict()
+        start = next(start for start in ("", "vision_model.") if start + named.layout.marker in there)
+        state = {name if name in there else start + name: tensor for name, tensor in state.items()}
     with silent(REPORT):
         loaded, report = model_class.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, dtype=torch.float32, **keywords
@@ -224,14 +261,25 @@ def _transformers_reference(opened, family, named, told, headless, num_images) -
     if report["missing_keys"]:
         raise ValueError(f"{model_class.__name__} misses {first_few(sorted(report['missing_keys']))}.")
     base = getattr(loaded, prefix, loaded)
-    blocks = base.layers if hasattr(base, "layers") else base.encoder.layer
-    return _Reference(f"transformers' {model_class.__name__}", loaded, blocks, base.layernorm, arguments)
+    blocks = next(
+        holder.layers if hasattr(holder, "layers") else holder.layer
+        for holder in (base, getattr(base, "encoder", None), getattr(base, "model", None))
+        if hasattr(holder, "layers") or hasattr(holder, "layer")
+    )
+    norms = [getattr(base, name, None) for name in ("layernorm", "post_layernorm", "norm")]
+    after = {"final norm": next(norm for norm in norms if norm is not None)}
+    if family == "siglip" and headless:
+        after["attention pooling"] = base.head
+    if family == "clip" and not headless:
+        after = {}  # its classifier reads tokens without the norm
+    return _Reference(f"transformers' {model_class.__name__}", loaded, blocks, after, arguments)
 
 
 def _import_timm():
     try:
         import timm.layers
         import timm.models.deit
+        import timm.models.eva
         import timm.models.vision_transformer as timm_vit
     except (ImportError, RuntimeError) as error:
         raise ImportError(f"timm cannot be imported here ({error}), so its own model was not run.") from error
@@ -254,13 +302,20 @@ def _make_timm(opened: Checkpoint, told: _Told, headless: bool, no_embed_class: 
         arguments |= {"norm_layer": norm} if "layer_norm_eps" in opened.config else {}
         arguments = {name: value for name, value in arguments.items() if value is not None}
         return timm.create_model(opened.config["architecture"], num_classes=classes, **arguments)
-    arguments = {**timm_arguments(config, no_embed_class), "num_classes": classes, "norm_layer": norm}
+    arguments = {**timm_arguments(config, no_embed_class), "num_classes": classes}
+    if is_eva(config):
+        # By timm's entry for the family, whose epsilon and rotary positions are its own.
+        own = ("layer_norm_eps", "act_layer", "global_pool", *(name for name in arguments if name.startswith("rope_")))
+        arguments = {name: value for name, value in arguments.items() if name not in own}
+        return timm.create_model("vit_base_patch16_dinov3", **arguments)
     for theirs in ("act_layer", "global_pool", "final_norm"):
         if ARGUMENTS[theirs] not in told.names:
             del arguments[theirs]
-    arguments = {"act_layer": act_layer, **arguments}
+    arguments = {"act_layer": act_layer, **arguments, "norm_layer": norm}
+    if config.use_gated_mlp:
+        arguments |= {"mlp_layer": partial(timm.layers.GluMlp, gate_last=False), "act_layer": nn.SiLU}
     if any(name.endswith("dist_token") for name in opened.tensors):
-        if not headless:
+        if not headless and config.cls_tokens < 2:
             raise NotImplementedError("timm has no model with a distillation token and one head to compare.")
         return timm.models.deit.VisionTransformerDistilled(**{**arguments, "reg_tokens": 0})
     return timm_vit.VisionTransformer(**arguments)
@@ -269,17 +324,44 @@ def _make_timm(opened: Checkpoint, told: _Told, headless: bool, no_embed_class: 
 def _timm_reference(opened, family, named, told, headless, num_images) -> _Reference:
     state = {short: named.raw(short).clone() for short in named.names}
     registers = "register_tokens" in state
-    alone = state["pos_embed"].shape[1] == math.prod(told.config.grid_hw)
+    alone = "pos_embed" not in state or state["pos_embed"].shape[1] == math.prod(told.config.grid_hw)
     reference = _make_timm(opened, told, headless, no_embed_class=alone or registers)
-    for pattern in TIMM.unused:
-        state = {name: tensor for name, tensor in state.items() if not re.fullmatch(pattern, name)}
     if headless:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    title = f"timm's {type(reference).__name__}"
+    if title.endswith("Eva"):
+        state = _import_timm()[0].models.eva.checkpoint_filter_fn(state, reference)
+    for pattern in TIMM.unused:
+        state = {name: tensor for name, tensor in state.items() if not re.fullmatch(pattern, name)}
+    if title.endswith(("Eva", "NaFlexVit")):
+        reference.load_state_dict(state)
+        return _Reference(title, reference, reference.blocks, _timm_after(reference))
     if registers:
         state["mask_token"] = torch.zeros(1)  # by which timm recognises DINOv2
+    if "blocks.0.mlp.w12.weight" in state:
+        state["mask_token"] = torch.zeros(1)
     reference.load_state_dict(_import_timm()[1].checkpoint_filter_fn(state, reference, adapt_layer_scale=True))
-    norm = reference.fc_norm if told.config.norm_after_pooling else reference.norm
-    return _Reference("timm's VisionTransformer", reference, reference.blocks, norm)
+    return _Reference("timm's VisionTransformer", reference, reference.blocks, _timm_after(reference))
+
+
+def _timm_after(reference: nn.Module) -> dict[str, nn.Module]:
+    norm = reference.norm if isinstance(reference.fc_norm, nn.Identity) else reference.fc_norm
+    pool = getattr(reference, "attn_pool", None)
+    return {"final norm": norm, **({} if pool is None else {"attention pooling": pool})}
+
+
+def _open_clip_reference(opened, family, named, told, headless, num_images) -> _Reference:
+    """timm's model, by its reader of OpenAI's names."""
+    reference = _make_timm(opened, told, headless, no_embed_class=False)
+    unused = tuple(named.layout.unused)
+    state = {
+        f"visual.{short}": named.raw(short).clone()
+        for short in named.names
+        if not any(re.fullmatch(pattern, short) for pattern in unused)
+    }
+    reference.load_state_dict(_import_timm()[1].checkpoint_filter_fn(state, reference))
+    title = "timm's VisionTransformer, by its reader of OpenAI's names"
+    return _Reference(title, reference, reference.blocks, _timm_after(reference))
 
 
 def _jax_reference(opened, family, named, told, headless, num_images) -> _Reference:
@@ -291,9 +373,8 @@ def _jax_reference(opened, family, named, told, headless, num_images) -> _Refere
             path = Path(folder) / "model.npz"
             np.savez(path, **{short: named.raw(short).numpy() for short in named.names})
         reference.load_pretrained(str(path))
-    return _Reference(
-        "timm's VisionTransformer, by its reader of .npz files", reference, reference.blocks, reference.norm
-    )
+    title = "timm's VisionTransformer, by its reader of .npz files"
+    return _Reference(title, reference, reference.blocks, _timm_after(reference))
 
 
 def _torchvision_reference(opened, family, named, told, headless, num_images) -> _Reference:
@@ -318,4 +399,5 @@ def _torchvision_reference(opened, family, named, told, headless, num_images) ->
     if headless:
         state |= {name: tensor for name, tensor in reference.state_dict().items() if name.startswith("heads.")}
     reference.load_state_dict(state)
-    return _Reference("torchvision's VisionTransformer", reference, reference.encoder.layers, reference.encoder.ln)
+    after = {"final norm": reference.encoder.ln}
+    return _Reference("torchvision's VisionTransformer", reference, reference.encoder.layers, after)
