@@ -158,7 +158,9 @@ def claims_of(arguments: dict) -> dict:
         translated["final_norm"] = bool(arguments["use_post_transformer_norm"] or arguments.get("use_fc_norm"))
     claims = {ours: translated[theirs] for theirs, ours in ARGUMENTS.items() if translated.get(theirs) is not None}
     if not arguments.get("use_rot_pos_emb"):
-        return {name: value for name, value in claims.items() if not name.startswith("rope_")}
+        claims = {name: value for name, value in claims.items() if not name.startswith("rope_")}
+        absent = arguments.get("pos_embed", "learn") in ("", "none") or arguments.get("use_abs_pos_emb") is False
+        return {**claims, "position_embedding_type": "none"} if absent else claims
     kind, grid = arguments.get("rope_type", "cat"), arguments.get("ref_feat_shape")
     claims["position_embedding_type"] = "rope"
     claims["rope_coordinates"] = "centered" if kind == "dinov3" else "index"

@@ -71,6 +71,8 @@ def export_checkpoint(
                 part = to_jax(name, part, config.num_attention_heads) if goal.layout.jax else part
                 part = part.clone(memory_format=torch.contiguous_format)
                 chosen = spellings[min(spelling, len(spellings) - 1) if "layer_scale" in name else 0]
+                if config.cls_tokens == 2 and name.endswith("register_tokens"):
+                    chosen = spellings[-1]  # the distillation token
                 store[chosen] = part.numpy() if goal.layout.jax else part
     _add_what_only_they_have(tensors, on_disk, model, target, goal)
     _say_what_differs(config, target)
@@ -107,14 +109,18 @@ def _our_tensors(model: ViTScratchForImageClassification, target: str, goal: Des
             )
         ours = {name: tensor for name, tensor in ours.items() if not name.startswith("classifier.")}
     if config.cls_tokens == 2:  # two tokens and two heads, whose mean is predicted
-        ours["vit.embeddings.cls_token"], ours["vit.embeddings.register_tokens"] = ours[
-            "vit.embeddings.cls_token"
-        ].split(1, dim=1)
+        tokens = ours["vit.embeddings.cls_token"].split(1, dim=1)
+        ours["vit.embeddings.cls_token"], ours["vit.embeddings.register_tokens"] = tokens
+        ours = {name: tensor for name, tensor in ours.items() if not name.startswith("classifier.")}
     if is_eva(config) and target == "timm":
         order = channel_order(timm_arguments(config, False), config.hidden_size // config.num_attention_heads)
         if order is not None:
             back = torch.tensor(order).argsort().tolist()
             ours = {name: reorder_channels(name, tensor, back) for name, tensor in ours.items()}
+    if goal.layout is TOWER:
+        for name in (position, "vit.embeddings.cls_token"):
+            if name in ours:
+                ours[name] = ours[name].squeeze(0) if name == position else ours[name].flatten()
     if goal.layout is TOWER and config.pooling == "attention":  # one matrix for query, keys and values
         for leaf in ("weight", "bias"):
             parts = [ours.pop(f"vit.attention_pooling.{part}.{leaf}") for part in ("q", "kv")]
@@ -134,9 +140,6 @@ def _add_what_only_they_have(
             added[f"{goal.prefix}embeddings.register_tokens"] = torch.zeros(1, 0, config.hidden_size)
     if config.cls_tokens == 2:
         heads = ("cls_classifier", "distillation_classifier") if target == "transformers" else ("head", "head_dist")
-        for store in (tensors, on_disk):
-            for name in [name for name in store if name.startswith(("classifier.", "head."))]:
-                del store[name]
         for head, weight in zip(heads, (2 * model.classifier.weight).chunk(2, dim=1), strict=True):
             added[f"{head}.weight"] = weight.detach().float().cpu().contiguous()
             added[f"{head}.bias"] = model.classifier.bias.detach().float().cpu().clone()

@@ -139,6 +139,9 @@ def obstacle(config: ViTScratchConfig, target: str) -> str | None:
         "timm": {
             activation: config.hidden_act not in ACTIVATIONS.values(),
             f"{activation} in a gated MLP": GATED in there and config.hidden_act != "silu",
+            f"{activation} and rotary positions or no key bias": is_eva(config)
+            and GATED not in there
+            and config.hidden_act != "gelu",
             "learned frequencies of rotary positions that are not plain indices": config.rope_frequencies == "mixed"
             and bool(rotary)
             and (config.rope_coordinates, config.rope_grid_size, config.rope_offset) != ("index", None, 0),
@@ -208,7 +211,10 @@ def timm_arguments(config: ViTScratchConfig, no_embed_class: bool) -> dict:
     }
     shared |= {"qk_norm": True} if config.use_qk_norm else {}
     if is_eva(config):
+        del shared["act_layer"]  # GELU, or SiLU where it is gated
         return {**shared, **_eva_arguments(config)}
+    if config.use_gated_mlp and config.layerscale_value is None:
+        shared["init_values"] = 0  # timm passes over None, and the architecture has one
     return {
         **shared,
         "reg_tokens": config.num_register_tokens,
@@ -249,6 +255,8 @@ def timm_architecture(config: ViTScratchConfig) -> str:
     if config.cls_tokens == 2:
         return "deit_base_distilled_patch16_224"
     if is_eva(config):
+        if config.layerscale_value is None:
+            return "eva_giant_patch14_224"
         return "vit_base_patch16_dinov3" if config.layer_norm_eps == 1e-5 else "vit_base_patch16_rope_224"
     if config.use_gated_mlp:
         return "vit_giant_patch14_dinov2"
