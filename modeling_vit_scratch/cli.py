@@ -6,9 +6,11 @@ usage, with one line that says what is wrong.
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 
+import yaml
 from transformers.utils import logging as transformers_logging
 
 from .conversion.families import FAMILIES
@@ -76,6 +78,17 @@ def share(text: str) -> float:
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be in (0, 1), e.g. 0.1")
     return number
+
+
+def config_fields(text: str | None) -> dict:
+    """The fields of a config that `--config_overrides field=value,field=value` names, with their values."""
+    fields = {}
+    for item in filter(None, re.split(r",(?![^\[]*\])", text or "")):  # no comma of a list
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"config_overrides: {item!r} is not of the form field=value.")
+        fields[name.strip()] = yaml.safe_load(value)
+    return fields
 
 
 def add_source_options(group):

@@ -4,6 +4,8 @@ python scripts/convert.py google/vit-base-patch16-224 vit --verify
 python scripts/convert.py vit_b_16-c867db91.pth vit --labels imagenet.txt
 python scripts/convert.py dinov2_vits14.pth dino --image_size 224 --num_labels 9
 python scripts/convert.py vit vit-timm --to timm --verify
+python scripts/convert.py --list
+python scripts/convert.py --list timm/vit_small_patch16_dinov3.lvd1689m
 
 OUT becomes a folder that is a Hub repository: weights, config, image processor
 and code (with --to, the weights and the config of that library). What was
@@ -19,6 +21,7 @@ import sys
 from pathlib import Path
 
 from modeling_vit_scratch import cli
+from modeling_vit_scratch.configuration_vit_scratch import POOLINGS
 from modeling_vit_scratch.conversion import (
     convert_checkpoint,
     export_checkpoint,
@@ -26,6 +29,7 @@ from modeling_vit_scratch.conversion import (
     verify_checkpoint,
     verify_export,
 )
+from modeling_vit_scratch.conversion.catalogue import architectures, describe_checkpoint, families, refused
 from modeling_vit_scratch.conversion.exporting import open_to_others
 from modeling_vit_scratch.conversion.families import TARGETS
 from modeling_vit_scratch.conversion.layouts import WEIGHT_FILES
@@ -36,21 +40,37 @@ from modeling_vit_scratch.evaluation.tables import text_table
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "convert.py CHECKPOINT OUT [--verify] [--option value ...]")
+    parser = cli.Parser(__doc__, "convert.py CHECKPOINT OUT [--verify] [--option value ...] | --list [CHECKPOINT]")
     what = parser.add_argument_group("what and where")
-    what.add_argument("checkpoint", metavar="CHECKPOINT", help="file (.safetensors, .npz, .pt, .bin), folder or Hub id")
-    what.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    what.add_argument(
+        "checkpoint", metavar="CHECKPOINT", nargs="?", help="file (.safetensors, .npz, .pt, .bin), folder or Hub id"
+    )
+    what.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder to write")
+    what.add_argument(
+        "--list",
+        action="store_true",
+        help="write nothing; say which families are understood, or what CHECKPOINT is",
+    )
     cli.add_source_options(what)
     what.add_argument(
         "--to", choices=tuple(TARGETS), metavar="NAME", help=f"write another library's layout: {', '.join(TARGETS)}"
     )
     untold = parser.add_argument_group("what the tensors do not tell (default: config.json, then the published value)")
-    untold.add_argument("--num_attention_heads", type=int, metavar="N", help="default: 64 channels each")
+    untold.add_argument(
+        "--num_attention_heads", type=int, metavar="N", help="default: those of the family's model of that width"
+    )
     untold.add_argument("--layer_norm_eps", type=float, metavar="EPSILON", help="of the LayerNorms")
     untold.add_argument(
         "--hidden_act", metavar="NAME", help="default: 'gelu'; of .npz files 'gelu_pytorch_tanh', as Google's"
     )
-    untold.add_argument("--pooling", choices=("cls", "mean"), help="what the classifier sees")
+    untold.add_argument(
+        "--pooling", choices=POOLINGS, metavar="NAME", help=f"{', '.join(POOLINGS)}: what is classified"
+    )
+    untold.add_argument(
+        "--config_overrides",
+        metavar="FIELDS",
+        help="any field of the config, e.g. 'position_embedding_type=rope,rope_theta=100'",
+    )
     untold.add_argument(
         "--grid_size", type=int, nargs=2, metavar=("DOWN", "ACROSS"), help="patches, where they are no square"
     )
@@ -84,8 +104,39 @@ def table(proof: Verification) -> str:
     )
 
 
+def hints_of(arguments: argparse.Namespace) -> dict:
+    """What was said that tensors do not tell."""
+    names = ("num_attention_heads", "layer_norm_eps", "hidden_act", "pooling")
+    hints = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.grid_size is not None:
+        hints["grid_size"] = tuple(arguments.grid_size)
+    return {**hints, **cli.config_fields(arguments.config_overrides)}
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Which families are understood, or what a checkpoint is."""
+    if arguments.checkpoint is not None:
+        origin = {"source": arguments.source, "revision": arguments.revision}
+        facts = describe_checkpoint(arguments.checkpoint, **origin, **hints_of(arguments))
+        print(text_table(list(facts.items()), left=2))
+        return 0
+    tables = (
+        text_table([("--source", "transformers' model_type", "names of the tensors"), *families()], left=3),
+        text_table([("family", "architectures of timm"), *architectures()], left=2),
+        text_table([("refused", "for"), *refused()], left=2),
+    )
+    print("\n\n".join(tables))
+    return 0
+
+
 def convert(arguments: argparse.Namespace) -> int:
     out, checkpoint = arguments.out, arguments.checkpoint
+    if arguments.list and out is not None:
+        raise ValueError(f"--list writes nothing; leave out OUT ({out}).")
+    if arguments.list:
+        return show(arguments)
+    if out is None:
+        raise ValueError("convert.py needs CHECKPOINT and OUT, or --list.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT {out} is a file; name a folder.")
     if Path(checkpoint).exists() and out.resolve() in (Path(checkpoint).resolve(), Path(checkpoint).resolve().parent):
@@ -102,11 +153,7 @@ def convert(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--image_size takes one number or two, got {len(size)}.")
     size = None if size is None else size[0] if len(size) == 1 else tuple(size)
     labels = None if arguments.labels is None else read_labels(arguments.labels)
-    names = ("num_attention_heads", "layer_norm_eps", "hidden_act", "pooling")
-    hints = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if arguments.grid_size is not None:
-        hints["grid_size"] = tuple(arguments.grid_size)
-    origin = {"source": arguments.source, "revision": arguments.revision}
+    hints, origin = hints_of(arguments), {"source": arguments.source, "revision": arguments.revision}
 
     model = convert_checkpoint(
         checkpoint, image_size=size, num_labels=arguments.num_labels, id2label=labels, **origin, **hints

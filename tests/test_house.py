@@ -24,7 +24,8 @@ FLOORS = [
 WINGS = {
     "data": ["rand_augment", "augmentation", "sources", "columns", "records", "splits", "streaming", "doctor", "cuts"],
     "conversion": [
-        "layouts", "reading", "recognition", "planning", "loading", "processors", "exporting", "proof",
+        "layouts", "families", "reading", "architectures", "recognition", "planning", "loading", "processors",
+        "targets", "exporting", "proof", "catalogue",
     ],
     "hub": ["masking", "model_card", "folder", "push", "callback", "probe", "proof"],
     "evaluation": ["tables", "metrics", "inference", "reports"],

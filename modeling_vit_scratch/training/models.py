@@ -1,14 +1,13 @@
 """The model of a run: made from a preset, or trained before; and the image processor that goes with it."""
 
 import logging
-import re
 
 import torch
-import yaml
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTImageProcessorPil
 
+from ..cli import config_fields
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..conversion import convert_checkpoint, image_processor_for
 from ..modeling_vit_scratch import ViTScratchForImageClassification
@@ -17,20 +16,9 @@ from .arguments import ModelArguments
 logger = logging.getLogger(__name__)
 
 
-def config_overrides(arguments: ModelArguments) -> dict:
-    """The fields that `--config_overrides` names, with their values."""
-    overrides = {}
-    for item in filter(None, re.split(r",(?![^\[]*\])", arguments.config_overrides or "")):  # no comma of a list
-        name, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"config_overrides: {item!r} is not of the form field=value.")
-        overrides[name.strip()] = yaml.safe_load(value)
-    return overrides
-
-
 def make_config(arguments: ModelArguments, class_names: list[str]) -> ViTScratchConfig:
     """The preset's config with its overrides, for these classes."""
-    overrides = config_overrides(arguments)
+    overrides = config_fields(arguments.config_overrides)
     if arguments.image_size is not None:
         overrides["image_size"] = arguments.image_size
     labels = dict(enumerate(class_names))
@@ -54,7 +42,7 @@ def make_processor(
 
 def load_trained(arguments: ModelArguments) -> tuple[ViTScratchForImageClassification, ViTImageProcessorPil]:
     """A trained classifier, ours or converted from another library, and an image processor with its mean and std."""
-    name, fields = arguments.model_name_or_path, config_overrides(arguments)
+    name, fields = arguments.model_name_or_path, config_fields(arguments.config_overrides)
     where = {"source": arguments.source, "cache_dir": arguments.cache_dir, "token": arguments.token}
     model = convert_checkpoint(name, image_size=arguments.image_size, replace_head=True, **where, **fields)
     processor = image_processor_for(name, model, **where)
