@@ -54,12 +54,13 @@ def make_plan(opened: Checkpoint, family: str, named: NamedTensors, hints: dict,
     for pattern, what in named.layout.unused.items():
         plan.left_out |= {name: what for name in named.names if re.fullmatch(pattern, name)}
     plan.left_out |= dict.fromkeys(named.outside, "what is not the image tower")
+    blocks = _num_blocks(named, opened.title)
     D, C, *patch = _kernel(opened.title, named)
     grid = _grid(opened, named, claims, hints, patch)
     told_head = _plan_head(plan, opened, named, D, hints, new_head)
     rotary = {**FAMILIES[family].fields, **claims, **hints}.get("position_embedding_type")
     grid, registers = _plan_tokens(plan, opened.title, named, D, grid, rotary)
-    measured = {**_measure(opened.title, named), **told_head.pop("measured", {})}
+    measured = {**_measure(named, blocks), **told_head.pop("measured", {})}
     measured |= {
         "hidden_size": D,
         "num_channels": C,
@@ -146,9 +147,8 @@ def _grid(
     return grid
 
 
-def _measure(title: str, named: NamedTensors) -> dict:
+def _measure(named: NamedTensors, blocks: int) -> dict:
     """The fields of our config that the tensors tell."""
-    blocks = _num_blocks(named, title)
     inner = next((shape[-1] for i in range(blocks) if (shape := named.shape(f"vit.layers.{i}.mlp.fc2.weight"))), None)
     width = next((shape[-1] for i in range(blocks) if (shape := named.shape(f"vit.layers.{i}.mlp.fc1.bias"))), inner)
     biased = [
@@ -298,7 +298,7 @@ def _plan_tokens(
             if named.layout not in (TIMM, NAFLEX):
                 raise_unfit(title, {"missing": [named.layout.names[prefix + "position_embeddings"]]})
             raise ValueError(
-                f"{title} has no embeddings of positions, and does not tell what it has instead; pass "
+                f"{title} has no pos_embed, and does not tell which positions it has instead; pass "
                 "position_embedding_type='rope' and the rope_ fields that differ, or position_embedding_type='none'."
             )
         kernel = named.shape(prefix + "patch_embeddings.projection.weight")

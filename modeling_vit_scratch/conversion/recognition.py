@@ -213,8 +213,9 @@ def _family(opened: Checkpoint, named: NamedTensors) -> str:
             return "dinov2_with_registers" if "embeddings.register_tokens" in named.names else "dinov2"
         if "embeddings.distillation_token" in named.names:
             return "deit"
-        if "embeddings.cls_token" not in named.names:
-            return "ijepa"
+        positions = named.shape("vit.embeddings.position_embeddings") or [1, 2]
+        if "embeddings.cls_token" not in named.names and math.isqrt(positions[1]) ** 2 == positions[1]:
+            return "ijepa"  # else a class token is missing
         return "mae" if "decoder.decoder_embed.weight" in named.names else "transformers"
     if named.layout is OPEN_CLIP:
         return "clip"
