@@ -65,6 +65,7 @@ def _load_processor(folder: Path, num_channels: int):
         except ImportError:  # older versions of transformers have it with torchvision only
             kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "ViTImageProcessor"
             kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+            kind = "ViTImageProcessor" if kind == "DINOv3ViTImageProcessor" else kind  # which resizes alike
             processor = getattr(transformers, f"{kind}Pil").from_pretrained(folder)
     except Exception as error:  # each processor fails in its own way, some with a list of all others
         reason = textwrap.shorten(one_line(error), 160, placeholder=" ...")
