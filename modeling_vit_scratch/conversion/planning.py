@@ -203,9 +203,10 @@ def _published_heads(opened: Checkpoint, family: str, D: int) -> int:
             )
         heads = {D: D // 64}
     if D not in heads:
+        reason = f"{family!r} has published no model of width {D}" if heads else "timm's models of one width differ"
         raise ValueError(
-            f"the heads cannot be told from the tensors: width {D} is none that {family!r} has published"
-            f"{'' if heads else ' one number of heads for'}; pass num_attention_heads=, often {max(D // 64, 1)}."
+            f"the heads cannot be told from the tensors: {reason}; pass num_attention_heads=, often "
+            f"{max(D // 64, 1)} at this width."
         )
     return heads[D]
 
