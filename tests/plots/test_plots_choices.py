@@ -17,7 +17,6 @@ from modeling_vit_scratch import (
     plots,
 )
 from modeling_vit_scratch.evaluation import Predictor
-from modeling_vit_scratch.plots.figures import KINDS
 from modeling_vit_scratch.plots.views import look, on_grid, view_image
 
 TODAY = {
@@ -95,7 +94,9 @@ def test_rotary_scores_are_cosines_of_the_offset(fields, step_hw):
 
 def test_rotary_scores_are_those_of_attention():
     """The mean over a head's pairs is the score of the model's own attention where queries and keys are all equal."""
-    model = make(ViTScratchModel, position_embedding_type="rope", rope_frequencies="mixed", use_cls_token=False)
+    model = make(
+        ViTScratchModel, position_embedding_type="rope", rope_frequencies="mixed", use_cls_token=False, pooling="mean"
+    )
     attention, d = model.layers[1].attention, 4
     seen = []
     with torch.no_grad():
@@ -241,18 +242,22 @@ def test_the_map_shows_the_patch_that_reaches_the_classifier(name, tmp_path, pho
 
 
 @pytest.mark.parametrize("name", TODAY)
-def test_each_kind_is_drawn(name, tmp_path, photo):
-    script, folder = load_script("plot"), save(tmp_path / "model", **TODAY[name])
-    output = tmp_path / "plots"
-    assert script.main(["all", str(folder), "--images", str(photo), "--output", str(output), "--layer", "1"]) == 0
-    drawn = {path.stem for path in output.iterdir()}
+def test_each_kind_is_drawn(name, tmp_path, photo, monkeypatch):
+    script, folder, drawn = load_script("plot"), save(tmp_path, **TODAY[name]), set()
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path, svg: [drawn.add(path.name), draw(figure)])
+    assert script.main(["all", str(folder), "--images", str(photo), "--output", str(tmp_path), "--layer", "1"]) == 0
     of_all = {"patch_filters", "patch_sequence", "attention_rollout", "attention_heads", "attention_distance"}
     pooled = {"pooling_heads"} if "attention" in name else set()
     assert drawn == of_all | pooled | POSITIONS.get(name, {"position_similarity"})
-    figures = plots.draw_figures(folder, ["features", "confusion"], dataset="digits", split="test", max_samples=20)
-    assert set(figures) == {KINDS["features"], KINDS["confusion"]}
     view = view_image(Predictor(folder, "cpu"), photo)  # what the page of demo.py shows
     assert view.rollout.shape == (3, 4) and view.heads.shape == (2, 3, 3, 4)
+
+
+def test_features_are_as_wide_as_what_the_classifier_sees(tmp_path):
+    folder = save(tmp_path, **TODAY["three class tokens and the mean"])
+    split = {"dataset": "digits", "split": "test", "max_samples": 20}
+    figures = plots.draw_figures(folder, ["features", "mistakes", "confusion"], **split)
+    assert set(figures) == {"features", "mistakes", "confusion_matrix"}
 
 
 def test_a_model_without_positions_says_so(tmp_path, capsys):
