@@ -222,20 +222,24 @@ def test_attention_on_grid_of_each_pooling_by_hand():
 
 
 @pytest.mark.parametrize("name", TODAY)
-def test_the_map_shows_the_patch_that_reaches_the_classifier(name, tmp_path, photo):
-    """Where every token gathers from one patch alone, that is what the classifier looks at, whatever it pools."""
+def test_the_map_is_of_what_the_model_pools(name, tmp_path):
+    """Class token c looks at patch c alone, each patch at itself, and registers, which nobody reads, at the last."""
     predictor = Predictor(save(tmp_path, **TODAY[name]), "cpu")
-    config, pixels = predictor.config, torch.stack([noise_image()])
-    output = look(predictor, pixels)
+    config, prefix, N = predictor.config, predictor.config.num_prefix_tokens, 12
+    output = look(predictor, torch.stack([noise_image(), noise_image(seed=1)]))
     for maps in output.attentions:
-        heat = on_grid(predictor, maps, output)
-        assert heat.shape == (1, 3, 3, 4)
-        torch.testing.assert_close(heat.mean(dim=(2, 3)), torch.ones(1, 3))
-    tokens = config.num_prefix_tokens + 12
-    one = torch.zeros(1, tokens, tokens)
-    one[:, :, config.num_prefix_tokens + 7] = 1
-    heat = on_grid(predictor, one, output)[0]
-    assert heat[1, 3] == pytest.approx(12) and heat.sum() == pytest.approx(12)
+        torch.testing.assert_close(on_grid(predictor, maps, output).mean(dim=(2, 3)), torch.ones(2, 3))
+    maps = torch.zeros(2, prefix + N, prefix + N)
+    maps[:, prefix:, prefix:] = torch.eye(N)
+    maps[:, :prefix, -1] = 1
+    classes = torch.eye(N)[: config.cls_tokens]
+    maps[:, : config.cls_tokens, prefix:] = classes
+    if config.pooling == "attention":
+        expected = plots.pooling_attention(predictor.model.vit, output.hidden_states[-1]).mean(dim=1)  # (2, N)
+    else:
+        mean = [torch.full((1, N), 1 / N)] if "mean" in config.pooling else []
+        expected = torch.cat([classes, *mean]).mean(dim=0).expand(2, N)
+    torch.testing.assert_close(on_grid(predictor, maps, output), N * expected.reshape(2, 3, 4))
 
 
 # -- every kind of every choice ----------------------------------------------------------------------------------------
