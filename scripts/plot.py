@@ -48,7 +48,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_split_options(group)
     cli.add_model_options(options.add_argument_group("options of MODEL"))
     group = options.add_argument_group("what is drawn")
-    group.add_argument("--layer", type=int, default=-1, metavar="L", help="of heads, from 1; default: -1, the last")
+    text = "of heads and of mixed rotary positions, from 1; default: -1, the last"
+    group.add_argument("--layer", type=int, default=-1, metavar="L", help=text)
     group.add_argument("--count", type=cli.at_least_one, default=25, metavar="N", help="of mistakes; default: 25")
     group.add_argument(
         "--max_pictures", type=cli.at_least_one, default=4, metavar="N", help="of patches, rollout, heads; default: 4"
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
             figures = draw_figure(kind, view, args.models, choices)
         except (ValueError, OSError) as error:
             cli.say(PROGRAM, f"{kind}: {error}")
-            failed += not (args.all and kind in SAVED)  # a model need not have a run
+            failed += not (args.all and kind in SAVED | {"positions"})  # a model need not have a run, nor positions
             continue
         for name, figure in figures.items():
             print(*plots.save_figure(figure, args.output / name, svg=not args.docs), sep="\n", flush=True)

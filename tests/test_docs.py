@@ -220,6 +220,48 @@ def test_python_of_evaluation_and_inside(there, monkeypatch, tmp_path):
     assert {path.name for path in (there / "plots").iterdir()} >= {"patch_filters.png", "attention_rollout.svg"}
 
 
+def test_python_of_today(there, monkeypatch, tmp_path):
+    """It makes encoders of the sizes that timm's have, and draws the picture that stands on the page."""
+    names = run_python(["docs/today.md"], monkeypatch, tmp_path)
+    D = 768
+    timm = {  # parameters of timm 1.0.31's models, and what ours have more
+        "ViT": (85_798_656, 0),  # vit_base_patch16_224
+        "DeiT, distilled": (85_800_192, 0),  # deit_base_distilled_patch16_224
+        "CLIP": (85_799_424, D),  # vit_base_patch16_clip_224: its patches have no bias
+        "EVA": (1_011_146_112, 0),  # eva_giant_patch14_224
+        "SigLIP": (92_884_224, 0),  # vit_base_patch16_siglip_224
+        "EVA-02": (21_621_120, 0),  # eva02_small_patch14_224
+        "DINOv2": (86_582_016, D),  # vit_base_patch14_reg4_dinov2: the class token's position is in the token
+        "RoPE-ViT": (85_675_008, 0),  # vit_base_patch16_rope_mixed_224
+        "Perception Encoder": (86_433_792, D),  # vit_pe_spatial_base_patch16_512: as CLIP
+        "DINOv3": (85_659_648, 0),  # vit_base_patch16_dinov3_qkvb
+    }
+    assert set(names["configs"]) == set(timm)
+    for name, (count, more) in timm.items():
+        with torch.device("meta"):
+            encoder = ViTScratchForImageClassification(names["configs"][name]).vit
+        assert encoder.num_parameters() == count + more, name
+    folders = ROOT / "docs" / "images", there / "plots"
+    told, drawn = (Image.open(folder / "rotary_positions.png") for folder in folders)
+    assert told.size == drawn.size
+    told, drawn = (np.asarray(image.convert("RGB"), float) for image in (told, drawn))
+    assert np.abs(told - drawn).mean() < 5
+
+
+def test_choices_of_today_are_fields_and_classes():
+    """A paragraph or item names the field that switches a choice on, or several, and the class that computes it."""
+    named = [code for code in CODE.findall(FENCED.sub("", DOCS["today"])) if re.match(r"\w+(=|$)", code)]
+    fields = {tuple(code.split("=")) for code in named if "=" in code}
+    assert len(fields) > 15
+    for name, value in fields:
+        default = name in ("rope_coordinates", "rope_theta")  # of which the page tells all that are in use
+        assert default or getattr(ViTScratchConfig(), name) != ast.literal_eval(value), name
+        together = {"use_cls_token": False} if value == '"attention"' else {}
+        ViTScratchConfig(**{name: ast.literal_eval(value)}, **together)  # or it is refused
+    classes = {code for code in named if code.startswith("ViTScratch")}
+    assert len(classes) > 7 and all(hasattr(modeling_vit_scratch, name) for name in classes)
+
+
 def test_python_of_scaling(there, monkeypatch, tmp_path):
     """But for the two processes, which tests/test_distributed.py has."""
     given = []
@@ -231,7 +273,7 @@ def test_python_of_scaling(there, monkeypatch, tmp_path):
 
 def test_no_page_has_python_that_is_not_run():
     ran = {"README.md"} | {
-        f"docs/{page}.md" for page in ("weights", "how_it_works", "export", "scaling", "evaluation", "inside")
+        f"docs/{page}.md" for page in ("weights", "how_it_works", "today", "export", "scaling", "evaluation", "inside")
     }
     assert {page for page, text in PAGES.items() if FENCED.search(text)} == ran
     assert {language for text in PAGES.values() for language, _ in FENCED.findall(text)} == {"python"}
@@ -503,7 +545,8 @@ def test_images_are_those_that_one_command_draws():
     named = {name for text in PAGES.values() for name in re.findall(r"images/(\w+)\.png", text)}
     assert explained == {plot.KINDS[kind] for kind in plot.DOCS}
     committed = {path.stem: path.stat().st_size for path in (ROOT / "docs" / "images").glob("*.png")}
-    assert set(committed) == named == explained | {"race", "reconstructions"}  # those two are of long runs
+    others = {"race", "reconstructions", "rotary_positions"}  # two of long runs; what docs/today.md draws
+    assert set(committed) == named == explained | others
     assert max(committed.values()) < 150_000
     assert "scripts/plot.py docs" in DOCS["how_it_works"]
     assert all(Path(path).is_file() for path in plot.EXAMPLES)

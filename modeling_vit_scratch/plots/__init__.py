@@ -19,8 +19,10 @@ from .analysis import (
     overlay_pixels,
     patch_mosaic,
     patch_sequence,
+    pooling_attention,
     position_similarity,
     project_features,
+    rotary_scores,
 )
 from .drawing import save_figure
 from .figures import draw_figures
@@ -33,6 +35,7 @@ from .model import (
     plot_patch_sequence,
     plot_position_similarity,
     plot_reconstructions,
+    plot_rotary_positions,
 )
 from .runs import (
     LOSSES,
@@ -71,10 +74,13 @@ __all__ = [
     "plot_race",
     "plot_reconstructions",
     "plot_reliability",
+    "plot_rotary_positions",
     "plot_scaling",
     "plot_training_curves",
+    "pooling_attention",
     "position_similarity",
     "project_features",
     "read_history",
+    "rotary_scores",
     "save_figure",
 ]

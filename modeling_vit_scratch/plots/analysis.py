@@ -72,6 +72,31 @@ def position_similarity(position_embeddings: torch.Tensor, grid_hw: tuple[int, i
     return (positions @ positions.T).clamp(-1, 1).reshape(h, w, h, w)
 
 
+def rotary_scores(rotary: torch.nn.Module, grid_hw: tuple[int, int]) -> torch.Tensor:
+    """What rotary positions make of the score of a query and an equal key, by the offset between their patches.
+
+    A pair of channels of length 1 gives cos(dy f + dx g), f and g being the angles by which it turns for one patch down
+    and one across. It is taken from the turns that the model itself computes: of all patches against those in the two
+    upper corners, which see each offset downwards; those upwards are the same, seen from the other patch.
+
+    Args:
+        rotary: A `ViTScratchRotaryPositions`, of which `ViTScratchModel.rotary_positions` has one, or one for a layer.
+        grid_hw: Patches (down, across).
+
+    Returns:
+        (heads, d / 2, 2 h - 1, 2 w - 1) in [-1, 1]; the offset (0, 0) is in the middle. One head stands for all where
+        all turn alike.
+    """
+    h, w = grid_hw
+    with torch.no_grad():
+        cos, sin = rotary(grid_hw, next(rotary.parameters(), torch.empty(0)).device).double().cpu()
+    turns = torch.complex(cos, sin)[..., -h * w :, :].unflatten(-2, grid_hw)  # (h, w, d / 2), or (A, h, w, d / 2)
+    turns = turns if turns.ndim == 4 else turns.unsqueeze(0)
+    left, right = ((turns * turns[:, :1, corner].unsqueeze(2).conj()).real for corner in (w - 1, 0))
+    down = torch.cat([left, right[:, :, 1:]], dim=2)  # (A, h, 2 w - 1, d / 2)
+    return torch.cat([down[:, 1:].flip(1, 2), down], dim=1).permute(0, 3, 1, 2).float()
+
+
 def attention_distance(
     attentions: Sequence[torch.Tensor], grid_hw: tuple[int, int], patch_hw: tuple[int, int], num_prefix_tokens: int
 ) -> torch.Tensor:
@@ -122,27 +147,63 @@ def attention_rollout(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
     return rollout
 
 
+@torch.no_grad()
+def pooling_attention(vit: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Where the query of attention pooling looks: (B, T, D) -> (B, A, N), rows sum to 1.
+
+    Args:
+        vit: A `ViTScratchModel` with `pooling="attention"`.
+        hidden_states: What its last block gives, before the final norm.
+    """
+    pooling, D = vit.attention_pooling, vit.config.hidden_size
+    patches = vit.norm(hidden_states)[:, vit.config.num_prefix_tokens :]
+    query = pooling.q(pooling.query).unflatten(2, (-1, pooling.head_dim))[0, 0]  # (A, d)
+    key = pooling.kv(patches)[..., :D].unflatten(2, (-1, pooling.head_dim))  # (B, N, D) -> (B, N, A, d)
+    return (torch.einsum("ad,bnad->ban", query, key).float() * pooling.head_dim**-0.5).softmax(dim=-1)
+
+
 def attention_on_grid(
-    maps: torch.Tensor, grid_hw: tuple[int, int], num_prefix_tokens: int, pooling: str = "cls"
+    maps: torch.Tensor,
+    grid_hw: tuple[int, int],
+    num_prefix_tokens: int,
+    pooling: str = "cls",
+    num_cls_tokens: int = 1,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the classifier looks at: the share of each patch, relative to an even share.
 
-    Of maps over tokens, such as a head's attention or a rollout, take the class token's row ("cls"), or the mean over
-    the rows of the patches ("mean"), keep the patches' columns, and scale them to mean 1.
+    Of maps over tokens, such as a head's attention or a rollout, take the rows of what the classifier sees, keep the
+    patches' columns, and scale them to mean 1. It sees the class tokens ("cls"), the mean of the patches ("mean"), both
+    ("cls+mean"), or a mean of the patches with weights of its own ("attention"). Where it sees several, one after the
+    other, each counts alike.
 
     Args:
-        maps: (..., T, T), rows are queries.
+        maps: (..., T, T), rows are queries; (B, ..., T, T) for "attention".
         grid_hw: Patches (down, across).
         num_prefix_tokens: Tokens before the first patch.
-        pooling: The config's: "cls" or "mean".
+        pooling: The config's.
+        num_cls_tokens: Class tokens.
+        weights: (B, N) for "attention": the mean over heads of `pooling_attention`.
 
     Returns:
         (..., h, w); 1 is what attention spread evenly over the patches gives.
     """
     (maps,) = _checked_maps([maps], grid_hw, num_prefix_tokens)
-    if pooling == "cls" and num_prefix_tokens < 1:
-        raise ValueError("pooling 'cls' needs a class token, but num_prefix_tokens is 0; use 'mean'.")
-    rows = maps[..., 0, :] if pooling == "cls" else maps[..., num_prefix_tokens:, :].mean(dim=-2)  # (..., T)
+    if pooling.startswith("cls") and num_prefix_tokens < num_cls_tokens:
+        raise ValueError(
+            f"pooling {pooling!r} needs {num_cls_tokens} class tokens, but num_prefix_tokens is {num_prefix_tokens}; "
+            "use 'mean'."
+        )
+    of_patches = maps[..., num_prefix_tokens:, :]  # (..., N, T)
+    if pooling == "attention":
+        if weights is None:
+            raise ValueError("pooling 'attention' needs weights: the mean over heads of pooling_attention.")
+        weights = weights.to(maps).reshape(len(maps), *[1] * (maps.ndim - 3), -1, 1)  # (B, ..., N, 1)
+        rows = (weights * of_patches).sum(dim=-2)  # (..., T)
+    else:
+        seen = [maps[..., :num_cls_tokens, :]] if pooling.startswith("cls") else []
+        seen += [of_patches.mean(dim=-2, keepdim=True)] if pooling.endswith("mean") else []
+        rows = torch.cat(seen, dim=-2).mean(dim=-2)  # (..., T)
     patches = rows[..., num_prefix_tokens:].float()  # (..., N)
     patches = patches / patches.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return patches.unflatten(-1, grid_hw)

@@ -12,7 +12,7 @@ from PIL import Image
 from ..data.cuts import Split
 from ..evaluation import ImageClassificationMetrics, Predictor
 from ..evaluation.inference import as_predictor, find_split
-from .analysis import attention_distance, attention_on_grid, attention_rollout
+from .analysis import attention_distance, attention_rollout, pooling_attention
 from .model import (
     plot_attention_distance,
     plot_attention_heads,
@@ -21,6 +21,7 @@ from .model import (
     plot_patch_filters,
     plot_patch_sequence,
     plot_position_similarity,
+    plot_rotary_positions,
 )
 from .runs import (
     LOSSES,
@@ -30,7 +31,7 @@ from .runs import (
     plot_reliability,
     plot_training_curves,
 )
-from .views import ModelView
+from .views import ModelView, on_grid
 
 # What can be drawn, and the name of its figure.
 KINDS = {
@@ -58,7 +59,7 @@ class Choices:
     """What a figure shows of all that there is.
 
     Args:
-        layer: Of heads: from 1, or from -1 backwards.
+        layer: Of heads, and of rotary positions that differ by layer: from 1, or from -1 backwards.
         count: Number of mistakes.
         max_images: Number of images of patches, rollout and heads.
         features_seed: Of features: which images, and t-SNE.
@@ -97,7 +98,7 @@ def draw_figures(
         images: Files, folders, patterns such as "*.jpg", or images opened with PIL.
         dataset: Labelled images in place of `images`, as for `evaluate_model`.
         split: Of the dataset, as for `evaluate_model`.
-        layer: Whose heads: from 1, or from -1 backwards.
+        layer: Of heads, and of rotary positions that differ by layer: from 1, or from -1 backwards.
         count: Number of mistakes.
         max_images: Number of images of patches, rollout and heads.
         features_seed: Of features: which images, and t-SNE.
@@ -106,7 +107,8 @@ def draw_figures(
 
     Returns:
         The figures, by name, for `save_figure`. The name is that of `KINDS`; patches and heads of several images are
-        figures of their own, numbered from "..._1".
+        figures of their own, numbered from "..._1". Rotary positions are drawn as "rotary_positions", and the heads of
+        attention pooling, beside those of the layer, as "pooling_heads".
 
     Raises:
         ValueError: A kind is unknown, lacks what it is drawn from, or cannot be drawn of this model; the model, the
@@ -160,11 +162,19 @@ def draw_figure(kind: str, view: ModelView | None, runs: Sequence[str], choices:
     """
     name = KINDS[kind]
     if kind in ONE_FOR_EACH_IMAGE:
-        drawn = ONE_FOR_EACH_IMAGE[kind](view, choices)
-        if len(drawn) == 1:
-            return {name: drawn[0]}
-        return {f"{name}_{i + 1}": figure for i, figure in enumerate(drawn)}
+        return _numbered(name, ONE_FOR_EACH_IMAGE[kind](view, choices))
+    if kind == "heads":
+        figures = _numbered(name, _draw_heads(view, choices))
+        pooled = view.config.pooling == "attention"
+        return figures | _numbered("pooling_heads", _draw_pooling(view, choices)) if pooled else figures
+    if kind == "positions":
+        return _draw_positions(view, choices)
     return {name: _draw_saved(kind, view, runs) if kind in SAVED else OF_A_VIEW[kind](view, choices)}
+
+
+def _numbered(name: str, figures: list[Figure]) -> dict[str, Figure]:
+    """By name; those of several images by name and number."""
+    return {name if len(figures) == 1 else f"{name}_{i + 1}": figure for i, figure in enumerate(figures)}
 
 
 # -- of what a run saved -----------------------------------------------------------------------------------------------
@@ -229,8 +239,20 @@ def _draw_filters(view: ModelView, choices: Choices) -> Figure:
     return plot_patch_filters(embeddings.projection.weight, view.config.patch_hw, title="Patch filters")
 
 
-def _draw_positions(view: ModelView, choices: Choices) -> Figure:
-    return plot_position_similarity(view.model.vit.embeddings.position_embeddings, view.config.grid_hw)
+def _draw_positions(view: ModelView, choices: Choices) -> dict[str, Figure]:
+    """Of position embeddings, of rotary positions, or of both."""
+    config, vit, figures = view.config, view.model.vit, {}
+    if vit.embeddings.position_embeddings is not None:
+        figures[KINDS["positions"]] = plot_position_similarity(vit.embeddings.position_embeddings, config.grid_hw)
+    if len(vit.rotary_positions) > 0:
+        layer = _chosen_layer(view, choices) if len(vit.rotary_positions) > 1 else 0
+        whose = f", layer {layer + 1} of {config.num_hidden_layers}" if config.rope_frequencies == "mixed" else ""
+        figures["rotary_positions"] = plot_rotary_positions(
+            vit.rotary_positions[layer], config.grid_hw, f"What rotary positions do to attention{whose}"
+        )
+    if not figures:
+        raise ValueError("the model has no positions (position_embedding_type='none').")
+    return figures
 
 
 def _draw_distance(view: ModelView, choices: Choices) -> Figure:
@@ -254,7 +276,7 @@ def _draw_mistakes(view: ModelView, choices: Choices) -> Figure:
 def _draw_rollout(view: ModelView, choices: Choices) -> Figure:
     pixels, titles = view.pixels[: choices.max_images], view.titles[: choices.max_images]
     output = view.look(torch.stack(pixels))
-    maps = attention_on_grid(attention_rollout(output.attentions), *_geometry(view))
+    maps = on_grid(view.predictor, attention_rollout(output.attentions), output)
     if view.predictor.can_classify:
         p, guess = view.predictor.probabilities(output.logits).max(dim=1)
         answers = [f"{view.class_names[int(k)]} ({q:.0%})" for k, q in zip(guess, p, strict=True)]
@@ -267,28 +289,37 @@ def _draw_patches(view: ModelView, choices: Choices) -> list[Figure]:
 
 
 def _draw_heads(view: ModelView, choices: Choices) -> list[Figure]:
+    layer = _chosen_layer(view, choices)
+    pixels = view.pixels[: choices.max_images]
+    output = view.look(torch.stack(pixels))
+    maps = on_grid(view.predictor, output.attentions[layer], output)
+    title = f"Attention of each head, layer {layer + 1} of {view.config.num_hidden_layers}"
+    return [plot_attention_heads(image, heads, title) for image, heads in zip(pixels, maps, strict=True)]
+
+
+def _draw_pooling(view: ModelView, choices: Choices) -> list[Figure]:
+    pixels = view.pixels[: choices.max_images]
+    output = view.look(torch.stack(pixels))
+    maps = pooling_attention(view.model.vit, output.hidden_states[-1])  # (B, A, N)
+    maps = (maps * maps.shape[-1]).unflatten(-1, view.config.grid_hw)  # 1 is an even share
+    title = "Attention of each head of the pooling"
+    return [plot_attention_heads(image, heads, title) for image, heads in zip(pixels, maps, strict=True)]
+
+
+def _chosen_layer(view: ModelView, choices: Choices) -> int:
     L = view.config.num_hidden_layers
     layer = choices.layer - 1 if choices.layer > 0 else choices.layer + L
     if choices.layer == 0 or not 0 <= layer < L:
         raise ValueError(f"--layer ({choices.layer}) must be 1 to {L}, or -1 to {-L} from the last.")
-    pixels = view.pixels[: choices.max_images]
-    maps = attention_on_grid(view.look(torch.stack(pixels)).attentions[layer], *_geometry(view))
-    title = f"Attention of each head, layer {layer + 1} of {L}"
-    return [plot_attention_heads(image, heads, title) for image, heads in zip(pixels, maps, strict=True)]
-
-
-def _geometry(view: ModelView) -> tuple:
-    """What `attention_on_grid` takes beside the maps."""
-    return view.config.grid_hw, view.config.num_prefix_tokens, view.config.pooling
+    return layer
 
 
 OF_A_VIEW = {
     "filters": _draw_filters,
-    "positions": _draw_positions,
     "rollout": _draw_rollout,
     "distance": _draw_distance,
     "mistakes": _draw_mistakes,
     "reliability": _draw_reliability,
     "features": _draw_features,
 }
-ONE_FOR_EACH_IMAGE = {"patches": _draw_patches, "heads": _draw_heads}
+ONE_FOR_EACH_IMAGE = {"patches": _draw_patches}

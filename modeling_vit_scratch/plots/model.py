@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from .analysis import filter_components, patch_sequence, position_similarity, project_features
+from .analysis import filter_components, patch_sequence, position_similarity, project_features, rotary_scores
 from .drawing import (
     BLUE,
     CATEGORIES,
@@ -186,6 +186,77 @@ def plot_position_similarity(position_embeddings: torch.Tensor, grid_hw: tuple[i
     axes.set(xlabel="patch column", ylabel="patch row")
     axes.set_title("Similarity of position embeddings", fontsize=11)
     return figure
+
+
+def plot_rotary_positions(rotary: torch.nn.Module, grid_hw: tuple[int, int], title: str = "", most: int = 8) -> Figure:
+    """What rotary positions do to attention (Su et al., 2021): scores by the offset between patches; `rotary_scores`.
+
+    Some pairs of channels, from fast to slow, and the mean of all of a head's. Where each pair turns by y or by x,
+    these are two rows, and the mean is large; where it turns by both, a row is a head.
+
+    Args:
+        rotary: A `ViTScratchRotaryPositions`.
+        grid_hw: Patches (down, across).
+        title: Whose they are, say.
+        most: Heads drawn, the first ones, where each turns its own way.
+    """
+    scores, mixed = rotary_scores(rotary, grid_hw), rotary.frequencies is not None  # (A, d / 2, 2 h - 1, 2 w - 1)
+    pairs, periods = scores.shape[1], _periods(rotary, grid_hw)
+    if mixed:
+        rows = [(head, periods[head].argsort(), f"head {head + 1}") for head in range(min(len(scores), most))]
+    else:
+        by_y, by_x = torch.arange(pairs).chunk(2)
+        rows = [(0, by_y, "pairs turned by y"), (0, by_x, "pairs turned by x")]
+    bands = len(rows[0][1])
+    chosen = np.unique(np.linspace(0, bands - 1, min(bands, 4)).round().astype(int))
+    columns, ratio = len(chosen), min(max(grid_hw[0] / grid_hw[1], 0.7), 1.5)  # of very long grids cells are not square
+    figure = new_figure(1.5 * columns + (1.5 if mixed else 3.1) + 1.2, len(rows) * (1.25 * ratio + 0.3) + 1.0)
+    layout = figure.add_gridspec(len(rows), columns + 1, width_ratios=[1] * columns + [1 if mixed else 2.2])
+    for row, (head, order, name) in enumerate(rows):
+        last = row == len(rows) - 1
+        for column, pair in enumerate(order[chosen].tolist()):
+            axes = figure.add_subplot(layout[row, column])
+            period = periods[head, pair].item()
+            image = _draw_offsets(axes, scores[head, pair], down=column == 0, across=last)
+            axes.set_title(f"a turn in {period:.{1 if period < 10 else 0}f} patches", fontsize=8, pad=3)
+            if column == 0:
+                axes.set_ylabel(f"{name}\npatches down", fontsize=8)
+        if mixed or row == 0:
+            axes = figure.add_subplot(layout[row if mixed else slice(None), columns])
+            _draw_offsets(axes, scores[head].mean(dim=0), down=not mixed, across=last or not mixed)
+            axes.set_title(f"mean of {pairs} pairs", fontsize=8 if mixed else 10, pad=3)
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.9, aspect=8 * figure.get_figheight(), pad=0.02)
+    bar.set_label("score", fontsize=9)
+    bar.ax.tick_params(labelsize=8, length=2)
+    bar.outline.set_visible(False)
+    title = title or "What rotary positions do to attention"
+    title += f", {len(rows)} of {len(scores)} heads" if mixed and len(rows) < len(scores) else ""
+    figure.suptitle(f"{title}:\nscore of a query (+) and an equal key, by how far away its patch is", fontsize=10)
+    return figure
+
+
+def _periods(rotary: torch.nn.Module, grid_hw: tuple[int, int]) -> torch.Tensor:
+    """Patches that each pair of channels needs for a whole turn, along the way that it turns: (heads, d / 2)."""
+    places = [rotary.places(side, torch.device("cpu")) for side in grid_hw]
+    steps = torch.stack([place.diff().mean().nan_to_num(1.0) for place in places])  # of 1 patch there is no step
+    frequencies = rotary.axial().unsqueeze(0) if rotary.frequencies is None else rotary.frequencies.detach().cpu()
+    return 2 * torch.pi / (frequencies.float() * steps[:, None]).norm(dim=1).clamp_min(1e-12)
+
+
+def _draw_offsets(axes, scores: torch.Tensor, down: bool, across: bool):
+    """A map over offsets (2 h - 1, 2 w - 1), with the query in the middle; numbers where `down` and `across` say so."""
+    y, x = (side // 2 for side in scores.shape)
+    edges = (-x - 0.5, x + 0.5, y + 0.5, -y - 0.5)
+    image = axes.imshow(
+        scores.numpy(), cmap="cividis", vmin=-1, vmax=1, interpolation="nearest", extent=edges, aspect="auto"
+    )
+    axes.plot(0, 0, marker="+", color="black", markersize=5, markeredgewidth=0.8)
+    axes.set_xticks(sorted({-x, 0, x}) if across else [])
+    axes.set_yticks(sorted({-y, 0, y}) if down else [])
+    axes.tick_params(length=0, labelsize=7)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("patches across" if across else "", fontsize=8)
+    return image
 
 
 def plot_attention_distance(distances: torch.Tensor, uniform: float | None = None) -> Figure:

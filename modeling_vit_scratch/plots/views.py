@@ -16,7 +16,7 @@ from ..data.doctor import evenly
 from ..data.sources import load_image
 from ..evaluation import Predictor
 from ..evaluation.inference import Answers, find_images
-from .analysis import attention_distance, attention_on_grid, attention_rollout
+from .analysis import attention_distance, attention_on_grid, attention_rollout, pooling_attention
 
 # Pixels, about, on the longer side of an image that maps are drawn over.
 SHOWN_SIDE = 448
@@ -110,7 +110,7 @@ class ModelView:
 
     def look(self, pixels: torch.Tensor) -> ImageClassifierOutput:
         """The model's output with attention maps, for a few images: uint8 (B, C, H, W)."""
-        return self.predictor(pixels, output_attentions=True)
+        return look(self.predictor, pixels)
 
     def distance(self, most: int = 128) -> torch.Tensor:
         """`attention_distance`, (L, A) pixels, over up to 128 images, as many as in the paper."""
@@ -128,6 +128,20 @@ class ModelView:
                 total = total + len(chunk) * attention_distance(self.look(chunk).attentions, *geometry)
                 bar.update(len(chunk))
         return total / n
+
+
+def look(predictor: Predictor, pixels: torch.Tensor) -> ImageClassifierOutput:
+    """The model's output for uint8 (B, C, H, W), with all that `on_grid` reads: the maps, and the last state."""
+    return predictor(pixels, output_attentions=True, output_hidden_states=[-1])
+
+
+def on_grid(predictor: Predictor, maps: torch.Tensor, output: ImageClassifierOutput) -> torch.Tensor:
+    """`attention_on_grid` of maps (B, ..., T, T) that were made of what `look` gave, as the model pools."""
+    config, weights = predictor.config, None
+    if config.pooling == "attention":
+        weights = pooling_attention(predictor.model.vit, output.hidden_states[-1]).mean(dim=1)  # (B, N)
+    geometry = config.grid_hw, config.num_prefix_tokens, config.pooling, config.num_cls_tokens
+    return attention_on_grid(maps, *geometry, weights)
 
 
 def _sources(
@@ -174,18 +188,17 @@ def view_image(predictor: Predictor, image: str | Path | Image.Image, top_k: int
     pixels = predictor.pixels([image])
     shown = predictor.pixels([image], enlarge=enlargement(config))[0]
     before = time.perf_counter()
-    output = predictor(pixels, output_attentions=True)
+    output = look(predictor, pixels)
     probabilities = predictor.probabilities(output.logits)[0].cpu()
     seconds = time.perf_counter() - before
-    geometry = config.grid_hw, config.num_prefix_tokens, config.pooling
     best = probabilities.topk(min(top_k, config.num_labels)) if predictor.can_classify else None
     names = predictor.class_names
     return ImageView(
         shown,
         pixels[0],
         {} if best is None else {names[i]: p for p, i in zip(*(part.tolist() for part in best), strict=True)},
-        attention_on_grid(attention_rollout(output.attentions), *geometry)[0].cpu(),
-        torch.stack([attention_on_grid(maps, *geometry)[0].cpu() for maps in output.attentions]),
+        on_grid(predictor, attention_rollout(output.attentions), output)[0].cpu(),
+        torch.stack([on_grid(predictor, maps, output)[0].cpu() for maps in output.attentions]),
         (seconds, time.perf_counter() - started),
     )
 
