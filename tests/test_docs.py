@@ -86,7 +86,7 @@ def place(tmp_path_factory) -> Path:
             image = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
             image.save(folder / "path" / "to" / "folder" / name / f"{i}.jpg")
     image.save(folder / "photo.jpg")
-    tiny = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    tiny = {"hidden_size": 192, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 192}
     size = {"height": 28, "width": 28}
 
     def save(model, where: str):
@@ -105,7 +105,7 @@ def place(tmp_path_factory) -> Path:
         save(model, name)
         (folder / name / "metrics.json").write_text(json.dumps({"dataset": run}))
     tensors = {name: tensor for name, tensor in export_checkpoint(model, "timm").items() if "head" not in name}
-    torch.save({**tensors, "mask_token": torch.zeros(1, 64)}, folder / "dinov2_vits14.pth")
+    torch.save({**tensors, "mask_token": torch.zeros(1, 192)}, folder / "dinov2_vits14.pth")
     google = "google/vit-base-patch16-224"
     save(ViTForImageClassification(ViTConfig(**tiny, image_size=28, patch_size=14)), google)
     return folder

@@ -89,7 +89,7 @@ def rotary_scores(rotary: torch.nn.Module, grid_hw: tuple[int, int]) -> torch.Te
     """
     h, w = grid_hw
     with torch.no_grad():
-        cos, sin = rotary(grid_hw, next(rotary.parameters(), torch.empty(0)).device).double().cpu()
+        cos, sin = rotary(grid_hw, next(rotary.parameters(), torch.empty(0)).device).double().cpu().chunk(2, dim=-1)[1]
     turns = torch.complex(cos, sin)[..., -h * w :, :].unflatten(-2, grid_hw)  # (h, w, d / 2), or (A, h, w, d / 2)
     turns = turns if turns.ndim == 4 else turns.unsqueeze(0)
     left, right = ((turns * turns[:, :1, corner].unsqueeze(2).conj()).real for corner in (w - 1, 0))
