@@ -61,9 +61,8 @@ def test_images_of_other_sizes(cls, choice):
 
 
 @every_choice
-@every_class
-def test_maps_and_states_under_every_implementation(cls, choice):
-    outputs = {}
+def test_maps_and_states_under_every_implementation(choice):
+    cls, outputs = ViTScratchForImageClassification, {}
     with torch.no_grad(), uncompiled():
         for implementation in ("eager", "sdpa", "flex_attention"):
             model = make(cls, **choice, attn_implementation=implementation)
@@ -94,7 +93,7 @@ def test_the_last_block_of_a_classifier_may_pool_early(choice):
 
 
 @every_choice
-@every_class
+@every_head
 def test_bfloat16(cls, choice, tmp_path):
     model = make(cls, **choice)
     full = main_output(model(images(model))).detach()
@@ -138,10 +137,9 @@ def test_every_parameter_gets_a_gradient(cls, choice):
 
 
 @every_choice
-@every_head
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_gives_equal_gradients(cls, choice, reentrant):
-    model = make(cls, **choice).train()
+def test_activation_checkpointing_gives_equal_gradients(choice, reentrant):
+    model = make(ViTScratchForImageClassification, **choice).train()
     x = inputs(model, targets=True)
     model(**x).loss.backward()
     expected = [p.grad.clone() for p in model.parameters()]
