@@ -89,7 +89,8 @@ def test_every_field_is_documented():
 def test_width_of_what_is_pooled():
     for fields, tokens in [
         ({}, 1), ({"num_cls_tokens": 3}, 3), ({"num_cls_tokens": 3, "pooling": "mean"}, 1),
-        ({"pooling": "cls+mean"}, 2), ({"num_cls_tokens": 2, "pooling": "cls+mean"}, 3), ({"pooling": "attention", "use_cls_token": False}, 1),
+        ({"pooling": "cls+mean"}, 2), ({"num_cls_tokens": 2, "pooling": "cls+mean"}, 3),
+        ({"pooling": "attention", "use_cls_token": False}, 1),
     ]:  # fmt: skip
         assert ViTScratchConfig(**TINY, **fields).pooled_size == 32 * tokens, fields
 
