@@ -476,7 +476,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
             init.zeros_(module.q_bias)
             init.zeros_(module.v_bias)
         elif isinstance(module, ViTScratchRotaryPositions) and module.frequencies is not None:
-            angle = 2 * torch.pi * torch.rand(self.config.num_attention_heads)
+            angle = 2 * torch.pi * torch.rand(self.config.num_attention_heads, dtype=torch.float32)
             turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], dim=1)  # (A, 4)
             init.copy_(module.frequencies, turn.view(-1, 2, 2) @ module.axial())  # (A, 2, 2) @ (2, d / 2)
         elif isinstance(module, (ViTScratchEmbeddings, ViTScratchAttentionPooling)):

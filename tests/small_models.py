@@ -26,6 +26,35 @@ RICH = {**OBLONG, "num_register_tokens": 3, "layerscale_value": 0.5, "pooling": 
 FIXED = {**TINY, "position_embedding_type": "sincos", "use_cls_token": False, "pooling": "mean", "qkv_bias": False}
 FIXED |= {"stem_channels": [6]}
 CONFIGS = {"tiny": TINY, "oblong": OBLONG, "rich": RICH, "fixed": FIXED}
+# Each choice beyond the ViT of 2021 alone, and then all that go together, with either kind of pooling.
+CHOICES = {
+    "rope": {"position_embedding_type": "rope"},
+    "rope-index": {
+        "position_embedding_type": "rope",
+        "rope_coordinates": "index",
+        "rope_grid_size": 3,
+        "rope_offset": 1,
+    },
+    "rope-mixed": {"position_embedding_type": "rope", "rope_coordinates": "index", "rope_frequencies": "mixed"},
+    "learned+rope": {"position_embedding_type": "learned+rope"},
+    "no-positions": {"position_embedding_type": "none"},
+    "gated-mlp": {"use_gated_mlp": True, "hidden_act": "silu"},
+    "embedding-norm": {"use_embedding_norm": True},
+    "qk-norm": {"use_qk_norm": True},
+    "cls+mean": {"pooling": "cls+mean"},
+    "attention-pooling": {"pooling": "attention", "use_cls_token": False},
+    "two-cls": {"num_cls_tokens": 2},
+    "no-key-bias": {"key_bias": False},
+}
+SHARED = {"use_gated_mlp": True, "use_embedding_norm": True, "use_qk_norm": True, "key_bias": False}
+SHARED |= {"num_register_tokens": 2, "layerscale_value": 0.5}
+CHOICES["all"] = {
+    **SHARED, "position_embedding_type": "learned+rope", "rope_frequencies": "mixed", "pooling": "cls+mean",
+    "num_cls_tokens": 2, "representation_size": 12,
+}  # fmt: skip
+CHOICES["all-attention-pooling"] = {
+    **SHARED, **CHOICES["rope-index"], **CHOICES["attention-pooling"], "norm_after_pooling": True
+}  # fmt: skip
 CLASSES = [
     ViTScratchModel,
     ViTScratchForImageClassification,
@@ -35,6 +64,7 @@ CLASSES = [
 HEADS = [ViTScratchForImageClassification, ViTScratchForMaskedImageModeling]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__.removeprefix("ViTScratch"))
 every_head = pytest.mark.parametrize("cls", HEADS, ids=lambda cls: cls.__name__.removeprefix("ViTScratch"))
+every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 every_config = pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 
 

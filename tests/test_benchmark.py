@@ -186,6 +186,28 @@ def test_peers_compute_what_we_do(name):
     assert compared == (2 if name == "timm" else 1)
 
 
+def test_no_peer_is_compared_with_a_model_whose_choices_it_lacks(monkeypatch):
+    monkeypatch.setattr(peers, "REASONS", {})
+    monkeypatch.setattr(
+        peers, "PEERS", {name: (lambda ours: ours, shared) for name, (_, shared) in peers.PEERS.items()}
+    )
+    no_class_token = {"use_cls_token": False}
+    for fields in [
+        {"position_embedding_type": "rope"}, {"position_embedding_type": "learned+rope"}, {"num_cls_tokens": 2},
+        {"position_embedding_type": "none"}, {"use_gated_mlp": True}, {"use_embedding_norm": True},
+        {"use_qk_norm": True}, {"key_bias": False}, {"pooling": "cls+mean"}, {"pooling": "attention", **no_class_token},
+    ]:  # fmt: skip
+        name, value = next(iter(fields.items()))
+        case = cases.Case("of today", "tiny", 1, fields={"num_hidden_layers": 1, **fields})
+        for peer in peers.PEERS:
+            with pytest.raises(ValueError, match=re.escape(f"no model with {name}={value!r}")):
+                cases.make_model(case, peer)
+        models, reasons = cases.make_models(case)
+        assert (list(models), reasons) == ([OURS], {})
+    plain = cases.Case("plain", "tiny", 1, fields={"num_hidden_layers": 1})
+    assert list(cases.make_models(plain)[0]) == [OURS, *peers.PEERS]
+
+
 def test_what_does_not_import_is_named(monkeypatch):
     monkeypatch.setattr(peers, "REASONS", {"timm": "No module named 'timm'"})
     with pytest.raises(ImportError, match="No module named 'timm'"):

@@ -126,7 +126,7 @@ def _load_own(folder: Path, hints: dict) -> tuple[ViTScratchForImageClassificati
     architecture = (config.architectures or [""])[0]
     untrained = () if architecture == "ViTScratchForImageClassification" else ("classifier.", "pre_logits.")
     if architecture in ("ViTScratchForMaskedImageModeling", "ViTScratchBackbone"):  # these read the tokens alone
-        untrained += ("vit.pooled_norm.",)
+        untrained += ("vit.pooled_norm.", "vit.attention_pooling.")
     head = {name for name in missing if name.startswith(untrained)}
     decoder = {name for name in left_over if re.match(r"(vit\.)?(embeddings\.)?(decoder|mask_token)", name)}
     problems = {

@@ -92,7 +92,9 @@ class ModelArguments:
         default="image-classification",
         metadata={"help": f"'image-classification', or '{MASKED}': pre-training without labels."},
     )
-    freeze_backbone: bool = field(default=False, metadata={"help": "Train the head only (linear probe)."})
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Train the head only (linear probe), with attention pooling."}
+    )
     lora_rank: int | None = field(
         default=None, metadata={"help": "Train the head, and LoRA matrices of this rank in each block, e.g. 8."}
     )

@@ -59,6 +59,8 @@ def set_up(
         model = with_classes(trained, splits.class_names)
     if model_args.freeze_backbone:
         model.vit.requires_grad_(False)
+        if model.config.pooling == "attention":  # of the head, and as new as it after masked image modelling
+            model.vit.attention_pooling.requires_grad_(True)
     adapter, facts = None, {}
     if model_args.lora_rank is not None:
         base = public_name(model_args.model_name_or_path)

@@ -11,12 +11,14 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 
 # The adapter's folder, in each folder that holds the merged model.
 FOLDER = "adapter"
-# Attention (q, k and v as one matrix) and MLP of every block.
+# Attention (q, k and v as one matrix) and MLP (gate and value as one) of every block.
 ADAPTED_LAYERS = r".*\.layers\.\d+\.(attention\.(qkv|proj)|mlp\.(fc1|fc2))"
 
 
 def add_adapter(model: ViTScratchForImageClassification, rank: int, base: str):
     """Freeze a model's weights, and put trained matrices beside those of its blocks; the head is trained whole.
+
+    Attention pooling belongs to the head: it may be as new as the classifier, and then has nothing to be adapted.
 
     B starts at zero: the model computes what it did (sec. 4.1). alpha is twice the rank.
 
@@ -38,7 +40,8 @@ def add_adapter(model: ViTScratchForImageClassification, rank: int, base: str):
     if rank < 1:
         raise ValueError(f"lora_rank ({rank}) must be at least 1, e.g. 8.")
     model.name_or_path = base  # PEFT writes it down
-    head = ["pre_logits", "classifier"] if model.config.representation_size else ["classifier"]
+    parts = {"attention_pooling": model.config.pooling == "attention", "pre_logits": model.config.representation_size}
+    head = [*(name for name, there in parts.items() if there), "classifier"]
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED_LAYERS, modules_to_save=head)
     return peft.get_peft_model(model, settings)
 

@@ -1,5 +1,6 @@
 """Optimisation: which parameter learns how, Muon, and the moving average of the weights."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -95,29 +96,43 @@ class Muon(torch.optim.AdamW):
                 p.add_(update, alpha=-group["lr"] * scale)
 
 
+def matrices_in(name: str, gated: bool) -> int:
+    """How many matrices of a layer a weight holds one below the other, or what LoRA adds to it.
+
+    Queries, keys and values are three; keys and values of attention pooling two; gate and value of a gated MLP two.
+    """
+    layer = name.removesuffix(".weight").removesuffix(".lora_B.default").rpartition(".")[2]
+    return {"qkv": 3, "kv": 2, "fc1": 2 if gated else 1}.get(layer, 1)
+
+
 def parameter_groups(model: torch.nn.Module, args: TrainingArguments) -> list[dict]:
     """Parameters by algorithm, learning rate and weight decay, the trained ones only; the base rate comes first.
 
-    With `muon_learning_rate`, weight matrices of blocks, and kernels of a convolutional stem, are Muon's and learn at
-    that rate; `parts` is the number of matrices that a weight holds (q, k and v are three, and so is what LoRA adds).
+    With `muon_learning_rate`, weight matrices of blocks and of attention pooling, and kernels of a convolutional stem,
+    are Muon's and learn at that rate; `parts` is the number of matrices that a weight holds (`matrices_in`). Muon is
+    for the matrices of hidden layers, each on its own (Jordan et al., 2024), and those of the pooling lie between the
+    embeddings and the classifier as those of a block do. Vectors are AdamW's, and so are tokens, the query of the
+    pooling and the frequencies of rotary positions, which are no matrices that map one vector to another.
 
     Layer-wise decay (BEiT, Bao et al., 2022, app. H): block l of L learns at its rate times `layer_decay ** (L - l)`, l
-    from 1, the embeddings as block 0, and what follows the blocks without a factor, the classifier at
-    `head_learning_rate` if given. `model.no_weight_decay()` names what is not decayed.
+    from 1, with the frequencies of its rotary positions; the embeddings and their norm as block 0; and what follows the
+    blocks, attention pooling too, without a factor, the classifier at `head_learning_rate` if given.
+    `model.no_weight_decay()` names what is not decayed.
     """
     excluded, L = model.no_weight_decay(), model.config.num_hidden_layers
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        block = 0 if ".embeddings." in name else L
-        if ".layers." in name:
-            block = int(name.partition(".layers.")[2].partition(".")[0]) + 1
+        block = 0 if ".embeddings." in name or ".embedding_norm." in name else L
+        number = re.search(r"\.(?:layers|rotary_positions)\.(\d+)\.", name)
+        if number:
+            block = int(number[1]) + 1
         rate, parts = args.learning_rate, None
-        hidden = (".layers." in name and parameter.ndim == 2) or parameter.ndim == 4
+        layer = ".layers." in name or ".attention_pooling." in name
+        hidden = (layer and parameter.ndim == 2) or parameter.ndim == 4
         if args.muon_learning_rate is not None and hidden:
-            fused = name.endswith(("qkv.weight", "qkv.lora_B.default.weight"))
-            rate, parts = args.muon_learning_rate, 3 if fused else 1
+            rate, parts = args.muon_learning_rate, matrices_in(name, model.config.use_gated_mlp)
         if name.startswith("classifier.") and args.head_learning_rate is not None:
             rate = args.head_learning_rate
         rate *= args.layer_decay ** (L - block)

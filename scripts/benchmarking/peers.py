@@ -214,6 +214,24 @@ def make_teaching(ours) -> nn.Module:
     return model
 
 
+# What the peers' models here have, field by field; other values would be left out of the comparison unseen.
+PLAIN = {
+    "position_embedding_type": ("learned", "sincos"), "use_gated_mlp": (False,), "use_embedding_norm": (False,),
+    "use_qk_norm": (False,), "key_bias": (True,), "num_cls_tokens": (1,), "pooling": ("cls", "mean"),
+}  # fmt: skip
+
+
+def require_plain(config):
+    """Refuse a model with a choice that no peer has.
+
+    Raises:
+        ValueError: Says which choices.
+    """
+    chosen = [f"{name}={getattr(config, name)!r}" for name in PLAIN if getattr(config, name) not in PLAIN[name]]
+    if chosen:
+        raise ValueError(f"it has no model with {', '.join(chosen)}")
+
+
 # By name: what makes the model, and whether ours and its can have the same weights. vit-pytorch's has LayerNorms before
 # and after the patch projection and no bias for query, key and value, about the same arithmetic.
 PEERS = {
@@ -239,4 +257,5 @@ def make_peer(name: str, ours) -> nn.Module:
     library = name.replace("-", "_")
     if library in REASONS:
         raise ImportError(REASONS[library])
+    require_plain(ours.config)
     return PEERS[name][0](ours)

@@ -63,6 +63,8 @@ def test_additions_to_the_paper_are_off_by_default():
     assert config.position_interpolation == "bicubic"
     assert (config.layerscale_value, config.drop_path_rate, config.num_register_tokens) == (None, 0.0, 0)
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.0, 0.0)
+    assert not (config.use_gated_mlp or config.use_qk_norm or config.use_embedding_norm)
+    assert (config.qkv_bias, config.key_bias, config.num_cls_tokens) == (True, True, 1)
 
 
 def test_a_config_of_before_positions_had_a_choice_loads_as_it_was(tmp_path):
@@ -82,6 +84,15 @@ def test_every_field_is_documented():
     }
     assert own <= documented
     assert documented - own <= {"ValueError", "out_features", "out_indices"}
+
+
+def test_width_of_what_is_pooled():
+    for fields, tokens in [
+        ({}, 1), ({"num_cls_tokens": 3}, 3), ({"num_cls_tokens": 3, "pooling": "mean"}, 1),
+        ({"pooling": "cls+mean"}, 2), ({"num_cls_tokens": 2, "pooling": "cls+mean"}, 3),
+        ({"pooling": "attention", "use_cls_token": False}, 1),
+    ]:  # fmt: skip
+        assert ViTScratchConfig(**TINY, **fields).pooled_size == 32 * tokens, fields
 
 
 def test_every_way_to_resize_positions_is_documented():
@@ -116,6 +127,21 @@ ROUND_TRIPS = {
         "layerscale_value": 1e-4,
         "reshape_hidden_states": False,
         "apply_layernorm": False,
+    },
+    "of today": {
+        **TINY,
+        "position_embedding_type": "learned+rope",
+        "rope_theta": 10_000,
+        "rope_coordinates": "index",
+        "rope_grid_size": 16,
+        "rope_offset": 0.5,
+        "rope_frequencies": "mixed",
+        "use_gated_mlp": True,
+        "use_qk_norm": True,
+        "use_embedding_norm": True,
+        "key_bias": False,
+        "num_cls_tokens": 2,
+        "pooling": "cls+mean",
     },
     "classes": {**TINY, "id2label": {0: "cat", 1: "dog", 2: "owl"}, "label2id": {"cat": 0, "dog": 1, "owl": 2}},
     "task": {**TINY, "problem_type": "multi_label_classification", "num_labels": 7, "dtype": "bfloat16"},
@@ -299,6 +325,25 @@ REFUSALS = [
     ({"position_embedding_type": "sincosine"}, ["position_embedding_type ('sincosine')", "'sincos'"]),
     ({"use_cls_token": False}, ["pooling='cls'", "use_cls_token=True", "pooling='mean'"]),
     ({"position_embedding_type": "sincos", "hidden_size": 30, "num_attention_heads": 3}, ["(30)", "by 4", "use 32"]),
+    ({"position_embedding_type": "ropes"}, ["position_embedding_type ('ropes')", "'rope'"]),
+    ({"position_embedding_type": "rope", "hidden_size": 60, "num_attention_heads": 6}, ["60 / 6 = 10", "use", "=72"]),
+    ({"position_embedding_type": "learned+rope", "hidden_size": 24}, ["24 / 12 = 2", "by 4", "hidden_size=48"]),
+    ({"rope_theta": 0.5}, ["rope_theta (0.5)", "at least 1"]),
+    ({"rope_theta": "100"}, ["rope_theta", "'100'", "number"]),
+    ({"rope_offset": -1}, ["rope_offset (-1)", "at least 0"]),
+    ({"rope_grid_size": 0}, ["rope_grid_size (0)", "at least 1"]),
+    ({"rope_grid_size": 14.5}, ["rope_grid_size", "14.5", "whole number"]),
+    ({"rope_coordinates": "centred"}, ["rope_coordinates ('centred')", "'centered'"]),
+    ({"rope_frequencies": "axle"}, ["rope_frequencies ('axle')", "'axial'"]),
+    ({"key_bias": 0}, ["key_bias", "True or False", "0"]),
+    ({"use_qk_norm": "yes"}, ["use_qk_norm", "True or False", "'yes'"]),
+    ({"use_gated_mlp": 1}, ["use_gated_mlp", "True or False", "1"]),
+    ({"use_embedding_norm": None}, ["use_embedding_norm", "True or False", "None"]),
+    ({"num_cls_tokens": 0}, ["num_cls_tokens (0)", "at least 1"]),
+    ({"num_cls_tokens": 2, "use_cls_token": False, "pooling": "mean"}, ["num_cls_tokens (2)", "use_cls_token=True"]),
+    ({"pooling": "cls+mean", "use_cls_token": False}, ["pooling='cls+mean'", "use_cls_token=True", "pooling='mean'"]),
+    ({"pooling": "attention"}, ["pooling='attention'", "use_cls_token=False"]),
+    ({"pooling": "attn"}, ["pooling ('attn')", "'attention'"]),
 ]
 
 

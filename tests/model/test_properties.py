@@ -44,7 +44,7 @@ FIELDS = {
     "num_register_tokens": mostly(st.integers(0, 3), st.sampled_from([-1, 1.5, "2", None])),
     "pooling": mostly(st.sampled_from(["cls", "mean"]), st.sampled_from(["max", "", None])),
     "position_interpolation": st.sampled_from(POSITION_INTERPOLATIONS),
-    "position_embedding_type": mostly(st.sampled_from(["learned", "sincos"]), st.sampled_from(["rope", None])),
+    "position_embedding_type": mostly(st.sampled_from(["learned", "sincos"]), st.sampled_from(["ropes", None])),
     "representation_size": mostly(st.sampled_from([None, 5]), st.sampled_from([0, -3, 2.0, "5"])),
     "layerscale_value": mostly(st.sampled_from([None, 0.1, 1]), st.sampled_from([-0.1, "0.1", math.nan])),
 }

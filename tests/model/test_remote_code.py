@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_models import CHOICES
 from transformers import ViTImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
@@ -91,8 +92,12 @@ assert "modeling_vit_scratch" not in sys.modules
 '''
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+# With positions of another kind, and with every choice of today's ViTs; of all, three tokens before the patches.
+KINDS = {"sincos": {"position_embedding_type": "sincos"}, "today": {**CHOICES["all"], "num_register_tokens": 1}}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def saved(tmp_path_factory, request):
     """A folder as a run leaves it, the model, and an image."""
     torch.manual_seed(0)
     config = ViTScratchConfig(
@@ -103,10 +108,9 @@ def saved(tmp_path_factory):
         image_size=(16, 24),
         patch_size=4,
         encoder_stride=4,
-        num_register_tokens=2,
-        position_embedding_type="sincos",
         id2label={0: "cat", 1: "dog", 2: "owl"},
         label2id={"cat": 0, "dog": 1, "owl": 2},
+        **{"num_register_tokens": 2, **KINDS[request.param]},
     )
     model = ViTScratchForImageClassification(config).eval()
     with torch.no_grad():

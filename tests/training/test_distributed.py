@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import CIFAR10_COPY, SCRIPTS, fork_run, history, options, wait_all, weights
+from small_models import CHOICES
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.data import Augmentation
@@ -118,9 +119,12 @@ model.save_pretrained(target)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sgd", "muon"])
-def test_fsdp2_trains_to_the_same_weights_and_saves_the_same_folder(tmp_path, method):
-    config = ViTScratchConfig.preset("showcase", hidden_size=16, intermediate_size=16, num_register_tokens=1)
+@pytest.mark.parametrize(("method", "choice"), [("sgd", None), ("muon", None), ("muon", "all"), ("sgd", "rope-mixed")])
+def test_fsdp2_trains_to_the_same_weights_and_saves_the_same_folder(tmp_path, method, choice):
+    fields = {"hidden_size": 16, "intermediate_size": 16, "num_register_tokens": 1}
+    if choice is not None:
+        fields |= {"use_cls_token": True, "pooling": "cls", "use_final_norm": True, **CHOICES[choice]}
+    config = ViTScratchConfig.preset("showcase", **fields)
     torch.manual_seed(0)
     model = ViTScratchForImageClassification(config)
     torch.nn.init.normal_(model.classifier.weight)
