@@ -65,6 +65,9 @@ HEADS = [ViTScratchForImageClassification, ViTScratchForMaskedImageModeling]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__.removeprefix("ViTScratch"))
 every_head = pytest.mark.parametrize("cls", HEADS, ids=lambda cls: cls.__name__.removeprefix("ViTScratch"))
 every_choice = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+# Where each costs seconds: between them these have every choice.
+TOGETHER = {name: CHOICES[name] for name in ("all", "all-attention-pooling")}
+all_together = pytest.mark.parametrize("choice", TOGETHER.values(), ids=TOGETHER)
 every_config = pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 
 

@@ -10,6 +10,7 @@ from small_models import (
     CHOICES,
     CLASSES,
     TINY,
+    all_together,
     equal,
     every_choice,
     every_class,
@@ -154,7 +155,7 @@ def test_activation_checkpointing_gives_equal_gradients(choice, reentrant):
 # Compilers and exporters
 
 
-@every_choice
+@all_together
 def test_compile_without_graph_breaks(choice):
     torch.compiler.reset()
     model = make(ViTScratchForImageClassification, **choice)
@@ -172,7 +173,7 @@ def dynamic():
     return {0: batch, 2: 4 * h, 3: 4 * w}
 
 
-@every_choice
+@all_together
 @pytest.mark.parametrize("cls", [ViTScratchForImageClassification, ViTScratchBackbone])
 def test_export_with_dynamic_batch_and_size(cls, choice):
     model = make(cls, **choice)
@@ -196,7 +197,7 @@ class Resized(nn.Module):
         return self.model(pixel_values, interpolate_pos_encoding=True, return_dict=False)[0]
 
 
-@every_choice
+@all_together
 def test_jit_trace_with_dynamic_sizes(choice):
     program = Resized(make(ViTScratchForImageClassification, **choice)).eval()
     with torch.no_grad(), warnings.catch_warnings():
@@ -207,7 +208,7 @@ def test_jit_trace_with_dynamic_sizes(choice):
             equal(traced(x), program(x), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["rope-index", "rope-mixed", "all", "all-attention-pooling"])
+@pytest.mark.parametrize("name", ["all", "all-attention-pooling"])
 def test_onnx_with_dynamic_batch_and_size(name, tmp_path):
     pytest.importorskip("onnxscript", reason="pip install 'modeling_vit_scratch[export]'")
     runtime = pytest.importorskip("onnxruntime", reason="pip install 'modeling_vit_scratch[export]'")
@@ -250,7 +251,7 @@ def test_saved_and_loaded(cls, choice, tmp_path):
         equal(main_output(loaded(images(model))), main_output(model(images(model))), 1e-5)
 
 
-@every_choice
+@all_together
 @pytest.mark.parametrize("first", CLASSES, ids=lambda cls: cls.__name__.removeprefix("ViTScratch"))
 def test_one_class_loads_what_another_saved(first, choice, tmp_path):
     """Only what a class has of its own is new: a head, the mask token, or what pools."""
@@ -270,7 +271,7 @@ def test_one_class_loads_what_another_saved(first, choice, tmp_path):
         equal({name: after[name] for name in after if name not in new}, {n: before[n] for n in after if n not in new})
 
 
-@every_choice
+@all_together
 @every_class
 def test_a_folder_of_any_class_becomes_a_classifier(cls, choice, tmp_path):
     model = make(cls, **choice)
@@ -285,7 +286,7 @@ def test_a_folder_of_any_class_becomes_a_classifier(cls, choice, tmp_path):
     equal({name: after[name] for name in after if name not in new}, {n: before[n] for n in after if n not in new})
 
 
-@every_choice
+@all_together
 def test_modules_on_the_disk(choice, tmp_path):
     model = make(ViTScratchForImageClassification, **choice)
     model.save_pretrained(tmp_path / "model")
@@ -298,7 +299,7 @@ def test_modules_on_the_disk(choice, tmp_path):
         equal(placed(images(model)).logits, model(images(model)).logits, 1e-5)
 
 
-@every_choice
+@all_together
 @every_class
 def test_meta_device(cls, choice):
     with torch.device("meta"):
