@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from runs import fork_run, history, load_script, options, wait_all, weights
-from small_models import CHOICES, TINY, equal, every_choice, images, make
+from small_models import CHOICES, TINY, all_together, equal, every_choice, images, make
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
 from modeling_vit_scratch.training import ImageTrainingArguments, lora
@@ -130,7 +130,7 @@ TOGETHER = ["all", "all-attention-pooling"]
 
 
 @pytest.mark.slow
-@every_choice
+@all_together
 def test_a_run_from_scratch_and_the_next_from_it(choice, tmp_path):
     first = options(tmp_path / "a", config_overrides=overrides(choice))
     assert finetune.main([*first, "--num_train_epochs", "1"]) == 0
