@@ -327,7 +327,7 @@ def _timm_reference(opened, family, named, told, headless, num_images) -> _Refer
     alone = "pos_embed" not in state or state["pos_embed"].shape[1] == math.prod(told.config.grid_hw)
     reference = _make_timm(opened, told, headless, no_embed_class=alone or registers)
     if headless:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
     title = f"timm's {type(reference).__name__}"
     if title.endswith("Eva"):
         state = _import_timm()[0].models.eva.checkpoint_filter_fn(state, reference)
