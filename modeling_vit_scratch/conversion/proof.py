@@ -229,7 +229,7 @@ OF_TRANSFORMERS = {  # family -> class with a classifier, without one, and the e
 def _transformers_reference(opened, family, named, told, headless, num_images) -> _Reference:
     classifier, encoder, prefix = OF_TRANSFORMERS[family]
     model_class = getattr(transformers, encoder if headless or classifier is None else classifier)
-    if told.config.cls_tokens == 2:
+    if told.config.cls_tokens == 2 and not headless:
         model_class = transformers.DeiTForImageClassificationWithTeacher
     config_class = model_class.config_class
     if "model_type" in opened.config:
