@@ -351,8 +351,10 @@ def _timm_after(reference: nn.Module) -> dict[str, nn.Module]:
 
 
 def _open_clip_reference(opened, family, named, told, headless, num_images) -> _Reference:
-    """timm's model, by its reader of OpenAI's names."""
-    reference = _make_timm(opened, told, headless, no_embed_class=False)
+    """timm's model, by its reader of OpenAI's names, which normalises all tokens before one is pooled."""
+    config = copy.deepcopy(told.config)
+    config.norm_after_pooling = False
+    reference = _make_timm(opened, _Told(config, told.names), headless, no_embed_class=False)
     unused = tuple(named.layout.unused)
     state = {
         f"visual.{short}": named.raw(short).clone()
