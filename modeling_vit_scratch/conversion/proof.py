@@ -354,7 +354,10 @@ def _open_clip_reference(opened, family, named, told, headless, num_images) -> _
     """timm's model, by its reader of OpenAI's names, which normalises all tokens before one is pooled."""
     config = copy.deepcopy(told.config)
     config.norm_after_pooling = False
-    reference = _make_timm(opened, _Told(config, told.names), headless, no_embed_class=False)
+    if "layer_norm_eps" not in told.names:
+        config.layer_norm_eps = nn.LayerNorm(1).eps  # torch's default, which OpenAI's code leaves as it is
+    told = _Told(config, told.names | {"layer_norm_eps"})
+    reference = _make_timm(opened, told, headless, no_embed_class=False)
     unused = tuple(named.layout.unused)
     state = {
         f"visual.{short}": named.raw(short).clone()

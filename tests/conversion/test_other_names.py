@@ -226,7 +226,7 @@ def test_tensors_without_positions_do_not_tell_what_is_there_instead(tmp_path):
     }  # fmt: skip
     save_file(random_tensors(shapes | norm("norm", 32)), tmp_path / "bare.safetensors")
     with pytest.raises(
-        ValueError, match="has no pos_embed, .*pass position_embedding_type='rope' and the rope_ fields"
+        ValueError, match=r"has no pos_embed, .*pass position_embedding_type='rope' and the rope_ fields"
     ):
         convert_checkpoint(tmp_path / "bare.safetensors", **HEADS)
     for positions in ("rope", "none"):
