@@ -43,7 +43,7 @@ def values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
         "attn.proj",
         "out_proj",
     )
-    small += ("fc2", "linear_2", "mlp.3", "out/kernel", "out/bias", "Dense_1", "down_proj")
+    small += ("fc2", "linear_2", "mlp.3", "out/kernel", "out/bias", "Dense_1", "down_proj", "attention.proj")
     if any(part in name for part in small) and "intermediate" not in name:
         return noise * 2e-3
     return noise * (0.5 if len(shape) > 1 else 1.0)
