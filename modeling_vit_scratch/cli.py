@@ -87,7 +87,10 @@ def config_fields(text: str | None) -> dict:
         name, separator, value = item.partition("=")
         if not separator:
             raise ValueError(f"config_overrides: {item!r} is not of the form field=value.")
-        fields[name.strip()] = yaml.safe_load(value)
+        value = yaml.safe_load(value)
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.IGNORECASE):
+            value = float(value)  # which YAML takes for text, since it has no point
+        fields[name.strip()] = value
     return fields
 
 

@@ -43,7 +43,7 @@ def values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
         "attn.proj",
         "out_proj",
     )
-    small += ("fc2", "linear_2", "mlp.3", "out/kernel", "out/bias", "Dense_1")
+    small += ("fc2", "linear_2", "mlp.3", "out/kernel", "out/bias", "Dense_1", "down_proj", "attention.proj")
     if any(part in name for part in small) and "intermediate" not in name:
         return noise * 2e-3
     return noise * (0.5 if len(shape) > 1 else 1.0)
@@ -111,6 +111,78 @@ def of_transformers(name: str, **changes):
     family, config_class, extra = OF_TRANSFORMERS[name]
     fields = {**SIZES, **extra, "num_labels": CLASSES, "layer_norm_eps": 1e-5, **changes}
     return family, randomised(getattr(transformers, name)(config_class(**fields)))
+
+
+WIDTH = {**SIZES, "intermediate_size": 48, "num_labels": CLASSES}
+RATIO = {**SIZES, "mlp_ratio": 3, "num_labels": CLASSES}  # DINOv2 computes the width of its MLP
+TEXTS = {"text_config": {**HEADS, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}}
+# Case -> family, transformers' class, fields of its config.
+LATER_CLASSES = {
+    "dinov3": ("dinov3", "DINOv3ViTModel", {**WIDTH, "num_register_tokens": 2}),
+    "dinov3, no registers": ("dinov3", "DINOv3ViTModel", {**WIDTH, "num_register_tokens": 0}),
+    "dinov3, SwiGLU": (
+        "dinov3", "DINOv3ViTModel",
+        {**WIDTH, "num_register_tokens": 2, "use_gated_mlp": True, "hidden_act": "silu", "rope_theta": 30.0},
+    ),
+    "dinov3, no biases": ("dinov3", "DINOv3ViTModel", {**WIDTH, "query_bias": False, "value_bias": False}),
+    "dinov3, key bias": ("dinov3", "DINOv3ViTModel", {**WIDTH, "key_bias": True}),
+    "dinov2, SwiGLU": ("dinov2", "Dinov2Model", {**RATIO, "use_swiglu_ffn": True}),
+    "dinov2, classifier": ("dinov2", "Dinov2ForImageClassification", RATIO),
+    "dinov2, SwiGLU, classifier": ("dinov2", "Dinov2ForImageClassification", {**RATIO, "use_swiglu_ffn": True}),
+    "dinov2 with registers, SwiGLU, classifier": (
+        "dinov2_with_registers", "Dinov2WithRegistersForImageClassification",
+        {**RATIO, "use_swiglu_ffn": True, "num_register_tokens": 3},
+    ),
+    "clip": ("clip", "CLIPVisionModel", WIDTH),
+    "clip, projected": ("clip", "CLIPVisionModelWithProjection", {**WIDTH, "projection_dim": 8}),
+    "clip, two towers": ("clip", "CLIPModel", {"vision_config": {**WIDTH, "hidden_act": "gelu"}, **TEXTS}),
+    "clip, classifier": (
+        "clip", "CLIPForImageClassification", {"vision_config": WIDTH, "num_labels": CLASSES, **TEXTS},
+    ),
+    "siglip": ("siglip", "SiglipVisionModel", WIDTH),
+    "siglip, two towers": ("siglip", "SiglipModel", {"vision_config": WIDTH, **TEXTS}),
+    "siglip, classifier": (
+        "siglip", "SiglipForImageClassification", {"vision_config": WIDTH, "num_labels": CLASSES, **TEXTS},
+    ),
+    "ijepa": ("ijepa", "IJepaModel", {**WIDTH, "layer_norm_eps": 1e-6}),
+    "ijepa, classifier": ("ijepa", "IJepaForImageClassification", WIDTH),
+    "msn": ("msn", "ViTMSNModel", WIDTH),
+    "msn, classifier": ("msn", "ViTMSNForImageClassification", WIDTH),
+    "deit, two heads": ("deit", "DeiTForImageClassificationWithTeacher", WIDTH),
+}  # fmt: skip
+
+
+def of_later_classes(case: str, **changes) -> tuple[str, torch.nn.Module]:
+    family, name, fields = LATER_CLASSES[case]
+    model_class = getattr(transformers, name)
+    return family, randomised(model_class(model_class.config_class(**{**fields, **changes})))
+
+
+@torch.no_grad()
+def assert_same_outputs(ours: ViTScratchForImageClassification, theirs: torch.nn.Module, near: float = 1e-5):
+    """Equal tokens, pooled tokens and logits, as far as the other model has them.
+
+    `near` is of the largest: both compute rotary positions in single precision, and ours stacks what it adds up.
+    """
+    ours, theirs = ours.double(), theirs.double()
+    pixels = images(ours)
+    towers = isinstance(theirs, (transformers.CLIPModel, transformers.SiglipModel))
+    expected = (theirs.vision_model if towers else theirs)(pixel_values=pixels)
+    actual = ours.vit(pixels)
+    pairs = []
+    if "logits" in expected:
+        pairs.append((ours(pixels).logits, expected.logits))
+    if expected.get("last_hidden_state") is not None:
+        pairs.append((actual.last_hidden_state, expected.last_hidden_state))
+    if expected.get("pooler_output") is not None:
+        pairs.append((actual.pooler_output, expected.pooler_output))
+    if "image_embeds" in expected:
+        pairs.append((theirs.visual_projection(actual.pooler_output), expected.image_embeds))
+    assert pairs
+    for mine, wanted in pairs:
+        largest = wanted.abs().max().item()
+        assert largest > 1e-4
+        torch.testing.assert_close(mine, wanted, atol=near * largest, rtol=0)
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:

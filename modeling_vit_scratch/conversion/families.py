@@ -94,7 +94,7 @@ FAMILIES = {
     ),
     "mae": Family((TRANSFORMERS, TIMM)),
     "msn": Family((TRANSFORMERS,), layer_norm_eps=1e-6),
-    "ijepa": Family((TRANSFORMERS,), heads={1280: 16, 1408: 16}),
+    "ijepa": Family((TRANSFORMERS,), heads={1280: 16, 1408: 16}, layer_norm_eps=1e-6),
     "clip": Family(
         (TOWER, OPEN_CLIP),
         tuple(OPENAI_CLIP_MEAN),

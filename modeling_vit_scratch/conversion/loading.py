@@ -170,13 +170,14 @@ def _fill(
         ValueError: Tensors are missing, left over, misshapen or not finite; all of them are listed.
     """
     named.missing = []
-    state, misshapen, infinite = {}, [], []
+    state, nameless, misshapen, infinite = {}, [], [], []
     needed = model.state_dict().items()
     for ours, empty in tqdm(needed, "Converting", unit="tensor", delay=2, leave=False):
         if plan.classes is None and ours.startswith("classifier."):
             continue
         tensor = plan.tensors[ours] if ours in plan.tensors else named.read(ours)
         if tensor is None:
+            nameless += [] if named.find(ours) else [ours]  # which these names have as part of another, or not at all
             continue
         theirs = "/".join(filter(None, named.find(ours)))
         if ours.endswith("patch_embeddings.projection.weight"):
@@ -196,7 +197,7 @@ def _fill(
     raise_unfit(
         title,
         {
-            "missing": named.missing,
+            "missing": named.missing + nameless,
             "left over": left_over,
             "misshapen": [*named.misshapen.values(), *misshapen],
             "not finite": infinite,

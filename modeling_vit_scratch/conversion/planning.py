@@ -362,7 +362,7 @@ def _plan_head(plan: Plan, opened: Checkpoint, named: NamedTensors, D: int, hint
         plan.left_out |= {name: "the norm of the class token" for name in named.names if name.startswith("post_layer")}
     if any(name.startswith(heads[1]) for name in named.names for heads in DISTILLED_HEADS.values()):
         told["measured"] = {"num_cls_tokens": 2}
-        _plan_two_heads(plan, named, new_head)
+        _plan_two_heads(plan, named)
     if named.layout in (DINOV2, DINOV2_GATED) and named.shape("classifier.weight") == [plan.classes, 2 * D]:
         on_cls, on_mean = named.read("classifier.weight").float().split(D, dim=1)
         if on_cls.any() and on_mean.any():
@@ -381,7 +381,7 @@ def _plan_head(plan: Plan, opened: Checkpoint, named: NamedTensors, D: int, hint
     return told
 
 
-def _plan_two_heads(plan: Plan, named: NamedTensors, new_head: bool):
+def _plan_two_heads(plan: Plan, named: NamedTensors):
     """DeiT's two heads, whose mean it predicts, as one on the class token and the distillation token side by side."""
     prefix = "vit.embeddings."
     tokens = [named.read(prefix + "cls_token").float(), named.read(prefix + "register_tokens").float()]
@@ -390,10 +390,6 @@ def _plan_two_heads(plan: Plan, named: NamedTensors, new_head: bool):
     names = [f"{head}.{leaf}" for head in heads for leaf in ("weight", "bias")]
     raise_unfit("the distilled model", {"missing": [name for name in names if name not in named.names]})
     named.used.update(names)
-    if new_head:
-        plan.classes = None
-        plan.left_out |= dict.fromkeys(names, "the two heads")
-        return
     on_cls, on_distilled = ([named.raw(f"{head}.{leaf}").float() for leaf in ("weight", "bias")] for head in heads)
     plan.classes = len(on_cls[1])
     plan.tensors["classifier.weight"] = torch.cat([on_cls[0], on_distilled[0]], dim=1) / 2

@@ -229,7 +229,7 @@ OF_TRANSFORMERS = {  # family -> class with a classifier, without one, and the e
 def _transformers_reference(opened, family, named, told, headless, num_images) -> _Reference:
     classifier, encoder, prefix = OF_TRANSFORMERS[family]
     model_class = getattr(transformers, encoder if headless or classifier is None else classifier)
-    if told.config.cls_tokens == 2:
+    if told.config.cls_tokens == 2 and not headless:
         model_class = transformers.DeiTForImageClassificationWithTeacher
     config_class = model_class.config_class
     if "model_type" in opened.config:
@@ -327,7 +327,7 @@ def _timm_reference(opened, family, named, told, headless, num_images) -> _Refer
     alone = "pos_embed" not in state or state["pos_embed"].shape[1] == math.prod(told.config.grid_hw)
     reference = _make_timm(opened, told, headless, no_embed_class=alone or registers)
     if headless:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
     title = f"timm's {type(reference).__name__}"
     if title.endswith("Eva"):
         state = _import_timm()[0].models.eva.checkpoint_filter_fn(state, reference)
@@ -351,7 +351,12 @@ def _timm_after(reference: nn.Module) -> dict[str, nn.Module]:
 
 
 def _open_clip_reference(opened, family, named, told, headless, num_images) -> _Reference:
-    """timm's model, by its reader of OpenAI's names."""
+    """timm's model, by its reader of OpenAI's names, which normalises all tokens before one is pooled."""
+    config = copy.deepcopy(told.config)
+    config.norm_after_pooling = False
+    if "layer_norm_eps" not in told.names:
+        config.layer_norm_eps = nn.LayerNorm(1).eps  # torch's default, which OpenAI's code leaves as it is
+    told = _Told(config, told.names | {"layer_norm_eps"})
     reference = _make_timm(opened, told, headless, no_embed_class=False)
     unused = tuple(named.layout.unused)
     state = {

@@ -220,7 +220,7 @@ def timm_arguments(config: ViTScratchConfig, no_embed_class: bool) -> dict:
         "reg_tokens": config.num_register_tokens,
         "final_norm": config.use_final_norm,
         "fc_norm": config.norm_after_pooling,
-        **({"pre_norm": True} if config.use_embedding_norm else {}),
+        "pre_norm": config.use_embedding_norm,
         **({"pos_embed": "none"} if config.position_embedding_type == "none" else {}),
     }
 

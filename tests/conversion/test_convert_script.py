@@ -1,15 +1,20 @@
 """scripts/convert.py."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from foreign import NEAR, assert_same, needs_timm, of_transformers, timm, timm_tensors, torchvision
+from foreign import NEAR, assert_same, needs_timm, of_transformers, timm, timm_folder, timm_tensors, torchvision
 from runs import load_script
+from safetensors.torch import save_file
 
 from modeling_vit_scratch import ViTScratchConfig, conversion
 from modeling_vit_scratch.conversion import convert_checkpoint
+from modeling_vit_scratch.conversion.architectures import REFUSED_ARCHITECTURES, UNDERSTOOD
+from modeling_vit_scratch.conversion.catalogue import architectures, refused
+from modeling_vit_scratch.conversion.families import FAMILIES, MODEL_TYPES
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +50,14 @@ def test_convert_script(script, vit_folder, tmp_path, capsys, caplog):
 @pytest.mark.parametrize("target", [None, "timm", "jax"])
 def test_convert_script_says_everything_once(script, target, tmp_path, caplog):
     """With a proof of what comes in and one of what goes out."""
-    tensors = timm_tensors(D=64, classes=None) | {"mask_token": torch.ones(1, 1, 8)}
-    decoder = {"decoder_embed.weight": torch.ones(8, 64), "decoder_pos_embed": torch.ones(1, 10, 8)}
+    tensors = timm_tensors(D=192, classes=None) | {"mask_token": torch.ones(1, 1, 8)}
+    decoder = {"decoder_embed.weight": torch.ones(8, 192), "decoder_pos_embed": torch.ones(1, 10, 8)}
     torch.save({"model": tensors | decoder, "epoch": 3}, tmp_path / "mae.pth")
     argv = [str(tmp_path / "mae.pth"), str(tmp_path / "out"), "--verify", "--num_labels", "3", "--image_size", "32"]
     assert script.main([*argv, *(["--to", target] if target else [])]) == 0
     said = [record.getMessage() for record in caplog.records if record.name.startswith(conversion.__name__)]
     assert len(said) == len(set(said))
-    for beginning in ("Took 'model'", "Recognised timm's names (mae)", "Assumed 1 heads", "Left out the pre-training"):
+    for beginning in ("Took 'model'", "Recognised timm's names (mae)", "Assumed 3 heads", "Left out the pre-training"):
         assert sum(line.startswith(beginning) for line in said) == 1, said
     assert ("Google's code has" in "".join(said)) == (target == "jax")
 
@@ -139,5 +144,73 @@ def test_convert_script_help_begins_with_an_example(script, capsys):
     assert lines[2].startswith("python scripts/convert.py google/vit-base-patch16-224")
     for group in ("what and where:", "changes:", "proof:"):
         assert group in lines
-    with pytest.raises(SystemExit, match="2"):
-        script.main([])
+    assert script.main([]) == 2
+    assert "needs CHECKPOINT and OUT, or --list" in capsys.readouterr().err
+
+
+def test_list_says_what_is_understood(script, capsys):
+    assert script.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    for source in FAMILIES:
+        assert re.search(rf"^{source} ", printed, re.MULTILINE), source
+    for model_type in MODEL_TYPES:
+        assert re.search(rf"\b{model_type}\b", printed), model_type
+    for family in UNDERSTOOD:
+        assert f"\n{family} " in printed, family
+    assert "vit_{small,base,large}_patch16_rope{,_mixed}{,_ape}_224" in printed
+    assert all(what in printed for what in REFUSED_ARCHITECTURES.values())
+    assert not re.search(r"[\\?|()]", "".join(architecture for _, architecture in [*architectures(), *refused()]))
+
+
+def test_list_says_what_a_checkpoint_is(script, vit_folder, own, tmp_path, capsys):
+    def facts(*arguments) -> dict[str, str]:
+        assert script.main(["--list", *map(str, arguments)]) == 0
+        return dict(
+            line.split(maxsplit=1) for line in capsys.readouterr().out.replace("left out", "left_out").splitlines()
+        )
+
+    of_vit = facts(vit_folder[0])
+    assert of_vit["is"] == "transformers" and of_vit["names"] == "transformers'" and of_vit["head"] == "6 classes"
+    assert of_vit["hidden_size"] == "32" and of_vit["layer_norm_eps"] == "1e-12" and "pooling" not in of_vit
+    own.save_pretrained(tmp_path / "own")
+    assert facts(tmp_path / "own")["is"] == "this package's own"
+    assert facts(tmp_path / "own")["num_register_tokens"] == "2"
+    folder = timm_folder(tmp_path / "timm", global_pool="avg")
+    of_timm = facts(folder)
+    assert of_timm["is"] == "timm (timm's vit_base_patch16_224: ViT)" and of_timm["pooling"] == "mean"
+    assert "layer_norm_eps" not in of_timm  # as by default
+    assert facts(folder, "--config_overrides", "layer_norm_eps=1e-3,drop_path_rate=0.1")["layer_norm_eps"] == "0.001"
+    save_file(timm_tensors() | {"mask_token": torch.ones(1, 1, 32)}, folder / "model.safetensors")
+    assert facts(folder)["left_out"] == "the mask token"
+
+
+def test_list_exits_with_2_where_a_checkpoint_is_refused(script, tmp_path, capsys):
+    for changes, message in (
+        ({"architecture": "vit_base_patch16_rpn_224"}, "norms after the branches, which this model has not"),
+        ({"global_pool": "max"}, "global_pool='max', which this model has not"),
+    ):
+        assert script.main(["--list", str(timm_folder(tmp_path / "timm", **changes))]) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err and not printed.out
+    assert script.main(["--list", str(tmp_path / "timm"), str(tmp_path / "out")]) == 2
+    assert "--list writes nothing; leave out OUT" in capsys.readouterr().err
+
+
+def test_any_field_can_be_told(script, tmp_path, capsys):
+    tensors = timm_tensors()
+    del tensors["pos_embed"]
+    save_file(tensors, tmp_path / "rotary.safetensors")
+    arguments = [str(tmp_path / "rotary.safetensors"), str(tmp_path / "out"), "--num_attention_heads", "4"]
+    rotary = "position_embedding_type=rope"
+    assert script.main(arguments) == 2
+    assert "pass position_embedding_type='rope'" in capsys.readouterr().err
+    assert script.main([*arguments, "--config_overrides", f"{rotary},rope_theta=50"]) == 0
+    config = ViTScratchConfig.from_pretrained(tmp_path / "out")
+    assert config.position_embedding_type == "rope" and config.rope_theta == 50
+    for wrong, message in (
+        ("rope_teta=50", "the nearest is 'rope_theta'"),
+        ("rope_theta", "is not of the form field=value"),
+        ("hidden_size=64", "hidden_size=64, but the tensors say 32"),
+    ):
+        assert script.main([*arguments, "--config_overrides", f"{rotary},{wrong}"]) == 2
+        assert message in capsys.readouterr().err

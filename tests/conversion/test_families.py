@@ -89,25 +89,32 @@ def test_transformers_options_come_from_the_config(changes, tmp_path):
     assert_same(convert_checkpoint(tmp_path), theirs)
 
 
-def test_dinov2_head_on_two_inputs_is_refused_and_its_encoder_is_not(tmp_path, caplog):
+def test_dinov2_head_on_two_inputs(caplog):
     config = transformers.Dinov2Config(**SIZES, mlp_ratio=2, num_labels=CLASSES)
     theirs = randomised(transformers.Dinov2ForImageClassification(config))
-    with pytest.raises(ValueError, match=r"head on class token and mean .*classifier\.weight.*num_labels="):
-        convert_checkpoint(theirs.state_dict(), **HEADS)
-    ours = convert_checkpoint(theirs.state_dict(), num_labels=CLASSES, **HEADS)
-    assert "Left out a head on class token" in caplog.text and "Made a new head for 6 classes" in caplog.text
-    assert_same(ours, theirs.dinov2)
+    ours = convert_checkpoint(theirs.state_dict(), **HEADS)
+    assert ours.config.pooling == "cls+mean" and ours.classifier.weight.shape == (CLASSES, 64)
+    assert_same(ours, theirs)
+    other = convert_checkpoint(theirs.state_dict(), num_labels=3, **HEADS)
+    assert "Made a new head for 3 classes" in caplog.text and other.classifier.weight.shape == (3, 64)
+    assert_same(other, theirs.dinov2)
 
 
-def test_distilled_heads_are_refused_and_their_encoder_is_not():
+def test_distilled_heads():
     config = transformers.DeiTConfig(**SIZES, intermediate_size=48, num_labels=CLASSES)
     theirs = randomised(transformers.DeiTForImageClassificationWithTeacher(config))
-    with pytest.raises(ValueError, match=r"distilled second head.*cls_classifier\.weight"):
-        convert_checkpoint(theirs.state_dict(), **HEADS)
-    ours = convert_checkpoint(theirs.state_dict(), num_labels=3, **HEADS)
-    assert ours.config.num_labels == 3
-    assert_same(ours, theirs.deit)
+    ours = convert_checkpoint(theirs.state_dict(), **HEADS)
+    assert ours.config.num_cls_tokens == 2 and ours.config.num_register_tokens == 0
+    assert_same(ours, theirs)
+    assert verify_checkpoint(theirs.state_dict(), **HEADS).passed
+    other = convert_checkpoint(theirs.state_dict(), num_labels=3, **HEADS)
+    assert other.config.num_labels == 3
+    assert_same(other, theirs.deit)
     assert verify_checkpoint(theirs.state_dict(), num_labels=3, **HEADS).passed
+    state = theirs.state_dict()
+    del state["distillation_classifier.bias"]
+    with pytest.raises(ValueError, match=r"missing are 1 \(distillation_classifier\.bias\)"):
+        convert_checkpoint(state, **HEADS)
 
 
 def test_pooler_beside_a_classifier_is_left_out_as_transformers_does(caplog):
@@ -263,10 +270,14 @@ def test_mae_fine_tuned(tmp_path, caplog):
     assert_logits(ours, lambda image: timm_logits(tensors, image, mean=True))
 
 
-def test_timm_distilled_deit():
-    tensors = timm_tensors(registers=1, register="dist_token", positions="all") | {
-        "head_dist.weight": torch.ones(CLASSES, 32), "head_dist.bias": torch.ones(CLASSES),
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=r"distilled second head.*head_dist\.weight"):
-        convert_checkpoint(tensors, **HEADS)
-    assert convert_checkpoint(tensors, num_labels=3, **HEADS).config.num_register_tokens == 1
+@needs_timm
+def test_timm_distilled_deit(tmp_path):
+    sizes = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
+    theirs = randomised(timm.models.deit.VisionTransformerDistilled(**sizes, num_classes=CLASSES))
+    ours = convert_checkpoint(theirs.state_dict(), **HEADS)
+    assert ours.config.num_cls_tokens == 2 and ours.config.num_register_tokens == 0
+    pixels = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    with torch.no_grad():
+        expected = theirs.double()(pixels)  # the mean of both heads, which is rounded to single precision here
+        torch.testing.assert_close(ours.double()(pixels).logits, expected, atol=1e-6, rtol=0)
+    assert convert_checkpoint(theirs.state_dict(), num_labels=3, **HEADS).config.num_cls_tokens == 2

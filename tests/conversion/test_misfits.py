@@ -1,13 +1,14 @@
 """What does not fit, and what this model has not, is refused by name."""
 
 import json
+import re
 
 import pytest
 import torch
-import transformers
-from foreign import HEADS, SIZES, jax_arrays, of_transformers, timm_tensors, torchvision_tensors
+from foreign import HEADS, jax_arrays, of_transformers, timm_folder, timm_tensors, torchvision_tensors
 
 from modeling_vit_scratch.conversion import convert_checkpoint
+from modeling_vit_scratch.conversion.families import REFUSED
 
 
 def test_every_misfit_is_listed_with_its_number():
@@ -81,52 +82,71 @@ def test_a_name_that_is_there_twice():
         convert_checkpoint(twice, **HEADS)
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("blocks.0.mlp.w12.weight", "SwiGLU"),
-        ("blocks.0.mlp.w3.weight", "SwiGLU"),
-        ("blocks.0.mlp.fc1_g.weight", "SwiGLU"),
-        ("norm_pre.weight", "before the first block"),
-        ("attn_pool.latent.weight", "attention pooling"),
-        ("blocks.0.attn.q_norm.weight", "normalised queries"),
-        ("blocks.0.attn.q_bias", "without a key bias"),
-        ("blocks.0.attn.relative_position_bias_table", "relative or rotary"),
-        ("patch_embed.backbone.stem.conv.weight", "convolutional stem"),
-        ("blocks.0.attns.0.norm.weight", "parallel blocks"),
-        ("blocks.0.attn.norm.weight", "norms inside"),
-    ],
-)
-def test_what_the_model_has_not_is_refused_by_name(name, what):
-    with pytest.raises(ValueError, match=f"{what}.*{name}".replace(".", r"\.").replace(r"\.*", ".*")):
+# A name -> what it is the name of; one at least for each of the patterns that are refused.
+NOT_HERE = {
+    "blocks.0.attn.relative_position_bias_table": "relative positions",
+    "blocks.0.attn.rel_pos.mlp.fc1.weight": "relative positions",
+    "patch_embed.backbone.stem.conv.weight": "a convolutional stem",
+    "patch_embed.proj.0.conv.weight": "a convolutional stem",
+    "blocks.0.attns.0.norm.weight": "parallel blocks",
+    "blocks.0.in_proj.weight": "parallel blocks",
+    "blocks.0.attn.norm.weight": "norms inside attention or MLP",
+    "blocks.0.mlp.norm.weight": "norms inside attention or MLP",
+    "blocks.0.attn.lambda_q1": "norms inside attention or MLP",
+    "blocks.0.attn.q_ln.weight": "normalised queries and keys of Google's",
+    "blocks.0.attn.q_proj.weight": "queries and keys projected apart",
+    "Transformer/encoderblock/LayerNorm_0/scale": "blocks stacked by flax's scan",
+    "detection_tokens": "detection tokens",
+    "embeds.pos_embed_y": "positions that are sums of rows and columns",
+    "attn_pool.pos_embed": "another attention pooling than timm's",
+}
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_what_the_model_has_not_is_refused_by_name(name):
+    what = re.escape(NOT_HERE[name])
+    with pytest.raises(ValueError, match=f"has {what}.*, which this model has not: .*{re.escape(name)}"):
         convert_checkpoint(timm_tensors() | {name: torch.ones(3)}, **HEADS)
 
 
+def test_each_refusal_of_a_name_is_tried():
+    untried = [what for pattern, what in REFUSED.items() if not any(re.fullmatch(pattern, name) for name in NOT_HERE)]
+    assert not untried
+
+
 @pytest.mark.parametrize(
-    "names",
+    ("names", "message"),
     [
-        ["vision_model.pre_layrnorm.weight", "vision_model.embeddings.patch_embedding.weight"],
-        ["visual.ln_pre.weight", "visual.conv1.weight"],
-        ["Transformer/encoderblock/LayerNorm_0/scale", "embedding/kernel"],
-        ["embedding/kernel", "MAPHead_0/probe"],
-        ["conv_proj.conv_last.weight", "conv_proj.conv_bn_relu_0.0.weight"],
+        (["vision_model.pre_layrnorm.weight", "vision_model.embeddings.patch_embedding.weight"], "but no blocks"),
+        (["visual.ln_pre.weight", "visual.conv1.weight"], "was not recognised"),  # a ResNet's first layer, too
+        (["Transformer/encoderblock/LayerNorm_0/scale", "embedding/kernel"], "stacked by flax's scan"),
+        (["embedding/kernel", "MAPHead_0/probe"], "but no blocks"),
+        (["conv_proj.conv_last.weight", "conv_proj.conv_bn_relu_0.0.weight"], "a convolutional stem"),
     ],
-    ids=lambda names: names[0],
+    ids=str,
 )
-def test_towers_of_other_kinds_are_refused_by_name(names):
-    with pytest.raises(ValueError, match="which this model has not"):
+def test_towers_without_their_blocks_and_of_other_kinds(names, message):
+    with pytest.raises(ValueError, match=message):
         convert_checkpoint({name: torch.ones(3, 3, 3, 3) for name in names})
 
 
-def test_swiglu_is_refused_in_every_spelling():
-    config = transformers.Dinov2Config(**SIZES, mlp_ratio=2, use_swiglu_ffn=True)
-    with pytest.raises(ValueError, match="SwiGLU"):
-        convert_checkpoint(transformers.Dinov2Model(config).state_dict(), **HEADS)
-    packed = timm_tensors()
-    for i in range(3):
-        packed[f"blocks.{i}.mlp.fc1.weight"], packed[f"blocks.{i}.mlp.fc1.bias"] = torch.ones(96, 32), torch.ones(96)
-    with pytest.raises(ValueError, match="SwiGLU"):
-        convert_checkpoint(packed, **HEADS)
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        # Half of a form that this model has is not passed over.
+        ({"blocks.0.mlp.fc1_g.weight": (24, 32)}, "left over are 1 .blocks.0.mlp.fc1_g.weight"),
+        ({"blocks.0.mlp.w12.weight": (48, 32)}, "left over are 1 .blocks.0.mlp.w12.weight"),
+        ({"norm_pre.weight": (32,)}, "missing are 1 .norm_pre.bias"),
+        ({"blocks.0.attn.q_norm.weight": (8,)}, "missing are .*blocks.0.attn.k_norm.weight"),
+        ({"blocks.0.attn.q_bias": (32,)}, "left over are 1 .blocks.0.attn.q_bias"),
+        ({"attn_pool.latent": (1, 1, 32)}, "attention.*use_cls_token=False"),
+    ],
+    ids=str,
+)
+def test_half_of_what_the_model_can_have(added, message):
+    tensors = {name: torch.ones(shape) for name, shape in added.items()}
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(timm_tensors() | tensors, **HEADS)
 
 
 @pytest.mark.parametrize(
@@ -172,13 +192,24 @@ def test_a_config_that_contradicts_the_tensors(tmp_path):
         convert_checkpoint(tmp_path)
 
 
-def test_heads(caplog):
-    with pytest.raises(ValueError, match="width 32 is no multiple of 64; pass num_attention_heads="):
-        convert_checkpoint(timm_tensors())
-    assert convert_checkpoint(timm_tensors(D=128, L=1)).config.num_attention_heads == 2
-    assert "Assumed 2 heads of 64 channels" in caplog.text
+def test_heads_of_a_published_width_are_the_published_ones(caplog):
+    assert convert_checkpoint({"model": timm_tensors(D=192, M=8, L=1)}, "deit").config.num_attention_heads == 3
+    assert "Assumed 3 heads of 64 channels" in caplog.text
 
 
 @pytest.mark.slow
 def test_heads_of_vit_huge_are_the_published_ones():
-    assert convert_checkpoint(timm_tensors(D=1280, M=8, L=1)).config.num_attention_heads == 16
+    assert convert_checkpoint({"model": timm_tensors(D=1280, M=8, L=1)}, "mae").config.num_attention_heads == 16
+
+
+def test_heads_that_nothing_tells_are_asked_for(tmp_path):
+    """timm has several models of one width; of other families, a width that was never published."""
+    for width in (32, 192, 768):
+        with pytest.raises(ValueError, match=rf"{width} is none that 'timm' .*pass num_attention_heads=, often"):
+            convert_checkpoint(timm_tensors(D=width, M=8, L=1))
+    with pytest.raises(ValueError, match=r"width 32 is none that 'torchvision' has published; pass num_attention_head"):
+        convert_checkpoint(torchvision_tensors())
+    folder = timm_folder(tmp_path, architecture="vit_of_next_year", model_args={"num_heads": None})
+    with pytest.raises(ValueError, match=r"timm's vit_of_next_year is not known here.*pass num_attention_heads="):
+        convert_checkpoint(folder)
+    assert convert_checkpoint(folder, **HEADS).config.num_attention_heads == 4
