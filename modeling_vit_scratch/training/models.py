@@ -56,7 +56,7 @@ def with_classes(model: ViTScratchForImageClassification, class_names: list[str]
         logger.warning("The head is new: %d classes instead of %d.", len(class_names), config.num_labels)
         config.id2label = dict(enumerate(class_names))
         config.label2id = {name: index for index, name in enumerate(class_names)}
-        width = config.representation_size or config.hidden_size
+        width = config.representation_size or config.pooled_size
         model.num_labels, model.classifier = config.num_labels, torch.nn.Linear(width, config.num_labels)
         model.classifier.apply(model._init_weights)
     config.problem_type = "single_label_classification"
