@@ -49,10 +49,10 @@ def convert_checkpoint(
         source: One of `FAMILIES`; None to recognise it from the names.
         image_size: Pixels, one number or (height, width), to resize the positions to, as the source's own code does
             (the config's `position_interpolation`); None keeps the resolution.
-        num_labels: Classes; a number other than the checkpoint's makes the head anew. A head that this model cannot
-            express (two heads, or DINOv2's on class token and mean) is made anew if this is given, else refused.
+        num_labels: Classes; a number other than the checkpoint's makes the head anew.
         id2label: Names of the classes; as many as there are.
-        replace_head: Make a head that this model cannot express anew even if `num_labels` is not given.
+        replace_head: Whether `representation_size=None` may take the head with the tanh layer before it, as it may if
+            `num_labels` is given.
         revision: Branch, tag or commit of a Hub id.
         cache_dir: Where files of the Hub are kept; None for its usual cache.
         token: For a private Hub id; None for the one that `hf auth login` stored.

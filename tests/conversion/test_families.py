@@ -15,6 +15,7 @@ from foreign import (
     assert_logits,
     assert_same,
     exact_gelu,
+    images,
     jax_arrays,
     jax_logits,
     needs_timm,
@@ -32,6 +33,7 @@ from foreign import (
 from safetensors.torch import load_file
 
 from modeling_vit_scratch.conversion import convert_checkpoint, image_processor_for, verify_checkpoint
+from modeling_vit_scratch.training.models import with_classes
 
 
 @pytest.mark.parametrize("name", OF_TRANSFORMERS)
@@ -110,6 +112,8 @@ def test_distilled_heads():
     other = convert_checkpoint(theirs.state_dict(), num_labels=3, **HEADS)
     assert other.config.num_labels == 3
     assert_same(other, theirs.deit)
+    kept = convert_checkpoint(theirs.state_dict(), num_labels=CLASSES, **HEADS)  # as many as there are
+    assert kept.classifier.weight.any() and with_classes(kept, ["a", "b"])(images(kept).float()).logits.shape == (2, 2)
     assert verify_checkpoint(theirs.state_dict(), num_labels=3, **HEADS).passed
     state = theirs.state_dict()
     del state["distillation_classifier.bias"]

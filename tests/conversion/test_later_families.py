@@ -81,6 +81,7 @@ def test_bare_tensors_of_a_published_width_need_no_hints(case, caplog):
     _, theirs = of_later_classes(case, **fields)
     ours = convert_checkpoint(theirs.state_dict(), "msn" if case == "msn" else None)
     assert f"Assumed {heads} heads" in caplog.text
+    assert ours.config.hidden_act == ("silu" if "SwiGLU" in case else theirs.config.hidden_act)  # changes little
     assert_same_outputs(ours, theirs)
 
 

@@ -161,7 +161,7 @@ def test_a_fine_tuned_clip_goes_out_with_its_patch_bias_in_the_positions(target,
     model = made("CLIP")
     bias = model.vit.embeddings.patch_embeddings.projection.bias
     with torch.no_grad():
-        bias.copy_(torch.randn(32) * 2e-3)
+        bias.copy_(torch.randn(32, generator=torch.Generator().manual_seed(2)) * 2e-3)
     pixels = images(model).float()
     with torch.no_grad():
         before = model.vit(pixels).pooler_output
@@ -172,9 +172,9 @@ def test_a_fine_tuned_clip_goes_out_with_its_patch_bias_in_the_positions(target,
     assert not back.vit.embeddings.patch_embeddings.projection.bias.any() and not moved[:, 0].any()
     torch.testing.assert_close(moved[:, 1:], bias.expand(1, 9, 32), atol=1e-7, rtol=0)
     with torch.no_grad():
-        torch.testing.assert_close(back.vit(pixels).pooler_output, before, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(back.vit(pixels).pooler_output, before, atol=1e-5, rtol=0)
         bias.zero_()
-        assert (model.vit(pixels).pooler_output - before).abs().max() > 0.1  # without it, it is another model
+        assert (model.vit(pixels).pooler_output - before).abs().max() > 1e-2  # without it, it is another model
     assert torch.equal(model.vit.embeddings.position_embeddings, position)  # ours keeps its own
 
 
