@@ -169,6 +169,7 @@ def test_teaching_layout_has_the_size_of_showcase():
     assert parameters == ViTScratchForImageClassification(ViTScratchConfig.preset("showcase")).num_parameters()
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name", peers.PEERS)
 def test_peers_compute_what_we_do(name):
     compared = 0
@@ -316,6 +317,7 @@ def test_bf16_and_compiled_steps(training, monkeypatch):
     assert torch.equal(weight, model.classifier.weight) != training
 
 
+@pytest.mark.peers
 def test_data_paths(args):
     dataset = data.random_images(32, CPU)
     paths = [data.our_data_path]

@@ -210,7 +210,8 @@ def test_python_of_export(there, monkeypatch, tmp_path):
     names = run_python(["docs/export.md"], monkeypatch, tmp_path)
     session, program = names["session"], names["program"]
     [expected] = session.run(["logits"], {"pixel_values": names["pixels"]})
-    torch.testing.assert_close(program(torch.from_numpy(names["pixels"])), torch.from_numpy(expected))
+    exported = program(torch.from_numpy(names["pixels"]))
+    torch.testing.assert_close(exported, torch.from_numpy(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_python_of_evaluation_and_inside(there, monkeypatch, tmp_path):

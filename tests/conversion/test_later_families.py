@@ -141,6 +141,7 @@ def test_processor_of_dinov3():
     assert not getattr(processor, "do_center_crop", None) and list(processor.image_mean) == [0.485, 0.456, 0.406]
 
 
+@pytest.mark.slow
 def test_each_tensor_of_the_later_classes_is_needed():
     for case in ("dinov3, SwiGLU", "dinov2, SwiGLU", "clip", "siglip"):
         _, theirs = of_later_classes(case)

@@ -125,6 +125,7 @@ def test_out_and_back_is_the_identity(name, target, goal, tmp_path):
         assert torch.equal(back(pixels).logits, model(pixels).logits)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(("name", "target", "goal"), [pair for pair in PAIRS if is_a_class(pair[2])], ids=str)
 def test_the_targets_own_model_computes_the_same(name, target, goal):
     if target != "transformers" and timm is None:

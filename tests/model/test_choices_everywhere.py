@@ -155,6 +155,7 @@ def test_activation_checkpointing_gives_equal_gradients(choice, reentrant):
 # Compilers and exporters
 
 
+@pytest.mark.slow
 @all_together
 def test_compile_without_graph_breaks(choice):
     torch.compiler.reset()
@@ -173,6 +174,7 @@ def dynamic():
     return {0: batch, 2: 4 * h, 3: 4 * w}
 
 
+@pytest.mark.slow
 @all_together
 @pytest.mark.parametrize("cls", [ViTScratchForImageClassification, ViTScratchBackbone])
 def test_export_with_dynamic_batch_and_size(cls, choice):
@@ -208,6 +210,7 @@ def test_jit_trace_with_dynamic_sizes(choice):
             equal(traced(x), program(x), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["all", "all-attention-pooling"])
 def test_onnx_with_dynamic_batch_and_size(name, tmp_path):
     pytest.importorskip("onnxscript", reason="pip install 'modeling_vit_scratch[export]'")
