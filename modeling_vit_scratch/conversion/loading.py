@@ -271,10 +271,11 @@ def _change(
         if position in state:
             resized = model.config.grid_hw, config.grid_hw, config.position_interpolation
             state[position] = resize_positions(state[position], *resized)
-        logger.warning(
-            "Resized the positions from %dx%d to %dx%d patches (images of %dx%d).", *model.config.grid_hw,
-            *config.grid_hw, *config.image_hw,
-        )  # fmt: skip
+        if model.vit.embeddings.position_embeddings is not None:  # rotary ones are computed for any size
+            logger.warning(
+                "Resized the positions from %dx%d to %dx%d patches (images of %dx%d).", *model.config.grid_hw,
+                *config.grid_hw, *config.image_hw,
+            )  # fmt: skip
     new_head = headless or num_labels != config.num_labels
     if new_head:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}

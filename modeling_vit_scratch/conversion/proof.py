@@ -38,7 +38,8 @@ class Verification:
 
     Args:
         reference: Whose model it was compared with.
-        differences: Output -> largest absolute difference, in the order they are computed.
+        differences: Output -> largest difference, in the order they are computed; where an output's largest number is
+            above 1, as a share of it. (Rotary positions are angles in single precision on both sides.)
         top5: Images for which the five largest logits are the same classes in the same order, or None without
             logits.
         num_images: Images compared.
@@ -86,7 +87,7 @@ def verify_checkpoint(
         model: Ours, which was made of the checkpoint or the checkpoint of it; None converts the checkpoint.
         num_images: Random images.
         revision: As for `convert_checkpoint`.
-        num_labels: As for `convert_checkpoint`; only where the head cannot be expressed.
+        num_labels: As for `convert_checkpoint`.
         **hints: As for `convert_checkpoint`.
 
     Raises:
@@ -202,11 +203,11 @@ def _outputs(reference: _Reference, images: torch.Tensor, headless: bool) -> dic
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest absolute difference; where one side has all tokens and the other what is pooled, of the first."""
+    """As in `Verification`; where one side has all tokens and the other what is pooled, of the first token."""
     ours, theirs = (tensor if tensor.ndim == 3 else tensor.unsqueeze(1) for tensor in (ours, theirs))
     if 1 in (ours.shape[1], theirs.shape[1]):
         ours, theirs = ours[:, :1], theirs[:, :1]
-    return (ours - theirs).abs().max().item()
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1)).item()
 
 
 OF_TRANSFORMERS = {  # family -> class with a classifier, without one, and the encoder's name in the former
