@@ -32,19 +32,19 @@ from modeling_vit_scratch.conversion import (
 from modeling_vit_scratch.conversion.catalogue import architectures, describe_checkpoint, families, refused
 from modeling_vit_scratch.conversion.exporting import open_to_others
 from modeling_vit_scratch.conversion.families import TARGETS
-from modeling_vit_scratch.conversion.layouts import WEIGHT_FILES
+from modeling_vit_scratch.conversion.layouts import SUFFIXES, WEIGHT_FILES
 from modeling_vit_scratch.conversion.loading import is_own
 from modeling_vit_scratch.conversion.processors import read_labels
 from modeling_vit_scratch.conversion.proof import TOLERANCE, Verification
+from modeling_vit_scratch.conversion.reading import one_line
 from modeling_vit_scratch.evaluation.tables import text_table
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__, "convert.py CHECKPOINT OUT [--verify] [--option value ...] | --list [CHECKPOINT]")
     what = parser.add_argument_group("what and where")
-    what.add_argument(
-        "checkpoint", metavar="CHECKPOINT", nargs="?", help="file (.safetensors, .npz, .pt, .bin), folder or Hub id"
-    )
+    kinds = ", ".join(SUFFIXES)
+    what.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help=f"file ({kinds}), folder or Hub id")
     what.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder to write")
     what.add_argument(
         "--list",
@@ -60,9 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--num_attention_heads", type=int, metavar="N", help="default: those of the family's model of that width"
     )
     untold.add_argument("--layer_norm_eps", type=float, metavar="EPSILON", help="of the LayerNorms")
-    untold.add_argument(
-        "--hidden_act", metavar="NAME", help="default: 'gelu'; of .npz files 'gelu_pytorch_tanh', as Google's"
-    )
+    untold.add_argument("--architecture", metavar="NAME", help="timm's name of the model, for a bare file of its")
+    untold.add_argument("--hidden_act", metavar="NAME", help="default: the family's, e.g. 'gelu'; 'silu' where gated")
     untold.add_argument(
         "--pooling", choices=POOLINGS, metavar="NAME", help=f"{', '.join(POOLINGS)}: what is classified"
     )
@@ -86,7 +85,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     proof.add_argument(
         "--verify",
         action="store_true",
-        help=f"run the source library's own model on the same random images; fail above {TOLERANCE:g}",
+        help="run the source library's own model on the same random images; fail where an output differs by more than "
+        f"{TOLERANCE:g}, or than that share of its largest number",
     )
     proof.add_argument("--num_images", type=int, default=2, metavar="N", help="random images; default: 2")
     return parser.parse_args(argv)
@@ -106,7 +106,7 @@ def table(proof: Verification) -> str:
 
 def hints_of(arguments: argparse.Namespace) -> dict:
     """What was said that tensors do not tell."""
-    names = ("num_attention_heads", "layer_norm_eps", "hidden_act", "pooling")
+    names = ("architecture", "num_attention_heads", "layer_norm_eps", "hidden_act", "pooling")
     hints = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.grid_size is not None:
         hints["grid_size"] = tuple(arguments.grid_size)
@@ -181,8 +181,8 @@ def convert(arguments: argparse.Namespace) -> int:
     for prove in proofs:
         try:
             proof = prove()
-        except (ImportError, NotImplementedError) as error:
-            print(f"convert.py: not verified, nothing written: {error}", file=sys.stderr)
+        except (ImportError, NotImplementedError, RuntimeError) as error:
+            print(f"convert.py: not verified, nothing written: {one_line(error)}", file=sys.stderr)
             return 1
         print(table(proof))
         if not proof.passed:

@@ -392,7 +392,9 @@ def assert_logits(ours: ViTScratchForImageClassification, logits_of, pooled: boo
 TIMM_CASES = {
     "plain": ({}, {}, {}),
     "deit3": ({"positions": "none", "scale": "ls{}.gamma"}, {"positions": "none"}, {}),
-    "deit3 as published": ({"positions": "none", "scale": "gamma_{}"}, {"positions": "none"}, {}),
+    "deit3 as published": (
+        {"positions": "none", "scale": "gamma_{}"}, {"positions": "none"}, {"source": "deit"},
+    ),
     "registers without positions": ({"registers": 4, "positions": "none"}, {"positions": "none"}, {}),
     "registers with positions": ({"registers": 4, "positions": "all"}, {"positions": "all"}, {}),
     "no class token": ({"cls": False, "bias": False, "positions": "none"}, {"positions": "none", "mean": True}, {}),

@@ -1,6 +1,7 @@
 """timm's architectures: which are understood, and what their tensors do not tell."""
 
 import re
+from collections.abc import Mapping
 
 from transformers.image_utils import PILImageResampling
 
@@ -86,6 +87,7 @@ DIFFERENCES = {
     },
     r"vit_pe_.*_gigantic_.*": {"rope_grid_offset": 0.0},
     r"eva02_.*|vit_.*_rope_reg[14]_gap_.*": {**_ROPE, "ref_feat_shape": 16},
+    r"vit_.*_dinov3.*|vit_pe_.*": {"global_pool": "avg"},
     r"vit_.*_(dinov3|lingbot).*": {
         **_ROPE, "rope_type": "dinov3", "rope_temperature": 100.0, "rope_rotate_half": True
     },
@@ -122,6 +124,40 @@ ALLOWED = {
 }  # fmt: skip
 
 
+class Untold(ValueError):
+    """A checkpoint is understood but for something that it does not tell; the text says what to pass."""
+
+
+def check_names(opened: Checkpoint, family: str, names: Mapping, hints: dict, arguments: dict):
+    """Whether tensors with timm's names and its arguments tell enough, and nothing that this model has not.
+
+    Raises:
+        Untold: They are of timm's class Eva, and no architecture says how it turns queries and keys.
+        ValueError: The model computes something that ours cannot.
+    """
+    has = {name: f"blocks.0.{name}" in names for name in ("gamma_1", "attn.q_bias")}
+    eva = has["attn.q_bias"] or "rope.freqs" in names or (family == "timm" and has["gamma_1"])
+    rotary = hints.get("position_embedding_type", "").endswith("rope")
+    absent = not {"pos_embed", "embeds.pos_embed"} & set(names) and hints.get("position_embedding_type") != "none"
+    if "architecture" not in opened.config and family != "dinov3" and (eva or rotary or absent):
+        raise Untold(
+            f"{opened.title} does not tell its positions, which may be rotary (it has "
+            f"{'no pos_embed' if absent else 'names of class Eva'}); pass architecture=, timm's name of the model"
+            f"{', or source=deit for a file of DeiT III' if has['gamma_1'] and not absent else ''}."
+        )
+    pool, kept = arguments.get("global_pool"), "head.weight" in names
+    registers = "reg_token" in names and (eva or arguments.get("use_rot_pos_emb"))
+    wrong = {
+        "an answer for each token (global_pool='')": pool == "" and kept,
+        "attention pooling over registers": pool == "map" and registers,
+        "rotary positions of NaFlexViT": any(name.startswith("embeds.") for name in names)
+        and bool(arguments.get("rope_type")),
+    }
+    for what, there in wrong.items():
+        if there:
+            raise ValueError(f"{opened.title} has {what}, which this model has not.")
+
+
 def family_of(architecture: str) -> str | None:
     """The family of timm's that an architecture belongs to, of those that are understood, or None."""
     return next((title for title, pattern in UNDERSTOOD.items() if re.fullmatch(pattern, architecture)), None)
@@ -143,6 +179,13 @@ def arguments_of(opened: Checkpoint) -> dict:
         arguments |= differing if re.fullmatch(pattern, architecture) else {}
     arguments |= {"global_pool": config["global_pool"]} if config.get("global_pool") is not None else {}
     arguments |= {name: value for name, value in given.items() if value is not None}
+    if given.get("norm_layer") == "layernorm":
+        arguments["layer_norm_eps"] = 1e-6  # timm's own, whatever the architecture has
+    grid = arguments.get("ref_feat_shape")
+    if isinstance(grid, (list, tuple)) and len(set(grid)) > 1:
+        raise ValueError(f"{opened.title} has timm's ref_feat_shape={grid!r}, no square, which this model has not.")
+    if arguments.get("rope_type") == "dinov3" and arguments.get("rope_grid_offset"):
+        raise ValueError(f"{opened.title} has an offset of DINOv3's positions, which this model has not.")
     for name, values in ALLOWED.items():
         if arguments.get(name) is not None and arguments[name] not in values:
             raise ValueError(f"{opened.title} has timm's {name}={arguments[name]!r}, which this model has not.")
@@ -166,7 +209,9 @@ def claims_of(arguments: dict) -> dict:
     claims["rope_coordinates"] = "centered" if kind == "dinov3" else "index"
     claims["rope_frequencies"] = "mixed" if kind == "mixed" else "axial"
     claims.setdefault("rope_theta", 10000.0)
-    if grid is not None:
+    if kind != "cat":
+        claims.pop("rope_offset", None)  # timm reads neither
+    elif grid is not None:
         claims["rope_grid_size"] = grid[0] if isinstance(grid, (list, tuple)) else grid
     return claims
 

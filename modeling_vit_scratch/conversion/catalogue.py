@@ -4,7 +4,7 @@ import logging
 import re
 
 from ..configuration_vit_scratch import ViTScratchConfig
-from .architectures import REFUSED_ARCHITECTURES, UNDERSTOOD, family_of
+from .architectures import REFUSED_ARCHITECTURES, UNDERSTOOD, Untold, family_of
 from .families import FAMILIES, MODEL_TYPES
 from .loading import find_own_folder
 from .planning import make_plan
@@ -63,7 +63,10 @@ def describe_checkpoint(checkpoint, source: str | None = None, revision: str | N
     with silent(logger):
         opened = open_checkpoint(located, str(checkpoint), mmap=True)
         family, named = recognise(opened, source)
-        plan = make_plan(opened, family, named, hints, new_head=False)
+        try:
+            plan = make_plan(opened, family, named, hints, new_head=False)
+        except Untold as error:
+            return {"is": family, "names": named.layout.title, "asked for": str(error)}
     architecture = opened.config.get("architecture")
     kind = f"{family} (timm's {architecture}: {family_of(architecture) or 'not known'})" if architecture else family
     head = "none" if plan.classes is None else f"{plan.classes} classes"

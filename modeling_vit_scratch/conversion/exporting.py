@@ -224,7 +224,7 @@ def _write(tensors: dict, model: ViTScratchForImageClassification, target: str, 
         theirs.save_pretrained(folder)
         open_to_others(folder)
         return
-    fields = {name: getattr(config, name) for name in CONFIG_FIELDS}
+    fields = {name: getattr(config, name) for name in CONFIG_FIELDS if not name.startswith(("rope_", "position_emb"))}
     if target == "timm":
         positions = tensors.get("pos_embed")
         arguments = timm_arguments(config, positions is None or positions.shape[1] == math.prod(config.grid_hw))

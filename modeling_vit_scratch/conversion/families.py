@@ -28,7 +28,7 @@ HALF = (0.5, 0.5, 0.5)
 BILINEAR, BICUBIC = int(PILImageResampling.BILINEAR), int(PILImageResampling.BICUBIC)
 
 
-# Widths of published models -> heads; 64 channels a head save where models grew wider than deep.
+# Widths of published models -> heads; of 64 channels, but for ViT-H's, of 80.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
@@ -125,6 +125,13 @@ MODEL_TYPES = {
     "clip_vision_model": "clip",
     "siglip": "siglip",
     "siglip_vision_model": "siglip",
+}
+# `model_type`s with the names of a ViT, and which compute something else.
+REFUSED_TYPES = {
+    "beit": "relative positions",
+    "data2vec-vision": "relative positions",
+    "siglip2": "patches of any number (NaFlex)",
+    "siglip2_vision_model": "patches of any number (NaFlex)",
 }
 # `model_type`s whose own config stands below "vision_config", and transformers' class that knows its defaults.
 VISION_CONFIGS = {"clip": "CLIPVisionConfig", "siglip": "SiglipVisionConfig"}

@@ -1,4 +1,4 @@
-"""What other libraries call a Vision Transformer's tensors, and what their tensors cannot tell: tables of facts.
+"""What other libraries call a Vision Transformer's tensors: tables of facts.
 
 The other rooms of this wing read and write weights by them.
 """

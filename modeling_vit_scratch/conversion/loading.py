@@ -56,10 +56,10 @@ def convert_checkpoint(
         revision: Branch, tag or commit of a Hub id.
         cache_dir: Where files of the Hub are kept; None for its usual cache.
         token: For a private Hub id; None for the one that `hf auth login` stored.
-        **hints: Fields of the config that tensors cannot tell, such as `num_attention_heads`, `layer_norm_eps`,
-            `hidden_act`, `pooling`, `position_interpolation` or `drop_path_rate`; `grid_size`, the checkpoint's patches
-            (down, across) where they are no square; `representation_size=None` to leave out a tanh layer before a new
-            head.
+        **hints: `architecture`, timm's name of the model, for a bare file of timm's; fields of the config that tensors
+            cannot tell, such as `num_attention_heads`, `layer_norm_eps`, `hidden_act`, `pooling`,
+            `position_interpolation` or `drop_path_rate`; `grid_size`, the checkpoint's patches (down, across) where
+            they are no square; `representation_size=None` to leave out a tanh layer before a new head.
 
     Raises:
         ValueError: The checkpoint cannot be read or recognised; tensors are missing, left over, of a wrong shape or

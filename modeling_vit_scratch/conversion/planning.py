@@ -8,11 +8,19 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 
-from .architectures import INTERPOLATIONS, arguments_of, channel_order, claims_of, family_of
+from .architectures import (
+    INTERPOLATIONS,
+    Untold,
+    arguments_of,
+    channel_order,
+    check_names,
+    claims_of,
+    family_of,
+)
 from .families import CONFIG_FIELDS, DISTILLED_HEADS, FAMILIES, VISION_CONFIGS
 from .layouts import DINOV2, DINOV2_GATED, DINOV3, NAFLEX, TIMM, TOWER, TRANSFORMERS, Layout
 from .reading import Checkpoint, first_few
-from .recognition import NamedTensors, refuse
+from .recognition import OF_TRANSFORMERS, NamedTensors, refuse
 
 logger = logging.getLogger(__package__)
 
@@ -48,6 +56,8 @@ def make_plan(opened: Checkpoint, family: str, named: NamedTensors, hints: dict,
     """Read the geometry off the tensors, and what they cannot tell off hints, config.json and the published values."""
     refuse(list(named.names), opened.title)
     hints = dict(hints)
+    if "architecture" in hints:
+        opened.config["architecture"] = hints.pop("architecture")
     arguments = arguments_of(opened) if "architecture" in opened.config else {}
     claims = {**_claims(opened), **claims_of(arguments)}
     plan = Plan({}, {}, {}, None)
@@ -55,6 +65,8 @@ def make_plan(opened: Checkpoint, family: str, named: NamedTensors, hints: dict,
         plan.left_out |= {name: what for name in named.names if re.fullmatch(pattern, name)}
     plan.left_out |= dict.fromkeys(named.outside, "what is not the image tower")
     blocks = _num_blocks(named, opened.title)
+    if named.layout in (TIMM, NAFLEX):
+        check_names(opened, family, named.names, hints, arguments)
     D, C, *patch = _kernel(opened.title, named)
     grid = _grid(opened, named, claims, hints, patch)
     told_head = _plan_head(plan, opened, named, D, hints, new_head)
@@ -72,6 +84,8 @@ def make_plan(opened: Checkpoint, family: str, named: NamedTensors, hints: dict,
         measured["representation_size"] = None
     # Of a rotary model, both may be told: whether there are learned positions besides, the tensors know.
     learned = "vit.embeddings.position_embeddings" in plan.tensors
+    if learned and {**claims, **hints}.get("position_embedding_type") in ("none", "sincos"):
+        raise ValueError(f"{opened.title} has embeddings of positions, though they are said to be {rotary!r}.")
     if rotary in ("rope", "learned+rope"):
         measured["position_embedding_type"] = "learned+rope" if learned else "rope"
         claims.pop("position_embedding_type", None)
@@ -89,7 +103,7 @@ def make_plan(opened: Checkpoint, family: str, named: NamedTensors, hints: dict,
     scaled = any(named.has(f"vit.layers.0.layer_scale{n}.scale") for n in (1, 2))
     defaults = {
         "pooling": "mean" if measured["norm_after_pooling"] or not measured["use_cls_token"] else "cls",
-        "layer_norm_eps": FAMILIES[family].layer_norm_eps or named.layout.layer_norm_eps,
+        "layer_norm_eps": FAMILIES[family].layer_norm_eps or _epsilon(named, measured["use_embedding_norm"]),
         "layerscale_value": float(opened.config.get("layerscale_value") or 1e-5) if scaled else None,
         "position_interpolation": _interpolation(opened, family, named.layout),
         "hidden_act": _activation(family, named, measured["use_gated_mlp"]),
@@ -104,7 +118,7 @@ def make_plan(opened: Checkpoint, family: str, named: NamedTensors, hints: dict,
         fields["num_attention_heads"] = heads = _published_heads(opened, family, D)
         logger.warning("Assumed %d heads of %d channels; num_attention_heads= says otherwise.", heads, D // heads)
     if not fields["hidden_act"]:
-        raise ValueError(
+        raise Untold(
             f"{opened.title} does not tell its activation; pass hidden_act='quick_gelu' for OpenAI's own weights and "
             "those trained with it, or hidden_act='gelu' for most of OpenCLIP's."
         )
@@ -179,6 +193,11 @@ def _measure(named: NamedTensors, blocks: int) -> dict:
     }
 
 
+def _epsilon(named: NamedTensors, before: bool) -> float:
+    """The layout's published epsilon; timm's models with a norm before the blocks have CLIP's."""
+    return 1e-5 if named.layout is TIMM and before else named.layout.layer_norm_eps
+
+
 def _activation(family: str, named: NamedTensors, gated: bool) -> str:
     """The published activation; "" where the family has several."""
     if gated and named.layout is not DINOV3:
@@ -197,14 +216,14 @@ def _published_heads(opened: Checkpoint, family: str, D: int) -> int:
     architecture, heads = opened.config.get("architecture"), FAMILIES[family].heads
     if architecture is not None:
         if family_of(architecture) is None:
-            raise ValueError(
+            raise Untold(
                 f"timm's {architecture} is not known here, so its heads cannot be told; pass num_attention_heads=, and "
                 "whatever else differs from a plain ViT."
             )
         heads = {D: D // 64}
     if D not in heads:
         reason = f"{family!r} has published no model of width {D}" if heads else "timm's models of one width differ"
-        raise ValueError(
+        raise Untold(
             f"the heads cannot be told from the tensors: {reason}; pass num_attention_heads=, often "
             f"{max(D // 64, 1)} at this width."
         )
@@ -227,7 +246,8 @@ def _plan_attention(plan: Plan, named: NamedTensors, arguments: dict, fields: di
         frequencies = named.raw("rope.freqs").float()  # (2, L, A, d / 2), x and y
         if frequencies.shape != (2, L, A, D // A // 2):
             raise ValueError(f"rope.freqs is {tuple(frequencies.shape)}, not {(2, L, A, D // A // 2)}.")
-        for i, layer in enumerate(frequencies.flip(0).permute(1, 2, 0, 3)):
+        first_x = arguments.get("rope_grid_indexing") == "xy"  # ours has y first
+        for i, layer in enumerate((frequencies.flip(0) if first_x else frequencies).permute(1, 2, 0, 3)):
             plan.tensors[f"vit.rotary_positions.{i}.frequencies"] = layer
     for leaf in ("weight", "bias"):
         if named.has(f"vit.attention_pooling.qkv.{leaf}"):
@@ -251,7 +271,7 @@ def _name_classes(plan: Plan, opened: Checkpoint, fields: dict):
 
 def _interpolation(opened: Checkpoint, family: str, layout: Layout) -> str:
     """How the code that the checkpoint comes from resizes positions."""
-    if layout in (TRANSFORMERS, DINOV2, DINOV2_GATED, DINOV3, TOWER):
+    if layout in OF_TRANSFORMERS:
         return FAMILIES[family].in_transformers
     architecture = opened.config.get("architecture") or ""
     special = (how for pattern, how in INTERPOLATIONS.items() if re.fullmatch(pattern, architecture))
@@ -296,12 +316,7 @@ def _plan_tokens(
     named.used.update(filter(None, named.find(prefix + "register_tokens")))  # though there may be none in it
     if not named.has(prefix + "position_embeddings"):
         if told not in ("rope", "learned+rope", "none"):
-            if named.layout not in (TIMM, NAFLEX):
-                raise_unfit(title, {"missing": [named.layout.names[prefix + "position_embeddings"]]})
-            raise ValueError(
-                f"{title} has no pos_embed, and does not tell which positions it has instead; pass "
-                "position_embedding_type='rope' and the rope_ fields that differ, or position_embedding_type='none'."
-            )
+            raise_unfit(title, {"missing": [named.layout.names[prefix + "position_embeddings"]]})
         kernel = named.shape(prefix + "patch_embeddings.projection.weight")
         return grid or (224 // kernel[2], 224 // kernel[3]), registers
     positions = named.read(prefix + "position_embeddings")

@@ -210,7 +210,7 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1)).item()
 
 
-OF_TRANSFORMERS = {  # family -> class with a classifier, without one, and the encoder's name in the former
+REFERENCES = {  # family -> class with a classifier, without one, and the encoder's name in the former
     "transformers": ("ViTForImageClassification", "ViTModel", "vit"),
     "deit": ("DeiTForImageClassification", "DeiTModel", "deit"),
     "dino": ("ViTForImageClassification", "ViTModel", "vit"),
@@ -228,7 +228,7 @@ OF_TRANSFORMERS = {  # family -> class with a classifier, without one, and the e
 
 
 def _transformers_reference(opened, family, named, told, headless, num_images) -> _Reference:
-    classifier, encoder, prefix = OF_TRANSFORMERS[family]
+    classifier, encoder, prefix = REFERENCES[family]
     model_class = getattr(transformers, encoder if headless or classifier is None else classifier)
     if told.config.cls_tokens == 2 and not headless:
         model_class = transformers.DeiTForImageClassificationWithTeacher

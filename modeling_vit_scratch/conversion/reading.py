@@ -69,6 +69,13 @@ def _read_torch(path: Path, mmap: bool) -> dict:
             "where you trust it, load it and save its state dict."
         ) from error
     except Exception as error:  # torn and foreign files fail in many ways
+        if zipfile.is_zipfile(path) and any(
+            name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()
+        ):
+            raise ValueError(
+                f"{path} is a program (TorchScript), not tensors; where you trust it, save those that it holds: "
+                "torch.save(torch.jit.load(path).state_dict(), 'weights.pt')."
+            ) from error
         raise ValueError(f"{path} is no checkpoint that torch can read: {one_line(error)}") from error
 
 

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import torch
 
-from .families import FAMILIES, MODEL_TYPES, REFUSED
+from .families import FAMILIES, MODEL_TYPES, REFUSED, REFUSED_TYPES
 from .layouts import (
     DINOV2,
     DINOV2_GATED,
@@ -200,6 +200,11 @@ def _family(opened: Checkpoint, named: NamedTensors) -> str:
     model_type = opened.config.get("model_type")
     if named.layout in OF_TRANSFORMERS:
         if model_type is not None:
+            if model_type in REFUSED_TYPES:
+                raise ValueError(
+                    f"{opened.title} is transformers' {model_type}, with {REFUSED_TYPES[model_type]}, which this model "
+                    "has not."
+                )
             if model_type not in MODEL_TYPES:
                 raise ValueError(
                     f"config.json says model_type {model_type!r}; known are {', '.join([*MODEL_TYPES, 'vit_scratch'])}."
@@ -228,8 +233,8 @@ def _family(opened: Checkpoint, named: NamedTensors) -> str:
             return "dinov2_with_registers" if "register_tokens" in named.names else "dinov2"
         if "decoder_embed.weight" in named.names:
             return "mae"
-        if "blocks.0.gamma_1" in named.names or "dist_token" in named.names:
-            return "deit"
+        if "dist_token" in named.names or ("blocks.0.gamma_1" in named.names and opened.wrapper == "model"):
+            return "deit"  # unwrapped, LayerScale has that name in timm's class Eva
         if opened.wrapper == "model":  # as DeiT and MAE publish theirs, and timm does not
             plain_head = named.has("classifier.weight") and not named.has("vit.pooled_norm.weight")
             return "deit" if plain_head else "mae"

@@ -122,6 +122,12 @@ def obstacle(config: ViTScratchConfig, target: str) -> str | None:
     lacking = next((what for what in there if what not in goal.holds), None)
     if lacking is not None:
         return lacking
+    if {ATTENTION, GATED} <= set(there):
+        return "attention pooling whose MLP is gated"
+    if config.cls_tokens == 2 and not config.num_labels:
+        return "two class tokens and no classifier"
+    if goal.layout in (DINOV2, DINOV2_GATED) and not config.num_labels and config.pooling != "cls":
+        return f"pooling={config.pooling!r} and no classifier that tells it"
     rotary = {ROPE, LEARNED_ROPE} & set(there)
     activation = f"the activation {config.hidden_act}"
     odd = {

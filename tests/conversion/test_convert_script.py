@@ -201,10 +201,10 @@ def test_any_field_can_be_told(script, tmp_path, capsys):
     del tensors["pos_embed"]
     save_file(tensors, tmp_path / "rotary.safetensors")
     arguments = [str(tmp_path / "rotary.safetensors"), str(tmp_path / "out"), "--num_attention_heads", "4"]
-    rotary = "position_embedding_type=rope"
     assert script.main(arguments) == 2
-    assert "pass position_embedding_type='rope'" in capsys.readouterr().err
-    assert script.main([*arguments, "--config_overrides", f"{rotary},rope_theta=50"]) == 0
+    assert "pass architecture=, timm's name of the model" in capsys.readouterr().err
+    arguments += ["--architecture", "vit_base_patch16_rope_224"]
+    assert script.main([*arguments, "--config_overrides", "rope_theta=50"]) == 0
     config = ViTScratchConfig.from_pretrained(tmp_path / "out")
     assert config.position_embedding_type == "rope" and config.rope_theta == 50
     for wrong, message in (
@@ -212,5 +212,5 @@ def test_any_field_can_be_told(script, tmp_path, capsys):
         ("rope_theta", "is not of the form field=value"),
         ("hidden_size=64", "hidden_size=64, but the tensors say 32"),
     ):
-        assert script.main([*arguments, "--config_overrides", f"{rotary},{wrong}"]) == 2
+        assert script.main([*arguments, "--config_overrides", wrong]) == 2
         assert message in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_towers_without_their_blocks_and_of_other_kinds(names, message):
         ({"blocks.0.mlp.w12.weight": (48, 32)}, "left over are 1 .blocks.0.mlp.w12.weight"),
         ({"norm_pre.weight": (32,)}, "missing are 1 .norm_pre.bias"),
         ({"blocks.0.attn.q_norm.weight": (8,)}, "missing are .*blocks.0.attn.k_norm.weight"),
-        ({"blocks.0.attn.q_bias": (32,)}, "left over are 1 .blocks.0.attn.q_bias"),
+        ({"blocks.0.attn.q_bias": (32,)}, "names of class Eva"),
         ({"attn_pool.latent": (1, 1, 32)}, "attention.*use_cls_token=False"),
     ],
     ids=str,

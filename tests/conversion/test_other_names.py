@@ -19,6 +19,8 @@ from foreign import (
     random_tensors,
     randomised,
     timm,
+    timm_folder,
+    timm_tensors,
 )
 from safetensors.torch import save_file
 
@@ -225,10 +227,45 @@ def test_tensors_without_positions_do_not_tell_what_is_there_instead(tmp_path):
         }.items()
     }  # fmt: skip
     save_file(random_tensors(shapes | norm("norm", 32)), tmp_path / "bare.safetensors")
-    with pytest.raises(
-        ValueError, match=r"has no pos_embed, .*pass position_embedding_type='rope' and the rope_ fields"
-    ):
-        convert_checkpoint(tmp_path / "bare.safetensors", **HEADS)
-    for positions in ("rope", "none"):
-        ours = convert_checkpoint(tmp_path / "bare.safetensors", position_embedding_type=positions, **HEADS)
-        assert ours.config.position_embedding_type == positions
+    bare = tmp_path / "bare.safetensors"
+    for hints in ({}, {"position_embedding_type": "rope"}):  # which channels make a pair, no field says
+        with pytest.raises(ValueError, match=r"may be rotary \(it has no pos_embed\); pass architecture="):
+            convert_checkpoint(bare, **HEADS, **hints)
+    ours = convert_checkpoint(bare, position_embedding_type="none", **HEADS)
+    assert ours.config.position_embedding_type == "none"
+    ours = convert_checkpoint(bare, architecture="vit_small_patch16_dinov3", **HEADS)
+    assert ours.config.position_embedding_type == "rope" and ours.config.layer_norm_eps == 1e-5
+
+
+@needs_timm
+@pytest.mark.parametrize(
+    "name",
+    ["vit_base_patch16_rope_224", "vit_base_patch16_rope_mixed_ape_224", "eva02_tiny_patch14_224",
+     "vit_base_patch16_dinov3", "vit_base_patch16_rope_ape_224", "eva_giant_patch14_224"],
+)  # fmt: skip
+def test_bare_tensors_of_timms_eva_need_its_name(name):
+    sizes = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64, "patch_size": 16, "num_classes": CLASSES}
+    theirs = randomised(timm.create_model(name, **sizes))
+    with pytest.raises(ValueError, match="does not tell its positions, which may be rotary"):
+        convert_checkpoint(theirs.state_dict(), num_attention_heads=2)
+    ours = convert_checkpoint(theirs.state_dict(), architecture=name, num_attention_heads=2).double()
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        expected = theirs.double()(pixels)
+        torch.testing.assert_close(ours(pixels).logits, expected, atol=1e-6 * expected.abs().max().item(), rtol=0)
+    with pytest.raises(ValueError, match="embeddings of positions, though they are said to be 'none'"):
+        convert_checkpoint(timm_tensors(), position_embedding_type="none", **HEADS)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "what"),
+    [
+        ("vit_base_patch16_dinov3", {"rope_grid_offset": 1.0}, "offset of DINOv3's positions"),
+        ("eva02_tiny_patch14_224", {"ref_feat_shape": [4, 2]}, "no square"),
+        ("naflexvit_base_patch16_gap", {"rope_type": "mrope"}, "rope_type='mrope'"),
+    ],
+)
+def test_arguments_of_timm_that_are_not_followed_are_refused(architecture, arguments, what, tmp_path):
+    folder = timm_folder(tmp_path, architecture=architecture, model_args=arguments)
+    with pytest.raises(ValueError, match=f"{what}.*which this model has not"):
+        convert_checkpoint(folder)
