@@ -15,6 +15,8 @@ Letters, here and in every shape comment:
     H, W  image height and width     D     width of a token, `hidden_size`     L  blocks
     P, Q  patch height and width     h, w  patches down and across             K  classes
 
+Shapes count one class token; with `num_cls_tokens`, 1 + N stands for as many and N, and so does the 1 of what is pooled.
+
 Where this file leaves the paper, or Google's code of it (google-research/vision_transformer, models_vit.py):
 
 - Weights start from N(0, 0.02^2), truncated at -2 and 2, which is next to never; Google's from Xavier's uniform
