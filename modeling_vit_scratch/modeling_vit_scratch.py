@@ -15,7 +15,7 @@ Letters, here and in every shape comment:
     H, W  image height and width     D     width of a token, `hidden_size`     L  blocks
     P, Q  patch height and width     h, w  patches down and across             K  classes
 
-Shapes count one class token; with `num_cls_tokens`, 1 + N stands for as many and N, and so does the 1 of what is pooled.
+Shapes count one class token; of several, `num_cls_tokens` takes the place of that 1, also in what is pooled.
 
 Where this file leaves the paper, or Google's code of it (google-research/vision_transformer, models_vit.py):
 
