@@ -163,7 +163,8 @@ def _say_what_differs(config: ViTScratchConfig, target: str):
     theirs = FAMILIES[target].interpolation
     if target == "transformers":
         theirs = FAMILIES[MODEL_TYPES[destination(config, target).config_class.model_type]].in_transformers
-    if config.position_interpolation != theirs:
+    embedded = config.position_embedding_type not in ("rope", "none")  # those computed are for any size
+    if embedded and config.position_interpolation != theirs:
         logger.warning(
             "For images of another size %s resizes positions as %r, this model as %r.",
             target, theirs, config.position_interpolation,
