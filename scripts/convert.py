@@ -41,7 +41,7 @@ from modeling_vit_scratch.evaluation.tables import text_table
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "convert.py CHECKPOINT OUT [--verify] [--option value ...] | --list [CHECKPOINT]")
+    parser = cli.Parser(__doc__, "convert.py CHECKPOINT OUT [--option value ...] | --list [CHECKPOINT]")
     what = parser.add_argument_group("what and where")
     kinds = ", ".join(SUFFIXES)
     what.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help=f"file ({kinds}), folder or Hub id")

@@ -23,8 +23,9 @@ RUNS = {
     "classifier": {"config_overrides": RANDOM, "ema_decay": 0.9, "muon_learning_rate": 0.02},
     "pretrained": {"task": "masked-image-modeling"},
 }
-# Between machines: a step changes weights by 1e-3 and more, rounding (bfloat16 in Muon, threads) by less than this.
-NEAR = 3e-4
+# Of what the resumed steps change of a weight, the share that rounding changes between machines: Muon computes in
+# bfloat16 where there are units for it, else in float32.
+NEAR = 0.1
 CLASSES = {"classifier": "ViTScratchForImageClassification", "pretrained": "ViTScratchForMaskedImageModeling"}
 
 
@@ -73,8 +74,10 @@ def test_its_checkpoint_is_resumed(name, released):
     expected, found = weights(RELEASED / name), weights(folder)
     before = load_file(RELEASED / name / "checkpoint-2" / "model.safetensors")
     assert expected.keys() == found.keys()
-    assert all(torch.allclose(tensor, expected[key], atol=NEAR) for key, tensor in found.items())
-    assert not all(torch.allclose(tensor, before[key], atol=NEAR) for key, tensor in found.items())
+    for key, tensor in expected.items():
+        moved = (tensor - before[key]).norm().item()
+        assert moved > 1e-4, key
+        assert (found[key] - tensor).norm().item() < NEAR * moved, key
 
 
 def test_its_cut_is_known():
