@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from modeling_vit_scratch import (
@@ -159,3 +160,30 @@ def oracle(model, cls=ViTForImageClassification):
     theirs = cls(ViTConfig(**shared, attn_implementation="eager")).eval()
     theirs.load_state_dict(weights_for_transformers(model), strict=True)
     return theirs
+
+
+SIZES = [(2, 3, 16, 16), (3, 3, 32, 8), (1, 3, 20, 24)]
+
+
+def dynamic():
+    """Dimensions of a batch of images of any number and size."""
+    batch, h, w = (torch.export.Dim(name, min=1 if name == "batch" else 2, max=32) for name in ("batch", "h", "w"))
+    return {0: batch, 2: 4 * h, 3: 4 * w}
+
+
+def exported_for_any_size(model):
+    """The model as a program for images of any number and size, exported from one batch."""
+    shapes = {"pixel_values": dynamic(), "interpolate_pos_encoding": None}
+    example = {"pixel_values": torch.randn(2, 3, 20, 24), "interpolate_pos_encoding": True}
+    return torch.export.export(model, (), example, dynamic_shapes=shapes).module()
+
+
+class Resized(nn.Module):
+    """A function of one tensor, for exporters that know nothing else."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model(pixel_values, interpolate_pos_encoding=True, return_dict=False)[0]

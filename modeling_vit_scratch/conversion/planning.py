@@ -60,10 +60,7 @@ def make_plan(opened: Checkpoint, family: str, named: NamedTensors, hints: dict,
         opened.config["architecture"] = hints.pop("architecture")
     arguments = arguments_of(opened) if "architecture" in opened.config else {}
     claims = {**_claims(opened), **claims_of(arguments)}
-    plan = Plan({}, {}, {}, None)
-    for pattern, what in named.layout.unused.items():
-        plan.left_out |= {name: what for name in named.names if re.fullmatch(pattern, name)}
-    plan.left_out |= dict.fromkeys(named.outside, "what is not the image tower")
+    plan = Plan({}, {}, {**named.unused, **dict.fromkeys(named.outside, "what is not the image tower")}, None)
     blocks = _num_blocks(named, opened.title)
     if named.layout in (TIMM, NAFLEX):
         check_names(opened, family, named.names, hints, arguments)
@@ -151,7 +148,7 @@ def _grid(
             f"config.json says image_size={claimed!r}, which is neither a number nor a height and a width."
         )
     position = named.find("vit.embeddings.position_embeddings")
-    if named.layout is NAFLEX and position[0] and (shape := named.raw(position[0]).shape)[1:] and len(shape) == 4:
+    if named.layout is NAFLEX and position[0] and len(shape := named.raw(position[0]).shape) == 4:
         return shape[1], shape[2]  # whatever size the config names for images: they may have any
     if claimed is None:
         return None
@@ -171,9 +168,8 @@ def _measure(named: NamedTensors, blocks: int) -> dict:
     ]
     separate = any(named.has(f"vit.layers.{i}.attention.q_bias") for i in range(blocks))
     masked = any(name.endswith(".bias_mask") for name in named.names)
-    norms = {name: named.has(f"vit.{name}.weight") for name in ("embedding_norm", "norm", "pooled_norm")}
     # CLIP normalises what it pools, SigLIP every token; transformers gives that norm the same name.
-    after = norms["pooled_norm"] and (named.layout is not TOWER or named.use_cls_token)
+    after = named.has("vit.pooled_norm.weight") and (named.layout is not TOWER or named.use_cls_token)
     query = named.find("vit.layers.0.attention.qkv.weight")[0]
     heads = {}
     if named.layout.jax and query is not None and (kernel := named.raw(query)).ndim == 3:
@@ -187,7 +183,7 @@ def _measure(named: NamedTensors, blocks: int) -> dict:
         "qkv_bias": separate or any(map(any, biased)),
         "key_bias": not (separate and not any(map(all, biased))) and not masked,
         "use_qk_norm": named.has("vit.layers.0.attention.q_norm.weight"),
-        "use_embedding_norm": norms["embedding_norm"],
+        "use_embedding_norm": named.has("vit.embedding_norm.weight"),
         "norm_after_pooling": after,
         "representation_size": (named.shape("pre_logits.0.bias") or [None])[-1],
     }
@@ -311,7 +307,7 @@ def _plan_tokens(
     if prefix + "cls_token" in plan.tensors:  # a class token and a distillation token
         tokens = plan.tensors[prefix + "cls_token"].shape[1]
     registers = named.shape(prefix + "register_tokens") if tokens < 2 else None
-    _check_tokens(title, {"registers": registers}, D)
+    _check_tokens(title, "registers", registers, D)
     registers = registers[1] if registers else 0
     named.used.update(filter(None, named.find(prefix + "register_tokens")))  # though there may be none in it
     if not named.has(prefix + "position_embeddings"):
@@ -322,7 +318,7 @@ def _plan_tokens(
     positions = named.read(prefix + "position_embeddings")
     if positions is None:
         raise_unfit(title, {"missing": named.missing})
-    _check_tokens(title, {"positions": list(positions.shape)}, D)
+    _check_tokens(title, "positions", list(positions.shape), D)
     count = positions.shape[1]
     before = {"none": 0, "cls": tokens, "all": tokens + registers}
     before = [before[which] for which in named.layout.positions]
@@ -348,13 +344,9 @@ def _plan_tokens(
     return grid, registers
 
 
-def _check_tokens(title: str, shapes: dict[str, list[int] | None], D: int):
-    wrong = [
-        f"{name} {tuple(shape)} instead of (1, tokens, {D})"
-        for name, shape in shapes.items()
-        if shape is not None and (len(shape) != 3 or shape[0] != 1 or shape[2] != D)
-    ]
-    raise_unfit(title, {"misshapen": wrong})
+def _check_tokens(title: str, name: str, shape: list[int] | None, D: int):
+    if shape is not None and (len(shape) != 3 or shape[0] != 1 or shape[2] != D):
+        raise_unfit(title, {"misshapen": [f"{name} {tuple(shape)} instead of (1, tokens, {D})"]})
 
 
 def _plan_head(plan: Plan, opened: Checkpoint, named: NamedTensors, D: int, hints: dict, new_head: bool) -> dict:

@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-import re
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -247,8 +246,7 @@ def _transformers_reference(opened, family, named, told, headless, num_images) -
         arguments["noise"] = torch.arange(math.prod(told.config.grid_hw)).expand(num_images, -1)  # keeps the order
     elif model_class.__name__ in ("ViTModel", "DeiTModel", "IJepaModel"):
         keywords["add_pooling_layer"] = told.config.representation_size is not None
-    left_out = [name for pattern in named.layout.unused for name in named.names if re.fullmatch(pattern, name)]
-    left_out = left_out if named.layout is TOWER else []  # of others, a decoder may be part of the class
+    left_out = named.unused if named.layout is TOWER else {}  # of others, a decoder may be part of the class
     state = {short: named.raw(short).clone() for short in named.names if short not in left_out}
     if named.layout is TOWER:  # some versions have the tower's name before its tensors
         with torch.device("meta"):
@@ -306,8 +304,7 @@ def _make_timm(opened: Checkpoint, told: _Told, headless: bool, no_embed_class: 
     arguments = {**timm_arguments(config, no_embed_class), "num_classes": classes}
     if is_eva(config):
         # By timm's entry for the family, whose epsilon and rotary positions are its own.
-        own = ("layer_norm_eps", "act_layer", "global_pool", *(name for name in arguments if name.startswith("rope_")))
-        arguments = {name: value for name, value in arguments.items() if name not in own}
+        arguments = {name: value for name, value in arguments.items() if not name.startswith(("rope_", "global_pool"))}
         return timm.create_model("vit_base_patch16_dinov3", **arguments)
     for theirs in ("act_layer", "global_pool", "final_norm"):
         if ARGUMENTS[theirs] not in told.names:
@@ -332,15 +329,12 @@ def _timm_reference(opened, family, named, told, headless, num_images) -> _Refer
     title = f"timm's {type(reference).__name__}"
     if title.endswith("Eva"):
         state = _import_timm()[0].models.eva.checkpoint_filter_fn(state, reference)
-    for pattern in TIMM.unused:
-        state = {name: tensor for name, tensor in state.items() if not re.fullmatch(pattern, name)}
+    state = {name: tensor for name, tensor in state.items() if name not in named.unused}
     if title.endswith(("Eva", "NaFlexVit")):
         reference.load_state_dict(state)
         return _Reference(title, reference, reference.blocks, _timm_after(reference))
-    if registers:
+    if registers or "blocks.0.mlp.w12.weight" in state:
         state["mask_token"] = torch.zeros(1)  # by which timm recognises DINOv2
-    if "blocks.0.mlp.w12.weight" in state:
-        state["mask_token"] = torch.zeros(1)
     reference.load_state_dict(_import_timm()[1].checkpoint_filter_fn(state, reference, adapt_layer_scale=True))
     return _Reference("timm's VisionTransformer", reference, reference.blocks, _timm_after(reference))
 
@@ -359,12 +353,7 @@ def _open_clip_reference(opened, family, named, told, headless, num_images) -> _
         config.layer_norm_eps = nn.LayerNorm(1).eps  # torch's default, which OpenAI's code leaves as it is
     told = _Told(config, told.names | {"layer_norm_eps"})
     reference = _make_timm(opened, told, headless, no_embed_class=False)
-    unused = tuple(named.layout.unused)
-    state = {
-        f"visual.{short}": named.raw(short).clone()
-        for short in named.names
-        if not any(re.fullmatch(pattern, short) for pattern in unused)
-    }
+    state = {f"visual.{short}": named.raw(short).clone() for short in named.names if short not in named.unused}
     reference.load_state_dict(_import_timm()[1].checkpoint_filter_fn(state, reference))
     title = "timm's VisionTransformer, by its reader of OpenAI's names"
     return _Reference(title, reference, reference.blocks, _timm_after(reference))

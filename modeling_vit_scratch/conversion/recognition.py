@@ -33,7 +33,8 @@ class NamedTensors:
     """A checkpoint's tensors by our names.
 
     `names` are theirs without what comes before the patch projection's ("vit.", "module.backbone.", "opt/target/").
-    What stands beside OpenCLIP's image tower ("visual.") is `outside`.
+    What stands beside OpenCLIP's image tower ("visual.") is `outside`; `unused` are names that a classifier has no use
+    for, with what they are.
     """
 
     def __init__(self, opened: Checkpoint, layout: Layout, start: str):
@@ -49,6 +50,9 @@ class NamedTensors:
             if short in self.names:
                 raise ValueError(f"{opened.title} has {short} twice, as {self.names[short]} and as {name}.")
             self.names[short] = name
+        self.unused = {
+            name: what for pattern, what in layout.unused.items() for name in self.names if re.fullmatch(pattern, name)
+        }
         self.used: set[str] = set()
         self.missing: list[str] = []
         self.misshapen: dict[str, str] = {}

@@ -9,7 +9,7 @@ from .families import CONFIG_FIELDS
 from .layouts import DINOV2, DINOV2_GATED, DINOV3, JAX, TIMM, TORCHVISION, TOWER, TRANSFORMERS, Layout
 
 # What goes beyond a ViT with a class token, learned positions, a final norm and biases; a destination names those that
-# it can hold, and "kind" those that it has to have.
+# it can hold.
 NO_CLS, MEAN, ATTENTION = "no class token", "mean pooling", "pooling by attention"
 BOTH, TWO_CLS, REGISTERS = "pooling by class token and mean", "several class tokens", "registers"
 NO_NORM, NORM_AFTER, NORM_BEFORE = "no final norm", "a norm after the pooling", "a norm before the first block"

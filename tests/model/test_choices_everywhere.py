@@ -9,19 +9,22 @@ import torch
 from small_models import (
     CHOICES,
     CLASSES,
+    SIZES,
     TINY,
+    Resized,
     all_together,
+    dynamic,
     equal,
     every_choice,
     every_class,
     every_head,
+    exported_for_any_size,
     images,
     inputs,
     main_output,
     make,
 )
 from test_states_and_maps import uncompiled
-from torch import nn
 
 from modeling_vit_scratch import (
     ViTScratchBackbone,
@@ -33,7 +36,6 @@ from modeling_vit_scratch import (
 from modeling_vit_scratch.conversion import convert_checkpoint
 
 LARGER = (24, 32)  # pixels (height, width), where the models are made for 16 x 16, in patches of 4 x 4
-SIZES = [(2, 3, 16, 16), (3, 3, 32, 8), (1, 3, 20, 24)]
 
 
 def prefix(cls):
@@ -168,35 +170,16 @@ def test_compile_without_graph_breaks(choice):
             equal(ours.attentions, theirs.attentions, 1e-5)
 
 
-def dynamic():
-    """Shapes of a batch of images of any number and size."""
-    batch, h, w = (torch.export.Dim(name, min=1 if name == "batch" else 2, max=32) for name in ("batch", "h", "w"))
-    return {0: batch, 2: 4 * h, 3: 4 * w}
-
-
 @pytest.mark.slow
 @all_together
 @pytest.mark.parametrize("cls", [ViTScratchForImageClassification, ViTScratchBackbone])
 def test_export_with_dynamic_batch_and_size(cls, choice):
     model = make(cls, **choice)
-    shapes = {"pixel_values": dynamic(), "interpolate_pos_encoding": None}
-    example = {"pixel_values": torch.randn(2, 3, 20, 24), "interpolate_pos_encoding": True}
-    program = torch.export.export(model, (), example, dynamic_shapes=shapes).module()
+    program = exported_for_any_size(model)
     with torch.no_grad():
         for size in SIZES:
             x = {"pixel_values": torch.randn(size), "interpolate_pos_encoding": True}
             equal(main_output(program(**x)), main_output(model(**x)), 1e-4)
-
-
-class Resized(nn.Module):
-    """A function of one tensor, for exporters that know nothing else."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values):
-        return self.model(pixel_values, interpolate_pos_encoding=True, return_dict=False)[0]
 
 
 @all_together

@@ -9,17 +9,19 @@ from small_models import (
     CLASSES,
     FIXED,
     RICH,
+    SIZES,
     TINY,
+    Resized,
     equal,
     every_class,
     every_config,
     every_head,
+    exported_for_any_size,
     images,
     inputs,
     main_output,
     make,
 )
-from torch import nn
 from transformers import initialization as init
 from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -201,31 +203,14 @@ def test_export_with_a_dynamic_batch(cls, fields):
             equal(main_output(program.module()(pixel_values=x)), main_output(model(x)), 1e-5)
 
 
-SIZES = [(2, 3, 16, 16), (3, 3, 32, 8), (1, 3, 20, 24)]
-
-
 @every_class
 def test_export_with_dynamic_sizes(cls):
     model = make(cls, num_register_tokens=2)
-    batch, h, w = (torch.export.Dim(name, min=1 if name == "batch" else 2, max=32) for name in ("batch", "h", "w"))
-    shapes = {"pixel_values": {0: batch, 2: 4 * h, 3: 4 * w}, "interpolate_pos_encoding": None}
-    example = {"pixel_values": torch.randn(2, 3, 20, 24), "interpolate_pos_encoding": True}
-    program = torch.export.export(model, (), example, dynamic_shapes=shapes).module()
+    program = exported_for_any_size(model)
     for size in SIZES:
         x = {"pixel_values": torch.randn(size), "interpolate_pos_encoding": True}
         with torch.no_grad():
             equal(main_output(program(**x)), main_output(model(**x)), 1e-5)
-
-
-class Resized(nn.Module):
-    """`torch.jit.trace` takes tensors alone."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values):
-        return self.model(pixel_values, interpolate_pos_encoding=True, return_dict=False)[0]
 
 
 @pytest.mark.parametrize("how", POSITION_INTERPOLATIONS)
