@@ -17,7 +17,10 @@ from .conversion.families import FAMILIES
 from .conversion.processors import read_labels
 from .data import load_split
 from .data.cuts import SEED, SHARE, Split
-from .evaluation import Predictor
+from .evaluation import Predictor, load_for_inference
+from .evaluation.acceleration import DTYPES
+
+SPEED = ("dtype", "compile", "quantize")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -112,10 +115,34 @@ def add_model_options(group):
     group.add_argument("--device", metavar="NAME", help="'cpu', 'cuda', 'cuda:1', 'mps'; default: an accelerator")
 
 
-def load_predictor(arguments: argparse.Namespace, model: str) -> Predictor:
-    """The model, as the options of `add_model_options` say."""
+def add_speed_options(group, maps: bool = False):
+    """The options that `load_predictor` reads besides, of scripts that classify; only those that `maps` can have."""
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        metavar="NAME",
+        help=f"{', '.join(DTYPES)}; default: auto, bfloat16 where the device has units for it, which a line says, "
+        "else float32",
+    )
+    if not maps:
+        group.add_argument("--compile", action="store_true", help="by torch.compile: a minute first; pays on GPUs")
+        group.add_argument(
+            "--quantize", choices=("int8",), metavar="int8", help="products in 8 bits, by torchao or ONNX Runtime"
+        )
+
+
+def load_predictor(program: str, arguments: argparse.Namespace, model: str) -> Predictor:
+    """The model, as the options of `add_model_options` say; a line says how it computes, if not in float32."""
     labels = None if arguments.labels is None else read_labels(arguments.labels)
-    return Predictor(model, arguments.device, labels, source=arguments.source, revision=arguments.revision)
+    # Drawings are of the model as it is.
+    speed = {"dtype": "float32"} | {name: getattr(arguments, name) for name in SPEED if name in arguments}
+    predictor = load_for_inference(
+        model, arguments.device, labels, source=arguments.source, revision=arguments.revision, **speed
+    )
+    if predictor.computes_in != "float32":
+        say(program, f"{predictor.name} computes in {predictor.computes_in}.")
+    return predictor
 
 
 def add_split_options(group):

@@ -3,33 +3,25 @@
 `export_model` is what `scripts/export.py` calls. ONNX needs the packages of the extra "export".
 """
 
-import contextlib
-import importlib.util
-import logging
 import os
 import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .data.cuts import Split
 from .data.records import Records
 from .data.splits import progress_bar
 from .evaluation import Predictor
 from .evaluation.inference import as_predictor, find_split, match_classes
+from .evaluation.programs import FILES, Logits, Runtime, missing_for_onnx, open_file, write_files
 from .evaluation.tables import text_table
 
 TOLERANCE = 1e-4
-FILES = {"torch.export": "model.pt2", "ONNX": "model.onnx", "ONNX int8": "model_int8.onnx"}
 FORMATS = {"onnx": "ONNX", "program": "torch.export"}
-# ONNX files are protocol buffers, which end at 2 GiB; weights beyond that lie beside them.
-MAX_ONNX_BYTES = 1.9e9
-Runtime = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ExportDifferenceError(ValueError):
@@ -126,34 +118,12 @@ def check_formats(formats: str | Sequence[str], int8: bool = False) -> list[str]
     names = [FORMATS[name] for name in FORMATS if name in formats]
     if int8 and "ONNX" not in names:
         raise ValueError("int8 is made of the ONNX file: add onnx to formats.")
-    needed = ("onnx", "onnxscript", "onnxruntime") if "ONNX" in names else ()
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
+    missing = missing_for_onnx()
+    if missing and "ONNX" in names:
         raise ValueError(
             f"ONNX needs {', '.join(missing)}: pip install 'modeling_vit_scratch[export]', or choose --formats program."
         )
     return [*names, *(["ONNX int8"] if int8 else [])]
-
-
-class Logits(nn.Module):
-    """The model as a function of one tensor: (B, C, H, W) -> (B, classes)."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values).logits
-
-
-@contextlib.contextmanager
-def _quiet(level: int):
-    """No records of this level or below: the exporter and the quantiser warn of what does not concern a ViT."""
-    logging.disable(level)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _write_and_measure(
@@ -172,8 +142,7 @@ def _write_and_measure(
     """
     config, module = predictor.config, Logits(predictor.model)
     example = torch.zeros(2, config.num_channels, *config.image_hw)
-    with warnings.catch_warnings(action="ignore"), _quiet(logging.WARNING):
-        write_files(module, example, folder, names, opset)
+    write_files(module, example, folder, names, opset, ["logits" if config.num_labels else "features"])
     rows = _measure(predictor, module, folder, names, split, batch_size, repeats)
     wrong = [row for row in rows if row["format"] != "ONNX int8" and not row["largest_difference"] <= TOLERANCE]
     if wrong:
@@ -186,53 +155,6 @@ def _write_and_measure(
     config.save_pretrained(folder)
     predictor.processor.save_pretrained(folder)
     return rows
-
-
-def write_files(module: Logits, example: torch.Tensor, folder: Path, formats: list[str], opset: int):
-    """Trace once, and write each format."""
-    output = "logits" if module.model.config.num_labels else "features"
-    batch = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
-    with torch.no_grad():
-        program = torch.export.export(module, (example,), dynamic_shapes=batch)
-    if "torch.export" in formats:
-        torch.export.save(program, folder / FILES["torch.export"])
-    if "ONNX" in formats:
-        exported = torch.onnx.export(
-            program, (example,), dynamo=True, opset_version=opset, input_names=["pixel_values"], output_names=[output],
-            dynamic_shapes=batch, verbose=False,
-        )  # fmt: skip
-        found = exported.model.opset_imports[""]
-        if found != opset:
-            raise ValueError(f"the exporter cannot write --opset {opset}, but {found}; use that, or the default.")
-        size = sum(p.numel() * p.element_size() for p in module.parameters())
-        exported.save(folder / FILES["ONNX"], external_data=size > MAX_ONNX_BYTES)
-    if "ONNX int8" in formats:
-        import onnx
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        whole = onnx.load(folder / FILES["ONNX"])
-        del whole.graph.value_info[:]  # shapes of weights, which the quantiser transposes
-        quantize_dynamic(
-            whole, folder / FILES["ONNX int8"], per_channel=True, weight_type=QuantType.QInt8,
-            use_external_data_format=size > MAX_ONNX_BYTES,
-        )  # fmt: skip
-
-
-def open_file(path: Path) -> Runtime:
-    """An exported file as a function of pixels."""
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # they have no class in common
-        text = " ".join(str(error).split())
-        raise ValueError(f"onnxruntime cannot run {path.name}, maybe for its --opset: {text}") from error
-    return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
 
 
 @torch.inference_mode()

@@ -53,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder, Hub id, or file of any model convert.py reads; default: the packaged one of CIFAR-10's classes",
     )
     cli.add_model_options(model)
+    cli.add_speed_options(model, maps=True)
     page = parser.add_argument_group("page")
     page.add_argument("--examples", nargs="+", metavar="IMAGE", help="files or folders; default: some of CIFAR-10")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this computer")
@@ -163,7 +164,7 @@ def serve(arguments: argparse.Namespace, block: bool = True):
         socket.create_server((arguments.host, 0), family=family).close()
     except OSError as error:
         raise ValueError(f"--host {arguments.host} is no address of this computer: {error}") from error
-    predictor = cli.load_predictor(arguments, arguments.model)
+    predictor = cli.load_predictor(PROGRAM, arguments, arguments.model)
     config = predictor.config
     predictor(torch.zeros(1, config.num_channels, *config.image_hw, dtype=torch.uint8))  # the first call is slow
     found = list(find_images(arguments.examples or [str(EXAMPLES)]))

@@ -93,7 +93,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_view(args: argparse.Namespace) -> tuple[ModelView, int]:
     """The model with its images, as the options say, and the number of images that could not be read."""
-    predictor = cli.load_predictor(args, args.models[0])
+    predictor = cli.load_predictor(PROGRAM, args, args.models[0])
     split = cli.read_split(PROGRAM, args, [predictor]) if args.dataset else None
     unread = []
 

@@ -39,6 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder, Hub id, or file of any model convert.py reads; default: the packaged one of CIFAR-10's classes",
     )
     cli.add_model_options(what)
+    cli.add_speed_options(what)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--top_k", type=cli.at_least_one, default=5, metavar="N", help="classes for each image; default: 5"
@@ -63,7 +64,7 @@ def table(results: list[dict]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    predictor = cli.load_predictor(arguments, arguments.model)
+    predictor = cli.load_predictor(PROGRAM, arguments, arguments.model)
     predictor.require_classifier()
     files = list(find_images(arguments.images))
 

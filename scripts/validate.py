@@ -34,6 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_split_options(data)
     model = parser.add_argument_group("model")
     cli.add_model_options(model)
+    cli.add_speed_options(model)
     model.add_argument("--flip", action="store_true", help="also with mirror images: the mean of both answers")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="JSON instead of tables")
@@ -46,7 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def validate(arguments: argparse.Namespace) -> int:
-    predictors = [cli.load_predictor(arguments, model) for model in arguments.models]
+    predictors = [cli.load_predictor(PROGRAM, arguments, model) for model in arguments.models]
     split = cli.read_split(PROGRAM, arguments, predictors)
     measure = evaluate_model if len(predictors) == 1 else compare_models
     try:

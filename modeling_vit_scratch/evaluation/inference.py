@@ -10,7 +10,7 @@ import glob
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..conversion import convert_checkpoint, image_processor_for
@@ -28,25 +29,9 @@ from ..data.cuts import RunRecord, Split, read_record
 from ..data.records import Records
 from ..data.sources import images_below, load_image
 from ..data.splits import bounded_map, progress_bar, to_tensor
+from .devices import find_device
 
 logger = logging.getLogger(__name__)
-
-
-def find_device(name: str | None = None) -> torch.device:
-    """The device of that name ("cpu", "cuda", "cuda:1", "mps"); of None, an accelerator if there is one.
-
-    Raises:
-        ValueError: There is no such device, or it cannot be used.
-    """
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if accelerator is None else accelerator
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def find_images(patterns: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -88,12 +73,24 @@ class Answers:
     seconds: float
 
 
+class Classify(nn.Module):
+    """The model as a function of pixels (B, C, H, W): what the classifier reads (B, D), and its logits (B, K)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pooled = self.model.vit(pixel_values, pooled_only=True).pooler_output
+        return pooled, self.model.classifier(self.model.pre_logits(pooled))
+
+
 class Predictor:
-    """A model with its image processor, on a device.
+    """A model with its image processor, on a device, in float32; `load_for_inference` makes it faster.
 
     Args:
         checkpoint: Folder, file or Hub id of ours, or of any model that `convert_checkpoint` reads.
-        device: See `find_device`.
+        device: See `devices.find_device`.
         id2label: Names of the classes, in place of the model's own.
         source: Whose checkpoint it is; told by its names if None. See `convert_checkpoint`.
         revision: Branch, tag or commit of a Hub id.
@@ -113,6 +110,8 @@ class Predictor:
         self.name, self.source, self.revision, self.device = str(checkpoint), source, revision, find_device(device)
         self.model = convert_checkpoint(checkpoint, source, id2label=id2label, revision=revision).to(self.device)
         self.config = self.model.config
+        self.engine: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = Classify(self.model)
+        self.computes_in = "float32"
         # Classifiers start at zero: one that is still there was never trained, or is not in the checkpoint.
         self.can_classify = any(bool(p.any()) for p in self.model.classifier.parameters())
 
@@ -181,9 +180,13 @@ class Predictor:
         several = self.config.problem_type == "multi_label_classification"
         return logits.float().sigmoid() if several else logits.float().softmax(dim=1)
 
-    def _classify(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = self.model.vit(self.normalise(pixels)).pooler_output  # (B, D)
-        logits = self.model.classifier(self.model.pre_logits(pooled))  # (B, classes)
+    @torch.inference_mode()
+    def classify(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the classifier reads, (B, D), and its logits, (B, classes), of uint8 (B, C, H, W): float32, on the CPU.
+
+        The fast way, where there is one; `__call__` gives more.
+        """
+        pooled, logits = self.engine(self.normalise(pixels))
         return pooled.float().cpu(), logits.float().cpu()
 
     @torch.inference_mode()
@@ -210,11 +213,11 @@ class Predictor:
         with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(records), "Classifying") as bar:
             read = bounded_map(pool, lambda chunk: self.pixels(records.images(chunk, self.config.num_channels)), chunks)
             for pixels in read:
-                pooled, logits = self._classify(pixels)
+                pooled, logits = self.classify(pixels)
                 features.append(pooled)
                 plain.append(self.probabilities(logits))
                 if flip:
-                    mirrored.append(self.probabilities((logits + self._classify(pixels.flip(3))[1]) / 2))
+                    mirrored.append(self.probabilities((logits + self.classify(pixels.flip(3))[1]) / 2))
                 bar.update(len(pixels))
         return Answers(
             labels,
@@ -230,7 +233,7 @@ class Predictor:
         times, end = [], None
         while end is None or time.perf_counter() < end or len(times) < 3:
             started = time.perf_counter()
-            self(pixels).logits.cpu()  # waits for the device
+            self.classify(pixels)  # on the CPU: it waits for the device
             if end is None:
                 end = time.perf_counter() + seconds
             else:
@@ -295,7 +298,7 @@ def predict_files(
                 entry["error"] = str(error)
             batch.append(entry)
         if images:
-            probabilities = predictor.probabilities(predictor(predictor.pixels(images)).logits)
+            probabilities = predictor.probabilities(predictor.classify(predictor.pixels(images))[1])
             best = iter(zip(*(tensor.tolist() for tensor in probabilities.topk(min(top_k, len(names)))), strict=True))
         for entry in batch:
             if "error" not in entry:

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..configuration_vit_scratch import PRESETS
 from ..conversion.families import FAMILIES
-from .optimization import has_fast_bfloat16
+from ..evaluation.devices import has_fast_bfloat16
 
 logger = logging.getLogger(__name__)
 

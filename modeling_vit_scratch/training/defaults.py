@@ -10,8 +10,8 @@ from PIL import Image
 
 from ..data.records import load_records
 from ..data.sources import load_raw
+from ..evaluation.devices import has_fast_bfloat16
 from .arguments import DataArguments, ModelArguments
-from .optimization import has_fast_bfloat16
 
 # Images whose sizes are looked at, evenly spaced.
 LOOKED_AT = 64

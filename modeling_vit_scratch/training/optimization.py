@@ -8,17 +8,10 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 
+from ..evaluation.devices import has_fast_bfloat16
+
 # Of the polynomial a x + b x^3 + c x^5, whose repeated use drives singular values towards 1 (Jordan et al., 2024).
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 run on units of their own; where they are emulated, they are many times
-    slower than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:

@@ -15,7 +15,8 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.data import load_split, load_splits
 from modeling_vit_scratch.data.sources import load_image
 from modeling_vit_scratch.evaluation import Predictor
-from modeling_vit_scratch.evaluation.inference import find_device, match_classes
+from modeling_vit_scratch.evaluation.devices import find_device
+from modeling_vit_scratch.evaluation.inference import match_classes
 from modeling_vit_scratch.evaluation.metrics import paired_difference_interval, wilson_interval
 from modeling_vit_scratch.evaluation.reports import compare, measure
 

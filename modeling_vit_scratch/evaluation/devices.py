@@ -1,0 +1,42 @@
+"""What a device is called, and what it has units for."""
+
+import torch
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """The device of that name ("cpu", "cuda", "cuda:1", "mps"); of None, an accelerator if there is one.
+
+    Raises:
+        ValueError: There is no such device, or it cannot be used.
+    """
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run on units of their own; where they are emulated, they are many times
+    slower than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return _is_cpu_with(device, "avx512_bf16", "amx_bf16")
+
+
+def has_fast_int8(device: torch.device) -> bool:
+    """Whether PyTorch multiplies matrices of 8-bit integers on units of their own; on other CPUs it loops over the
+    numbers, and takes some 25 times as long as in float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return _is_cpu_with(device, "avx512_vnni", "amx_int8")
+
+
+def _is_cpu_with(device: torch.device, *units: str) -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return any(capabilities.get(name) for name in units)
