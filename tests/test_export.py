@@ -10,7 +10,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, export
 from modeling_vit_scratch.data import load_split
-from modeling_vit_scratch.evaluation import Predictor
+from modeling_vit_scratch.evaluation import Predictor, programs
 
 script = load_script("export")
 FIELDS = {
@@ -18,7 +18,7 @@ FIELDS = {
     "patch_size": 8, "num_channels": 1,
 }  # fmt: skip
 needs_onnx = pytest.mark.skipif(
-    not all(export.importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
+    bool(programs.missing_for_onnx()),
     reason="pip install 'modeling_vit_scratch[export]'",
 )
 
@@ -189,8 +189,8 @@ def test_a_model_of_another_library_and_one_without_classes(tmp_path, capsys):
 
 def test_without_the_extra(trained, tmp_path, capsys, monkeypatch):
     _, folder = trained
-    find = export.importlib.util.find_spec
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    find = programs.importlib.util.find_spec
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     status, _, said = run(capsys, folder, tmp_path / "out")
     assert status == 2
     assert "onnxscript" in said and "modeling_vit_scratch[export]" in said and len(said.splitlines()) == 1

@@ -95,7 +95,7 @@ def evaluate_model(
 
     Args:
         model: A folder, file or Hub id, of this package or of a library that `convert_checkpoint` reads; or a
-            `Predictor`, which can also name the device and the classes.
+            `Predictor`, which can also name the device and the classes, and run faster (`load_for_inference`).
         dataset: A Hub id, a folder with one directory for each class, or "digits"; or what `load_split` gave. Its
             classes are found among the model's by name.
         split: "train", "validation" (what the model's run held out of train, where the dataset has none) or "test".
@@ -109,8 +109,8 @@ def evaluate_model(
     Returns:
         The report, which JSON can hold and `report_text` makes readable. "dataset", its name; "split"; "cut", the
         settings by which the split was cut from train, or None; and "models", a list of one: "model", its name; the
-        numbers of `measure`; "flip", the same with mirror images, if asked for; "device"; "pictures_per_second", of the
-        model alone, and "pictures_per_second_with_reading".
+        numbers of `measure`; "flip", the same with mirror images, if asked for; "device"; "computes_in", e.g.
+        "float32"; "pictures_per_second", of the model alone, and "pictures_per_second_with_reading".
 
     Raises:
         ValueError: The model or the split cannot be had; the model has no trained classifier, gives an image several
@@ -170,6 +170,7 @@ def _result(predictor: Predictor, answers: Answers, batch_size: int) -> dict:
         result["flip"] = measure(answers.flipped, answers.labels, names)
     return result | {
         "device": str(predictor.device),
+        "computes_in": predictor.computes_in,
         "pictures_per_second": predictor.throughput(batch_size),
         "pictures_per_second_with_reading": len(answers.labels) / answers.seconds,
     }
