@@ -30,7 +30,7 @@ def options(output: Path, **changes) -> list[str]:
     settings = {
         "dataset_name": "digits", "config_overrides": TINY, "max_train_samples": 320, "max_eval_samples": 64,
         "num_train_epochs": 2, "logging_steps": 3, "horizontal_flip": 0.5, "disable_tqdm": True, "use_cpu": True,
-        "output_dir": output,
+        "bf16": False, "output_dir": output,
     } | changes  # fmt: skip
     return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
 

@@ -241,8 +241,8 @@ class ImageTrainingArguments(TrainingArguments):
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "bfloat16 mixed precision; a CPU that emulates it stays in float32, and says so. Default: on a GPU "
-            "that has it."
+            "help": "bfloat16 mixed precision. Default: where the device has units for it; a CPU without them stays in "
+            "float32 all the same, and says so."
         },
     )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: 'no', 'steps' or 'epoch'."})
@@ -266,12 +266,12 @@ class ImageTrainingArguments(TrainingArguments):
             self.num_train_epochs = 3.0
         on_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
-            gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
+            fast = has_fast_bfloat16(torch.device("cpu" if on_cpu else torch.accelerator.current_accelerator()))
+            self.bf16 = fast and not self.fp16
         elif self.bf16 and on_cpu and not has_fast_bfloat16(torch.device("cpu")):
             logger.warning("This CPU has no units for bfloat16, which would be slower here: training in float32.")
             self.bf16 = False
-        elif self.bf16 and on_cpu:
+        if self.bf16 and on_cpu:
             self.use_cpu = True  # TrainingArguments refuses bfloat16 to a CPU that is not asked for by name
         if self.fp16 and on_cpu:
             raise ValueError("fp16 needs a GPU; on a CPU use --bf16 true, or leave it out.")

@@ -233,6 +233,23 @@ def test_one_process_uses_one_gpu_and_a_cpu_its_own_precision(monkeypatch):
         assert not ImageTrainingArguments("unused", bf16=True, use_cpu=True).bf16
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert not ImageTrainingArguments("unused", bf16=True).bf16
+    assert not ImageTrainingArguments("unused").bf16
+    monkeypatch.setattr(arguments_module, "has_fast_bfloat16", lambda device: device.type == "cpu")
+    args = ImageTrainingArguments("unused")
+    assert args.bf16 and args.use_cpu
+    assert not ImageTrainingArguments("unused", bf16=False).bf16
+
+
+def test_a_cpu_with_units_for_bfloat16_trains_in_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(arguments_module, "has_fast_bfloat16", lambda device: True)
+    for bf16, precision in ((None, "bfloat16"), (False, "float32")):
+        assert finetune.main(options(tmp_path / precision, num_train_epochs=1, bf16=bf16)) == 0
+        metrics = json.loads((tmp_path / precision / "metrics.json").read_text())
+        assert metrics["training"]["precision"] == precision
+    assert ", bfloat16" in capsys.readouterr().out
+    one, other = (weights(tmp_path / precision) for precision in ("bfloat16", "float32"))
+    key = "vit.layers.0.mlp.fc1.weight"
+    assert one[key].dtype == torch.float32 and not torch.equal(one[key], other[key])
 
 
 def test_images_that_fill_no_batch_are_left_out_of_training_alone(tmp_path, capsys):
