@@ -57,6 +57,11 @@ def make_plan(opened: Checkpoint, family: str, named: NamedTensors, hints: dict,
     refuse(list(named.names), opened.title)
     hints = dict(hints)
     if "architecture" in hints:
+        if named.layout not in (TIMM, NAFLEX):
+            raise ValueError(
+                f"{opened.title} has {named.layout.title} names, not timm's: an architecture of timm's "
+                f"({hints['architecture']}) says nothing of it; leave it out."
+            )
         opened.config["architecture"] = hints.pop("architecture")
     arguments = arguments_of(opened) if "architecture" in opened.config else {}
     claims = {**_claims(opened), **claims_of(arguments)}

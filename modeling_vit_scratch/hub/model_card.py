@@ -7,9 +7,16 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..configuration_vit_scratch import ViTScratchConfig
 from .masking import is_token_flag, public_command, public_dataset, public_text
 
 REPO_PLACEHOLDER = "OWNER/REPO"  # stands in a card until it is pushed; then the repository's id
+# Fields of the config that make another model of the same size.
+CHOICES = (
+    "hidden_act", "use_gated_mlp", "qkv_bias", "key_bias", "use_qk_norm", "use_embedding_norm", "layerscale_value",
+    "position_embedding_type", "rope_coordinates", "rope_frequencies", "use_cls_token", "num_cls_tokens",
+    "num_register_tokens", "pooling", "use_final_norm", "norm_after_pooling", "representation_size",
+)  # fmt: skip
 _PLOTS_FIRST = ("reconstructions", "training_curves", "per_class_accuracy", "confusion_matrix")
 
 
@@ -100,6 +107,12 @@ def _pretrained_head(metrics: dict, name: str | None) -> list[str]:
     return [title, f"{text}{share} of an image is hidden{squares} and the model paints it."]
 
 
+def choices_of(config: dict) -> str:
+    """The fields in which an architecture is not that of the paper, sizes aside: "pooling=mean, use_qk_norm=True"."""
+    chosen = {name: config[name] for name in CHOICES if name in config}
+    return ", ".join(f"{n}={value}" for n, value in chosen.items() if value != getattr(ViTScratchConfig, n))
+
+
 def _facts(config: dict, metrics: dict, link: str | None, classes: list[str]) -> str:
     """A line for each thing that is known of the model and its data."""
     facts, dataset, model = {}, metrics["dataset"], metrics["model"]
@@ -114,6 +127,8 @@ def _facts(config: dict, metrics: dict, link: str | None, classes: list[str]) ->
         stages = len(config.get("stem_channels") or ())
         stem = f", {stages} convolutional stage{'s' * (stages > 1)} before them" if stages else ""
         facts["Architecture"] = f"{layers} blocks, hidden size {hidden}, {heads} heads{stem}"
+    if choices_of(config):
+        facts["Other than in the paper"] = _escape(choices_of(config))
     for key, label in (("parameters", "Parameters"), ("flops_per_image", "FLOPs per image")):
         if _is_number(model.get(key)):
             facts[label] = f"{model[key]:,}"

@@ -18,6 +18,7 @@ from .. import plots
 from ..data.splits import DecodedImages
 from ..evaluation.tables import text_table
 from ..hub import public_command, write_model_card
+from ..hub.model_card import choices_of
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from .arguments import ImageTrainingArguments
 from .models import flops_per_image
@@ -43,6 +44,7 @@ def say_what_will_happen(run: Run):
     rows = {
         "model": f"ViT, {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} "
         f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}",
+        "choices": choices_of(config.to_dict()) or "none: as in the paper",
         "parameters": f"{run.model.num_parameters():,}{_frozen(run.model)}",
         "FLOPs per image": f"{flops_per_image(run.model):,} (forward)",
         "data": f"{data.name}: {', '.join(sizes)} images, {classes}{height}x{width} px, {columns}",

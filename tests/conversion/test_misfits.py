@@ -174,6 +174,12 @@ def test_sources_that_cannot_be():
         convert_checkpoint(timm_tensors(), "torchvision")
 
 
+def test_timms_name_of_a_model_that_is_not_timms():
+    _, theirs = of_transformers("ViTForImageClassification")
+    with pytest.raises(ValueError, match=r"transformers' names, not timm's: an architecture .*vit_tiny_patch16_224"):
+        convert_checkpoint(theirs.state_dict(), architecture="vit_tiny_patch16_224", num_attention_heads=2)
+
+
 def test_a_config_that_contradicts_the_tensors(tmp_path):
     _, theirs = of_transformers("ViTForImageClassification")
     theirs.save_pretrained(tmp_path)

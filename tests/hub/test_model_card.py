@@ -47,6 +47,15 @@ def test_card_code_runs_where_the_config_says_tuples(folder):
     assert {answer["label"] for answer in names["classify"](Image.new("RGB", (20, 20)))} == set(CLASSES)
 
 
+def test_card_names_what_is_not_as_in_the_paper(folder):
+    edit_json(
+        "config.json", pooling="attention", use_qk_norm=True, position_embedding_type="learned", hidden_act="`a`"
+    )(folder)
+    [line] = [line for line in write_model_card(folder).read_text().splitlines() if "Other than in the paper" in line]
+    assert "use_qk_norm=True" in line and "pooling=attention" in line and r"hidden_act=\`a\`" in line
+    assert "position_embedding_type" not in line and "use_gated_mlp" not in line
+
+
 def test_card_invents_nothing(folder):
     shutil.rmtree(folder / "plots")
     write_metrics(folder, test=None, training={}, time=None, model=None, environment=None, command=None)

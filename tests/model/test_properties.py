@@ -1,4 +1,4 @@
-"""2,000 random configs: each is refused by a ValueError that names a field at fault, or works from end to end."""
+"""1,200 random configs: each is refused by a ValueError that names a field at fault, or works from end to end."""
 
 import math
 
@@ -21,6 +21,7 @@ def mostly(good, bad=WRONG):
 
 PAIRS = st.one_of(SIZES, st.tuples(SIZES, SIZES), st.lists(SIZES, min_size=2, max_size=2))
 PROBABILITY = st.sampled_from([0, 0.0, 0.1, 0.5, 1, 1.0])
+POSITIONS = ("learned", "sincos", "none", "rope", "learned+rope")
 # fmt: off
 FIELDS = {
     "hidden_size": mostly(st.sampled_from([4, 8, 12, 16, 18, 32, 64])),
@@ -42,9 +43,21 @@ FIELDS = {
     "use_final_norm": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "norm_after_pooling": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
     "num_register_tokens": mostly(st.integers(0, 3), st.sampled_from([-1, 1.5, "2", None])),
-    "pooling": mostly(st.sampled_from(["cls", "mean"]), st.sampled_from(["max", "", None])),
+    "pooling": mostly(
+        st.sampled_from(["cls", "cls", "mean", "mean", "cls+mean", "attention"]), st.sampled_from(["max", "", None])
+    ),
+    "key_bias": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
+    "use_qk_norm": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
+    "use_gated_mlp": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
+    "use_embedding_norm": mostly(st.booleans(), st.sampled_from([1, "yes", None])),
+    "num_cls_tokens": mostly(st.sampled_from([1, 1, 1, 1, 2])),
+    "rope_theta": mostly(st.sampled_from([1, 10, 100.0]), st.sampled_from([0.5, "10", None, math.nan])),
+    "rope_coordinates": st.sampled_from(["centered", "index"]),
+    "rope_grid_size": mostly(st.sampled_from([None, 2]), st.sampled_from([0, -1, 2.5, "8"])),
+    "rope_offset": mostly(st.sampled_from([0, 1, 0.5]), st.sampled_from([-1, "1", None, math.nan])),
+    "rope_frequencies": st.sampled_from(["axial", "mixed"]),
     "position_interpolation": st.sampled_from(POSITION_INTERPOLATIONS),
-    "position_embedding_type": mostly(st.sampled_from(["learned", "sincos"]), st.sampled_from(["ropes", None])),
+    "position_embedding_type": mostly(st.sampled_from(POSITIONS), st.sampled_from(["ropes", None])),
     "representation_size": mostly(st.sampled_from([None, 5]), st.sampled_from([0, -3, 2.0, "5"])),
     "layerscale_value": mostly(st.sampled_from([None, 0.1, 1]), st.sampled_from([-0.1, "0.1", math.nan])),
 }
@@ -62,7 +75,8 @@ def is_number(value, minimum=0.0, maximum=math.inf) -> bool:
 def faults(fields: dict) -> set[str]:
     """Fields that are wrong by themselves, or, if none is, in a combination; written apart from the config's checks."""
     wrong = set()
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
+    for name in (*sizes, "num_cls_tokens"):
         wrong |= set() if is_count(fields[name]) else {name}
     wrong |= set() if is_count(fields["num_register_tokens"], 0) else {"num_register_tokens"}
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
@@ -70,15 +84,18 @@ def faults(fields: dict) -> set[str]:
     wrong |= set() if is_number(fields["layer_norm_eps"]) else {"layer_norm_eps"}
     if not (fields["layerscale_value"] is None or is_number(fields["layerscale_value"])):
         wrong.add("layerscale_value")
-    if not (fields["representation_size"] is None or is_count(fields["representation_size"])):
-        wrong.add("representation_size")
+    for name in ("representation_size", "rope_grid_size"):
+        wrong |= set() if fields[name] is None or is_count(fields[name]) else {name}
+    wrong |= set() if is_number(fields["rope_theta"], 1) else {"rope_theta"}
+    wrong |= set() if is_number(fields["rope_offset"]) else {"rope_offset"}
     if not (fields["initializer_range"] == "fan_in" or is_number(fields["initializer_range"])):
         wrong.add("initializer_range")
-    for name in ("qkv_bias", "use_cls_token", "use_final_norm", "norm_after_pooling"):
+    flags = ("qkv_bias", "key_bias", "use_qk_norm", "use_gated_mlp", "use_embedding_norm")
+    for name in (*flags, "use_cls_token", "use_final_norm", "norm_after_pooling"):
         wrong |= set() if type(fields[name]) is bool else {name}
     known = {
-        "hidden_act": ("gelu", "relu", "silu"), "pooling": ("cls", "mean"),
-        "position_embedding_type": ("learned", "sincos"),
+        "hidden_act": ("gelu", "relu", "silu"), "pooling": ("cls", "mean", "cls+mean", "attention"),
+        "position_embedding_type": POSITIONS,
     }  # fmt: skip
     wrong |= {name for name, values in known.items() if fields[name] not in values}
     pairs = {}
@@ -100,8 +117,12 @@ def faults(fields: dict) -> set[str]:
         wrong |= {"hidden_size", "num_attention_heads"}
     if fields["position_embedding_type"] == "sincos" and fields["hidden_size"] % 4:
         wrong |= {"position_embedding_type", "hidden_size"}
-    if fields["pooling"] == "cls" and not fields["use_cls_token"]:
+    elif "rope" in fields["position_embedding_type"] and fields["hidden_size"] // fields["num_attention_heads"] % 4:
+        wrong |= {"hidden_size", "rotary positions"}
+    if fields["use_cls_token"] is (fields["pooling"] in ("mean", "attention")) and fields["pooling"] != "mean":
         wrong |= {"pooling", "use_cls_token"}
+    if fields["num_cls_tokens"] > 1 and not fields["use_cls_token"]:
+        wrong |= {"num_cls_tokens", "use_cls_token"}
     if fields["norm_after_pooling"] and not fields["use_final_norm"]:
         wrong |= {"norm_after_pooling", "use_final_norm"}
     return wrong
@@ -109,11 +130,11 @@ def faults(fields: dict) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_thousand_configs_are_refused_or_work(tmp_path):
+def test_random_configs_are_refused_or_work(tmp_path):
     seen = {"refused": 0, "worked": 0}
 
     @settings(
-        max_examples=2000, deadline=None, derandomize=True, database=None,
+        max_examples=1200, deadline=None, derandomize=True, database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
     @given(st.fixed_dictionaries(FIELDS))
@@ -147,4 +168,4 @@ def test_two_thousand_configs_are_refused_or_work(tmp_path):
         seen["worked"] += 1
 
     check()
-    assert min(seen.values()) > 300, seen
+    assert min(seen.values()) > 150, seen
