@@ -10,7 +10,7 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from benchmarking import cases, data, measuring, memory, model, peers, race, scale, trainer
+from benchmarking import cases, data, measuring, memory, model, peers, race, scale, step, trainer
 from benchmarking.measuring import OURS, PEAK
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
@@ -355,6 +355,40 @@ def test_batches_cover_all_images():
     assert epochs[0] != epochs[1]
 
 
+def test_parts_of_a_step(args, monkeypatch):
+    """The model learns, an operator that is slow shows, and parts add up to the step."""
+    slow = torch.nn.functional.gelu
+
+    class Slow(torch.nn.Module):
+        def forward(self, x):
+            for _ in range(200):
+                slow(x)
+            return slow(x)
+
+    def make(case, name, make=cases.make_model):
+        model = make(case, name)
+        if name == OURS:
+            model.vit.layers[0].mlp.activation = Slow()
+            models.append(model)
+        return model
+
+    models = []
+    monkeypatch.setattr(step, "make_model", make)
+    monkeypatch.setattr(step, "STEP_CASES", [TINY_TRAINING])
+    args.rounds = 3
+    start = make(TINY_TRAINING, OURS).state_dict()
+    result = step.measure(args)
+    assert any(not torch.equal(p, start[name]) for name, p in models[-1].state_dict().items())
+    row = result["rows"][0]
+    assert row["name"] == OURS and set(row["parts"]) == set(step.PARTS) and min(row["parts"].values()) > 0
+    assert sum(row["operators"].values()) == pytest.approx(1)
+    assert next(iter(row["operators"])) == "gelu"
+    text = step.show(result)
+    assert "gelu" in text and max(map(len, text.splitlines())) <= 80
+    assert row["parts"]["forward"] == max(row["parts"].values())
+    step.draw(result)
+
+
 def test_trainer(args, capsys):
     result = trainer.measure(args)
     for row in result["rows"]:
@@ -510,6 +544,6 @@ def test_help_describes_every_section():
 
 
 def test_default_sections_are_all_but_the_long_one():
-    assert benchmark.parse([]).sections == ["model", "data", "trainer", "memory", "scale"]
+    assert benchmark.parse([]).sections == ["model", "data", "step", "trainer", "memory", "scale"]
     assert benchmark.parse(["--sections", "all"]).sections == list(benchmark.SECTIONS)
     assert len(benchmark.parse(["--quick", "--device", "cpu"]).cases) < len(cases.CASES["cpu"])
