@@ -291,8 +291,8 @@ class ViTScratchAttention(nn.Module):
         qkv = self.qkv(hidden_states)  # (B, T, D) -> (B, T, 3 D)
         if self.q_bias is not None:
             qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
-        # (B, T, 3 D) -> (B, T, D) each -> (B, A, T, d) each; apart first, which spares the backward pass a copy.
-        query, key, value = (x.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in qkv.chunk(3, dim=2))
+        parts = qkv.chunk(3, dim=2)  # (B, T, D) each; apart before heads are, which spares the backward pass a copy
+        query, key, value = (x.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in parts)  # (B, A, T, d) each
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
@@ -429,8 +429,8 @@ class ViTScratchAttentionPooling(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         query = self.q(self.query).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (1, A, 1, d)
-        key_value = self.kv(patches).chunk(2, dim=2)  # (B, N, 2 D) -> (B, N, D) each
-        key, value = (x.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in key_value)  # (B, A, N, d) each
+        parts = self.kv(patches).chunk(2, dim=2)  # (B, N, D) each
+        key, value = (x.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in parts)  # (B, A, N, d) each
         context, _ = eager_attention_forward(self, query, key, value, None, self.head_dim**-0.5)  # (B, 1, A, d)
         pooled = self.proj(context.flatten(2))  # (B, 1, A, d) -> (B, 1, D)
         return pooled + self.mlp(self.norm(pooled))
