@@ -8,6 +8,7 @@ SECTION is one or more of
   model     inference and training step against the libraries that import
   data      images per second of the data path, on one core or on the GPU;
             seconds of a look at a whole data set (--dataset_name)
+  photos    JPEGs decoded, resized and normalised on one core, beside a model
   trainer   what ImageTrainer adds to a bare training loop
   memory    loading a 632 M-parameter model from disk
   scale     against batch size, image size and processes
@@ -30,13 +31,15 @@ import textwrap
 from pathlib import Path
 
 import torch
-from benchmarking import cases, data, memory, model, peers, race, scale, trainer
+from benchmarking import cases, data, memory, model, peers, photos, race, scale, trainer
 
 from modeling_vit_scratch import cli, plots
 from modeling_vit_scratch.training.report import hardware
 
 PROGRAM = "benchmark.py"
-SECTIONS = {"model": model, "data": data, "trainer": trainer, "memory": memory, "scale": scale, "race": race}
+SECTIONS = {
+    "model": model, "data": data, "photos": photos, "trainer": trainer, "memory": memory, "scale": scale, "race": race,
+}  # fmt: skip
 
 
 def sections(text: str) -> list[str]:
