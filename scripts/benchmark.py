@@ -1,6 +1,6 @@
 """Measure this package's speed and memory side by side with its peers'.
 
-python scripts/benchmark.py --quick                 all but race, in 2 minutes
+python scripts/benchmark.py --quick                 all but race, in 3 minutes
 python scripts/benchmark.py --sections model,memory
 python scripts/benchmark.py --sections race --dataset_name path/to/cifar10
 
