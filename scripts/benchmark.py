@@ -1,6 +1,6 @@
 """Measure this package's speed and memory side by side with its peers'.
 
-python scripts/benchmark.py --quick                 all but race, in 2 minutes
+python scripts/benchmark.py --quick                 all but race, in 3 minutes
 python scripts/benchmark.py --sections model,memory
 python scripts/benchmark.py --sections race --dataset_name path/to/cifar10
 
@@ -8,6 +8,7 @@ SECTION is one or more of
   model     inference and training step against the libraries that import
   data      images per second of the data path, on one core or on the GPU;
             seconds of a look at a whole data set (--dataset_name)
+  photos    JPEGs decoded, resized and normalised on one core, beside a model
   step      where a training step's time goes, beside timm's
   trainer   what ImageTrainer adds to a bare training loop
   memory    loading a 632 M-parameter model from disk
@@ -31,7 +32,7 @@ import textwrap
 from pathlib import Path
 
 import torch
-from benchmarking import cases, data, memory, model, peers, race, scale, step, trainer
+from benchmarking import cases, data, memory, model, peers, photos, race, scale, step, trainer
 
 from modeling_vit_scratch import cli, plots
 from modeling_vit_scratch.training.report import hardware
@@ -40,6 +41,7 @@ PROGRAM = "benchmark.py"
 SECTIONS = {
     "model": model,
     "data": data,
+    "photos": photos,
     "step": step,
     "trainer": trainer,
     "memory": memory,

@@ -10,7 +10,7 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from benchmarking import cases, data, measuring, memory, model, peers, race, scale, step, trainer
+from benchmarking import cases, data, measuring, memory, model, peers, photos, race, scale, step, trainer
 from benchmarking.measuring import OURS, PEAK
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
@@ -345,6 +345,33 @@ def test_data_paths(args):
     assert data.show(result).splitlines()[-1].startswith("digits, 1,797 images: fingerprint ")
 
 
+@pytest.mark.peers
+def test_photos(args, monkeypatch):
+    """Every contestant makes the same of a photo, and only those who decode all of it are compared."""
+    monkeypatch.setattr(photos, "SIZES", {"500 x 400": (500, 400), "1600 x 1360": (1600, 1360)})
+    monkeypatch.setattr(photos, "Case", lambda title, preset, *more, **fields: cases.Case(title, "tiny", *more))
+    encoded = photos.jpeg(photos.photo(1600, 1360, 0))
+    processor = photos.make_processor(cases.Case("", "tiny", 1).config, photos.MEAN, photos.STD)
+    expected = photos.read_transformers(encoded, processor)
+    assert expected.shape == (1, 3, 224, 224) and expected.std() > 0.5
+    readers = photos.readers(processor)
+    assert set(readers) - {OURS, photos.PREDICTING, "transformers"} == {"timm", "torchvision"} & set(peers.MODULES)
+    for name, read in readers.items():
+        far = (read(encoded) - expected).abs() * 255 * torch.tensor(photos.STD).view(-1, 1, 1)
+        assert far.max() < (8.5 if name == photos.PREDICTING else 1.5), name
+        assert (far.max() > 1.5) == (name == photos.PREDICTING), "it decodes in full"
+
+    result = photos.measure(args)
+    assert len(result["cases"]) == 4 and len(result["rows"]) == 4 * len(readers)
+    for row in result["rows"]:
+        assert row["images_per_second"] == 1 / row["seconds"] and 0 < row["share"] < 1
+        assert ("ours_is" in row) == (row["name"] != photos.PREDICTING)
+    for case in result["cases"]:
+        case["model_images_per_second"] = 123456.7
+    assert max(map(len, photos.show(result).splitlines())) <= 80
+    assert len(photos.draw(result).axes) == 4
+
+
 def test_batches_cover_all_images():
     torch.manual_seed(0)
     indices = data.batches(10, 4)
@@ -544,6 +571,6 @@ def test_help_describes_every_section():
 
 
 def test_default_sections_are_all_but_the_long_one():
-    assert benchmark.parse([]).sections == ["model", "data", "step", "trainer", "memory", "scale"]
+    assert benchmark.parse([]).sections == ["model", "data", "photos", "step", "trainer", "memory", "scale"]
     assert benchmark.parse(["--sections", "all"]).sections == list(benchmark.SECTIONS)
     assert len(benchmark.parse(["--quick", "--device", "cpu"]).cases) < len(cases.CASES["cpu"])

@@ -12,8 +12,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from ..data import load_split
 from ..data.cuts import RunRecord, Split, read_record
 from ..data.records import Records
 from ..data.sources import images_below, load_image
-from ..data.splits import bounded_map, progress_bar, to_tensor
+from ..data.splits import bounded_map, enough_pixels, progress_bar, to_tensor
 from .devices import find_device
 
 logger = logging.getLogger(__name__)
@@ -273,7 +275,10 @@ def find_split(dataset: str | Split, predictors: Sequence[Predictor], split: str
 def predict_files(
     predictor: Predictor, files: Sequence[tuple[str, str | None]], top_k: int = 5, batch_size: int = 32
 ) -> Iterator[dict]:
-    """The likeliest classes of image files, one after the other.
+    """The likeliest classes of image files, one after the other; files are read in threads meanwhile.
+
+    Large JPEGs are decoded no larger than the image processor needs (`enough_pixels` says how far pixels then differ
+    from those of `Predictor.answers`, which decodes in full, as training does).
 
     Args:
         predictor: The model.
@@ -285,28 +290,38 @@ def predict_files(
         For each file, in order, "picture", its path, and "predictions", the likeliest class first, each with "index",
         "label" and "probability" in [0, 1]; or "error", why the file cannot be read.
     """
-    names = predictor.class_names
-    for start in range(0, len(files), batch_size):
-        batch, images = [], []
-        for name, wrong in files[start : start + batch_size]:
-            entry = {"picture": name}
-            try:
-                if wrong:
-                    raise ValueError(wrong)
-                images.append(load_image(name, predictor.config.num_channels))
-            except (ValueError, OSError) as error:
-                entry["error"] = str(error)
-            batch.append(entry)
-        if images:
-            probabilities = predictor.probabilities(predictor.classify(predictor.pixels(images))[1])
-            best = iter(zip(*(tensor.tolist() for tensor in probabilities.topk(min(top_k, len(names)))), strict=True))
-        for entry in batch:
-            if "error" not in entry:
-                entry["predictions"] = [
+    names, at_least = predictor.class_names, enough_pixels(predictor.processor)
+
+    def read(file: tuple[str, str | None]) -> torch.Tensor | str:
+        name, wrong = file
+        if wrong:
+            return wrong
+        try:
+            image = load_image(name, predictor.config.num_channels, at_least)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return predictor.pixels([image])[0]  # (C, H, W)
+
+    # A batch in reserve, so that threads read while the model computes; only pixels at its size wait.
+    ahead = max(batch_size, 2 * (os.cpu_count() or 1))
+    with ThreadPoolExecutor(os.cpu_count()) as pool, closing(bounded_map(pool, read, files, ahead)) as found:
+        for start in range(0, len(files), batch_size):
+            batch = list(islice(found, batch_size))
+            images = [pixels for pixels in batch if isinstance(pixels, torch.Tensor)]
+            if images:
+                probabilities = predictor.probabilities(predictor.classify(torch.stack(images))[1])
+                best = iter(
+                    zip(*(tensor.tolist() for tensor in probabilities.topk(min(top_k, len(names)))), strict=True)
+                )
+            for (name, _), pixels in zip(files[start : start + batch_size], batch, strict=True):
+                if isinstance(pixels, str):
+                    yield {"picture": name, "error": pixels}
+                    continue
+                predictions = [
                     {"index": index, "label": names[index], "probability": probability}
                     for probability, index in zip(*next(best), strict=True)
                 ]
-            yield entry
+                yield {"picture": name, "predictions": predictions}
 
 
 def match_classes(data_names: Sequence[str], model_names: Sequence[str]) -> np.ndarray:

@@ -5,6 +5,7 @@
     cases      a model and what is done with it: inference or a training step
     model      that, against the peers
     data       the data path, and a look at a whole data set
+    photos     JPEGs from bytes to normalised floats, beside what a model takes
     trainer    what ImageTrainer adds to a bare training loop
     memory     loading a large model from disk
     scale      against batch size, image size and processes
