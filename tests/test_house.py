@@ -28,7 +28,7 @@ WINGS = {
         "targets", "exporting", "proof", "catalogue",
     ],
     "hub": ["masking", "model_card", "folder", "push", "callback", "probe", "proof"],
-    "evaluation": ["tables", "metrics", "inference", "reports"],
+    "evaluation": ["tables", "metrics", "token_merging", "inference", "reports"],
     "plots": ["drawing", "analysis", "model", "runs", "speed", "views", "figures"],
     "training": [
         "optimization", "arguments", "defaults", "checkpoints", "lora", "trainer", "output", "models", "schedule",
