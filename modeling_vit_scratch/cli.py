@@ -110,12 +110,26 @@ def add_model_options(group):
     add_source_options(group)
     group.add_argument("--labels", metavar="FILE", help="names of its classes: text, one a line, or a JSON list")
     group.add_argument("--device", metavar="NAME", help="'cpu', 'cuda', 'cuda:1', 'mps'; default: an accelerator")
+    group.add_argument(
+        "--token_merging",
+        type=int,
+        default=0,
+        metavar="R",
+        help="patch tokens that each block merges into others like them: faster, less exact; default: 0",
+    )
 
 
 def load_predictor(arguments: argparse.Namespace, model: str) -> Predictor:
     """The model, as the options of `add_model_options` say."""
     labels = None if arguments.labels is None else read_labels(arguments.labels)
-    return Predictor(model, arguments.device, labels, source=arguments.source, revision=arguments.revision)
+    return Predictor(
+        model,
+        arguments.device,
+        labels,
+        source=arguments.source,
+        revision=arguments.revision,
+        token_merging=arguments.token_merging,
+    )
 
 
 def add_split_options(group):

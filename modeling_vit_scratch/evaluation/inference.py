@@ -28,6 +28,7 @@ from ..data.cuts import RunRecord, Split, read_record
 from ..data.records import Records
 from ..data.sources import images_below, load_image
 from ..data.splits import bounded_map, progress_bar, to_tensor
+from .token_merging import merge_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +98,11 @@ class Predictor:
         id2label: Names of the classes, in place of the model's own.
         source: Whose checkpoint it is; told by its names if None. See `convert_checkpoint`.
         revision: Branch, tag or commit of a Hub id.
+        token_merging: Patch tokens that each block merges, as `merge_tokens` does.
 
     Raises:
-        ValueError: The model cannot be had, or the names do not fit it; the device cannot be used.
+        ValueError: The model cannot be had, or the names do not fit it; the device cannot be used; or `token_merging`
+            is out of range.
     """
 
     def __init__(
@@ -109,9 +112,11 @@ class Predictor:
         id2label: dict[int, str] | None = None,
         source: str | None = None,
         revision: str | None = None,
+        token_merging: int = 0,
     ):
         self.name, self.source, self.revision, self.device = str(checkpoint), source, revision, find_device(device)
         self.model = convert_checkpoint(checkpoint, source, id2label=id2label, revision=revision).to(self.device)
+        merge_tokens(self.model, token_merging)
         self.config = self.model.config
         # Classifiers start at zero: one that is still there was never trained, or is not in the checkpoint.
         self.can_classify = any(bool(p.any()) for p in self.model.classifier.parameters())

@@ -96,8 +96,7 @@ def match_tokens(keys: torch.Tensor, r: int) -> torch.Tensor:
     keys = nn.functional.normalize(keys.float(), dim=-1)
     receiving, giving = keys[:, 0::2], keys[:, 1::2]  # (B, n - n // 2, d) and (B, n // 2, d)
     similarity, partner = (giving @ receiving.transpose(1, 2)).max(dim=-1)  # (B, n // 2) each
-    rank = similarity.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    merged = rank < r
+    merged = torch.zeros_like(partner, dtype=torch.bool).scatter(1, similarity.topk(r, dim=-1).indices, True)
     given = torch.where(merged, left + partner, (~merged).cumsum(dim=-1) - 1)  # (B, n // 2)
     received = torch.arange(left, n - r, device=keys.device).expand(keys.shape[0], -1)  # (B, n - n // 2)
     given = nn.functional.pad(given, (0, n % 2))
