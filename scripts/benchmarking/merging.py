@@ -30,9 +30,9 @@ CASES = [
 
 
 def merged_a_block(config: ViTScratchConfig) -> list[int]:
-    """Numbers of tokens: none, and each quarter of what would leave no patch after the last block."""
-    patches = math.prod(config.grid_hw)
-    return sorted({quarters * patches // (4 * config.num_hidden_layers) for quarters in range(5)})
+    """Numbers of tokens: none, and each quarter of what would leave no patch after the last block, or half of all."""
+    patches, blocks = math.prod(config.grid_hw), max(config.num_hidden_layers, 2)
+    return sorted({quarters * patches // (4 * blocks) for quarters in range(5)})
 
 
 def patches_left(config: ViTScratchConfig, r: int) -> int:
