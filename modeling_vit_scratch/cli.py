@@ -113,6 +113,13 @@ def add_model_options(group):
     add_source_options(group)
     group.add_argument("--labels", metavar="FILE", help="names of its classes: text, one a line, or a JSON list")
     group.add_argument("--device", metavar="NAME", help="'cpu', 'cuda', 'cuda:1', 'mps'; default: an accelerator")
+    group.add_argument(
+        "--token_merging",
+        type=int,
+        default=0,
+        metavar="R",
+        help="patch tokens that each block merges into others like them: faster, less exact; default: 0",
+    )
 
 
 def add_speed_options(group, maps: bool = False):
@@ -135,10 +142,17 @@ def add_speed_options(group, maps: bool = False):
 def load_predictor(program: str, arguments: argparse.Namespace, model: str) -> Predictor:
     """The model, as the options of `add_model_options` say; a line says how it computes, if not in float32."""
     labels = None if arguments.labels is None else read_labels(arguments.labels)
-    # Drawings are of the model as it is.
-    speed = {"dtype": "float32"} | {name: getattr(arguments, name) for name in SPEED if name in arguments}
+    speed = {"dtype": "float32"} | {
+        name: getattr(arguments, name) for name in SPEED if name in arguments
+    }  # of drawings
     predictor = load_for_inference(
-        model, arguments.device, labels, source=arguments.source, revision=arguments.revision, **speed
+        model,
+        arguments.device,
+        labels,
+        source=arguments.source,
+        revision=arguments.revision,
+        token_merging=arguments.token_merging,
+        **speed,
     )
     if predictor.computes_in != "float32":
         say(program, f"{predictor.name} computes in {predictor.computes_in}.")

@@ -1,6 +1,6 @@
 """Measure this package's speed and memory side by side with its peers'.
 
-python scripts/benchmark.py --quick                 all but race, in 3 minutes
+python scripts/benchmark.py --quick                 in 3 minutes
 python scripts/benchmark.py --sections model,memory
 python scripts/benchmark.py --sections race --dataset_name path/to/cifar10
 
@@ -13,6 +13,8 @@ SECTION is one or more of
   trainer   what ImageTrainer adds to a bare training loop
   memory    loading a 632 M-parameter model from disk
   scale     against batch size, image size and processes
+  merging   token merging: accuracy of the packaged model (--dataset_name) against
+            speed, and speed of larger ones (a quarter of an hour)
   race      training: the teaching protocol against our recipe (an hour)
 
 Peers take turns, each round in another order, so that what else the machine
@@ -32,7 +34,7 @@ import textwrap
 from pathlib import Path
 
 import torch
-from benchmarking import cases, data, memory, model, peers, photos, race, scale, step, trainer
+from benchmarking import cases, data, memory, merging, model, peers, photos, race, scale, step, trainer
 
 from modeling_vit_scratch import cli, plots
 from modeling_vit_scratch.training.report import hardware
@@ -46,8 +48,9 @@ SECTIONS = {
     "trainer": trainer,
     "memory": memory,
     "scale": scale,
-    "race": race,
 }
+LONG = {"merging": merging, "race": race}
+SECTIONS |= LONG
 
 
 def sections(text: str) -> list[str]:
@@ -62,13 +65,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, and the sizes that follow from them."""
     parser = cli.Parser(__doc__, f"{PROGRAM} [--sections SECTION,...] [--quick] [--option value ...]")
     what = parser.add_argument_group("what")
-    what.add_argument("--sections", type=sections, metavar="SECTION,...", help="or 'all'; default: all but race")
+    what.add_argument(
+        "--sections", type=sections, metavar="SECTION,...", help="or 'all'; default: all but merging and race"
+    )
     what.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     what.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda if there is one")
     what.add_argument(
         "--dataset_name",
         metavar="NAME",
-        help="of race, as in finetune.py, and inspected by data; default: CIFAR-10, offline digits; for data digits",
+        help="of race and merging, as in finetune.py, and inspected by data; default: CIFAR-10, offline digits; for "
+        "data digits",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -76,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     output.add_argument("--json", action="store_true", help="JSON instead of tables")
     args = parser.parse_args(argv)
-    args.sections = args.sections or [name for name in SECTIONS if name != "race"]
+    args.sections = args.sections or [name for name in SECTIONS if name not in LONG]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] not in cases.CASES:
         parser.error(f"--device ({device}) must be cpu or cuda")
@@ -85,6 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.device = torch.device(device)
     args.cases = [case for case in cases.CASES[args.device.type] if case.quick or not args.quick]
     args.rounds, args.least, args.steps, args.process_rounds = (3, 0.05, 30, 1) if args.quick else (15, 0.2, 100, 3)
+    args.images = 500 if args.quick else None  # None: all
     args.large = "base" if args.quick else "huge"
     args.batch_sizes = [1, 8, 64, 256] if args.quick else [1, 4, 16, 64, 256, 1024]
     args.image_sizes = [64, 224, 384] if args.quick else [64, 112, 160, 224, 320, 448, 640]

@@ -10,8 +10,9 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from benchmarking import cases, data, measuring, memory, model, peers, photos, race, scale, step, trainer
+from benchmarking import cases, data, measuring, memory, merging, model, peers, photos, race, scale, step, trainer
 from benchmarking.measuring import OURS, PEAK
+from colours import BLUE, GREEN, RED, colour_model, paint_folder, save_trained
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.evaluation.tables import text_table
@@ -468,6 +469,44 @@ def test_scale(args, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_train_together():
     assert 0 < scale.train_in_processes(2, 1, steps=2) < 60
+
+
+def test_merging(args, tmp_path, monkeypatch):
+    """Accuracy and speed of a model of three colours, and speed of another; which of its tokens merge shows nowhere."""
+    folder = save_trained(colour_model(image_size=32), tmp_path / "model")
+    pictures = {"red": [RED] * 5, "green": [GREEN, RED], "blue": [BLUE] * 3}  # one is named wrongly
+    for split in ("train", "test"):
+        paint_folder(tmp_path / "data" / split, **pictures)
+    monkeypatch.setattr(merging, "PACKAGED_MODEL", folder)
+    monkeypatch.setattr(merging, "BATCH", 4)
+    other = cases.Case("other", "tiny", 2, fields={**SMALL, "image_size": 32})
+    monkeypatch.setattr(merging, "CASES", [other, cases.Case("long", "base", 2, quick=False)])
+    args.dataset_name = str(tmp_path / "data")
+    result, threads = merging.measure(args), torch.get_num_threads()
+    assert torch.get_num_threads() == threads
+    ours = [row for row in result["rows"] if row["case"] == merging.PACKAGED]
+    assert [(row["r"], row["patches_left"]) for row in ours] == [(0, 16), (2, 14), (4, 12), (6, 10), (8, 8)]
+    for row in ours:
+        assert row["accuracy"] == 0.9 and row["change"] == 0.0
+        assert row["images_per_second"] == pytest.approx(4 / np.median(row["samples"]))
+        assert row["speed"] == pytest.approx(np.median(np.divide(ours[0]["samples"], row["samples"])))
+    assert {row["case"] for row in result["rows"]} == {merging.PACKAGED, "other"}
+    assert not any("accuracy" in row for row in result["rows"] if row["case"] == "other")
+    text = merging.show(result)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "90.00%" in text and "Accuracy on 10 images of" in text
+    assert merging.draw(result).axes[0].get_ylabel() == "accuracy (%)"
+
+    args.dataset_name = "digits"  # which the model does not know
+    result = merging.measure(args)
+    assert "Accuracy was not measured: the model does not know 10 of" in " ".join(merging.show(result).split())
+    assert merging.draw(result).axes[-1].get_xlabel() == "speed over that without merging"
+
+
+def test_patches_left_by_the_rule_of_each_block():
+    config = ViTScratchConfig.preset("base")
+    assert merging.merged_a_block(config) == [0, 4, 8, 12, 16]
+    assert [merging.patches_left(config, r) for r in (0, 16, 98)] == [196, 10, 1]  # of 20, and of 2, half
 
 
 def test_race_is_run_once_and_goes_on_where_it_stopped(args, monkeypatch):

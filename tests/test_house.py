@@ -28,7 +28,9 @@ WINGS = {
         "targets", "exporting", "proof", "catalogue",
     ],
     "hub": ["masking", "model_card", "folder", "push", "callback", "probe", "proof"],
-    "evaluation": ["tables", "metrics", "devices", "programs", "inference", "acceleration", "reports"],
+    "evaluation": [
+        "tables", "metrics", "devices", "token_merging", "inference", "programs", "acceleration", "reports",
+    ],
     "plots": ["drawing", "analysis", "model", "runs", "speed", "views", "figures"],
     "training": [
         "optimization", "arguments", "defaults", "checkpoints", "lora", "trainer", "output", "models", "schedule",

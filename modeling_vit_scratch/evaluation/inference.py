@@ -32,6 +32,7 @@ from ..data.records import Records
 from ..data.sources import images_below, load_image
 from ..data.splits import bounded_map, enough_pixels, progress_bar, to_tensor
 from .devices import find_device
+from .token_merging import merge_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +97,11 @@ class Predictor:
         id2label: Names of the classes, in place of the model's own.
         source: Whose checkpoint it is; told by its names if None. See `convert_checkpoint`.
         revision: Branch, tag or commit of a Hub id.
+        token_merging: Patch tokens that each block merges, as `merge_tokens` does.
 
     Raises:
-        ValueError: The model cannot be had, or the names do not fit it; the device cannot be used.
+        ValueError: The model cannot be had, or the names do not fit it; the device cannot be used; or `token_merging`
+            is out of range.
     """
 
     def __init__(
@@ -108,9 +111,11 @@ class Predictor:
         id2label: dict[int, str] | None = None,
         source: str | None = None,
         revision: str | None = None,
+        token_merging: int = 0,
     ):
         self.name, self.source, self.revision, self.device = str(checkpoint), source, revision, find_device(device)
         self.model = convert_checkpoint(checkpoint, source, id2label=id2label, revision=revision).to(self.device)
+        merge_tokens(self.model, token_merging)
         self.config = self.model.config
         self.engine: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = Classify(self.model)
         self.computes_in = "float32"

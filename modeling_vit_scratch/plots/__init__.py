@@ -47,7 +47,7 @@ from .runs import (
     plot_training_curves,
     read_history,
 )
-from .speed import plot_bars, plot_race, plot_scaling
+from .speed import plot_bars, plot_race, plot_scaling, plot_tradeoff
 
 __all__ = [
     "LOSSES",
@@ -76,6 +76,7 @@ __all__ = [
     "plot_reliability",
     "plot_rotary_positions",
     "plot_scaling",
+    "plot_tradeoff",
     "plot_training_curves",
     "pooling_attention",
     "position_similarity",

@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py measured: bars, scaling, and the race."""
+"""What scripts/benchmark.py measured: bars, scaling, the race, and what speed costs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -121,4 +121,31 @@ def plot_race(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], uni
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     tidy(axes)
     draw_legend(axes, entries, loc="lower right")
+    return figure
+
+
+def plot_tradeoff(points: Mapping[object, tuple[float, float, tuple[float, float]]], label: str) -> Figure:
+    """What speed costs: accuracy against it, a point for each setting, joined in order, with its interval.
+
+    Args:
+        points: By setting, which stands at the point: the speed, the accuracy in [0, 1], and its interval.
+        label: What the speed is.
+
+    Raises:
+        ValueError: There are no points.
+    """
+    if not points:
+        raise ValueError("there is nothing to draw; give at least 1 point.")
+    figure = new_figure(6.4, 4.0)
+    axes = figure.subplots()
+    speeds, accuracies, intervals = zip(*points.values(), strict=True)
+    ends = [[y - low for y, (low, _) in zip(accuracies, intervals, strict=True)]]
+    ends += [[high - y for y, (_, high) in zip(accuracies, intervals, strict=True)]]
+    axes.errorbar(speeds, accuracies, ends, fmt="o-", color=BLUE, ecolor=GREY, linewidth=1.5, elinewidth=0.8, capsize=2)
+    for name, speed, accuracy in zip(points, speeds, accuracies, strict=True):
+        plain(axes.annotate(str(name), (speed, accuracy), (5, 5), textcoords="offset points", fontsize=9))
+    axes.set(xlabel=label, ylabel="accuracy (%)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    tidy(axes)
     return figure

@@ -9,6 +9,7 @@
     trainer    what ImageTrainer adds to a bare training loop
     memory     loading a large model from disk
     scale      against batch size, image size and processes
+    merging    token merging: accuracy against speed
     race       training: the teaching protocol against our recipe
 
 They lie beside the scripts, and not in the package, since the peers are no dependencies of it.

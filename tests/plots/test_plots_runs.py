@@ -128,6 +128,18 @@ def test_race_draws_accuracy_against_time():
             plots.plot_race(nothing, "seconds")
 
 
+def test_tradeoff_draws_accuracy_against_speed():
+    points = {0: (50.0, 0.9, (0.88, 0.91)), 8: (80.0, 0.85, (0.83, 0.88))}
+    (axes,) = draw(plots.plot_tradeoff(points, "images per second")).axes
+    line, (low, high) = axes.lines[0], axes.lines[1:3]
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([50, 80], [0.9, 0.85])
+    assert [*low.get_ydata(), *high.get_ydata()] == pytest.approx([0.88, 0.83, 0.91, 0.88])
+    assert [text.get_text() for text in axes.texts] == ["0", "8"]
+    assert axes.get_xlabel() == "images per second"
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.plot_tradeoff({}, "images per second")
+
+
 def test_training_curves_of_several_runs(history, tmp_path):
     (tmp_path / "other.csv").write_text(HEADER + "5,0.5,1,2.5,1,,\n10,1,,,,2.0,0.2\n")
     figure = draw(plots.plot_training_curves({"a $x$ run": history, "other": tmp_path / "other.csv"}))
