@@ -142,9 +142,8 @@ def add_speed_options(group, maps: bool = False):
 def load_predictor(program: str, arguments: argparse.Namespace, model: str) -> Predictor:
     """The model, as the options of `add_model_options` say; a line says how it computes, if not in float32."""
     labels = None if arguments.labels is None else read_labels(arguments.labels)
-    speed = {"dtype": "float32"} | {
-        name: getattr(arguments, name) for name in SPEED if name in arguments
-    }  # of drawings
+    # A drawing, which has none of these options, is of the model as it is.
+    speed = {"dtype": "float32"} | {name: getattr(arguments, name) for name in SPEED if name in arguments}
     predictor = load_for_inference(
         model,
         arguments.device,

@@ -13,8 +13,8 @@ SECTION is one or more of
   trainer   what ImageTrainer adds to a bare training loop
   memory    loading a 632 M-parameter model from disk
   scale     against batch size, image size and processes
-  merging   token merging: accuracy of the packaged model (--dataset_name) against
-            speed, and speed of larger ones (a quarter of an hour)
+  merging   token merging: accuracy of the packaged model (--dataset_name)
+            against speed, and speed of larger ones (a quarter of an hour)
   race      training: the teaching protocol against our recipe (an hour)
 
 Peers take turns, each round in another order, so that what else the machine

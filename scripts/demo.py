@@ -166,7 +166,8 @@ def serve(arguments: argparse.Namespace, block: bool = True):
         raise ValueError(f"--host {arguments.host} is no address of this computer: {error}") from error
     predictor = cli.load_predictor(PROGRAM, arguments, arguments.model)
     config = predictor.config
-    predictor(torch.zeros(1, config.num_channels, *config.image_hw, dtype=torch.uint8))  # the first call is slow
+    # The first call is slow, and compares with the model in float32, which is dropped then.
+    predictor.classify(torch.zeros(1, config.num_channels, *config.image_hw, dtype=torch.uint8))
     found = list(find_images(arguments.examples or [str(EXAMPLES)]))
     for name, wrong in found:
         if wrong:

@@ -19,8 +19,8 @@ from modeling_vit_scratch import (
     cli,
 )
 from modeling_vit_scratch.evaluation import Predictor, merge_tokens
+from modeling_vit_scratch.evaluation.programs import Logits, missing_for_onnx, open_file, write_files
 from modeling_vit_scratch.evaluation.token_merging import MergedTokens, match_tokens
-from modeling_vit_scratch.export import Logits, importlib, open_file, write_files
 
 DEEP = {**TINY, "num_hidden_layers": 3}
 MEAN = {**DEEP, "pooling": "mean", "use_cls_token": False, "use_final_norm": False}
@@ -311,10 +311,7 @@ def test_it_compiles_as_one_graph(name):
         ["torch.export"],
         pytest.param(
             ["ONNX"],
-            marks=pytest.mark.skipif(
-                not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
-                reason="pip install 'modeling_vit_scratch[export]'",
-            ),
+            marks=pytest.mark.skipif(bool(missing_for_onnx()), reason="pip install 'modeling_vit_scratch[export]'"),
         ),
     ],
     ids=str,
@@ -322,7 +319,7 @@ def test_it_compiles_as_one_graph(name):
 def test_exported_files_merge_too(formats, tmp_path):
     with torch.inference_mode(False), torch.no_grad():
         model = merging(WAYS["learned+rope"], num_hidden_layers=2)
-        write_files(Logits(model), torch.zeros(2, 3, 16, 16), tmp_path, formats, 20)
+        write_files(Logits(model), torch.zeros(2, 3, 16, 16), tmp_path, formats, 20, ["logits"])
         [file] = tmp_path.iterdir()
         for batch in (1, 3):
             equal(open_file(file)(images(model, batch)), model(images(model, batch)).logits, atol=1e-4)
