@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 
 # The helpers that tests in every folder import: runs, colours, hub_server, hub_folders.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -31,6 +32,12 @@ from hub_server import hub  # noqa: E402, F401
 def pytest_configure():
     if PEERS and peers.REASONS:
         raise pytest.UsageError(f"VIT_SCRATCH_PEERS={PEERS}, but from there {peers.REASONS} do not import.")
+
+
+@pytest.fixture(autouse=True)
+def a_cpu_without_units(monkeypatch):
+    """Float32 is the default on every machine, one with units for bfloat16 too; tests of those say what there is."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
 
 
 @pytest.fixture

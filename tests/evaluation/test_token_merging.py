@@ -365,7 +365,7 @@ def test_predictor_and_scripts(tmp_path, capsys):
         assert load_script(name).parse(words).token_merging == 0
         assert load_script(name).parse([*words, "--token_merging", "3"]).token_merging == 3
     arguments = load_script("predict").parse(["photo.png", "--token_merging", "5", "--device", "cpu"])
-    loaded = cli.load_predictor(arguments, str(tmp_path / "model"))
+    loaded = cli.load_predictor("predict.py", arguments, str(tmp_path / "model"))
     assert torch.equal(loaded(pixels).logits, merged(pixels).logits)
 
 
