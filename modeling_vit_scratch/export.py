@@ -85,6 +85,10 @@ def export_model(
     predictor = as_predictor(model, "cpu")
     if predictor.device.type != "cpu":
         raise ValueError(f"the model is on {predictor.device}, but is exported on the CPU: Predictor(..., 'cpu').")
+    if predictor.computes_in != "float32":
+        raise ValueError(
+            f"the model computes in {predictor.computes_in}, but files are of float32: Predictor(..., 'cpu')."
+        )
     if predictor.config.num_labels or dataset is not None:
         predictor.require_classifier()
     if dataset is not None:

@@ -166,8 +166,10 @@ def serve(arguments: argparse.Namespace, block: bool = True):
         raise ValueError(f"--host {arguments.host} is no address of this computer: {error}") from error
     predictor = cli.load_predictor(PROGRAM, arguments, arguments.model)
     config = predictor.config
-    # The first call is slow, and compares with the model in float32, which is dropped then.
-    predictor.classify(torch.zeros(1, config.num_channels, *config.image_hw, dtype=torch.uint8))
+    # First calls are slow; that of `classify` also drops a copy in float32.
+    black = torch.zeros(1, config.num_channels, *config.image_hw, dtype=torch.uint8)
+    predictor.classify(black)
+    predictor(black, output_attentions=True)
     found = list(find_images(arguments.examples or [str(EXAMPLES)]))
     for name, wrong in found:
         if wrong:

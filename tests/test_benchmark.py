@@ -356,7 +356,9 @@ def test_photos(args, monkeypatch):
     expected = photos.read_transformers(encoded, processor)
     assert expected.shape == (1, 3, 224, 224) and expected.std() > 0.5
     readers = photos.readers(processor)
-    assert set(readers) - {OURS, photos.PREDICTING, "transformers"} == {"timm", "torchvision"} & set(peers.MODULES)
+    assert set(readers) - {OURS, photos.PREDICTING, "transformers, Pillow"} == {"timm", "torchvision"} & set(
+        peers.MODULES
+    )
     for name, read in readers.items():
         far = (read(encoded) - expected).abs() * 255 * torch.tensor(photos.STD).view(-1, 1, 1)
         assert far.max() < (8.5 if name == photos.PREDICTING else 1.5), name

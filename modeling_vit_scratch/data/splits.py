@@ -46,6 +46,10 @@ def to_tensor(image: Image.Image, processor) -> torch.Tensor:
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
 
 
+# Those that weigh all the pixels that one is made of by where they lie; nearest and box do not.
+SMOOTH_FILTERS = {Image.Resampling[name] for name in ("HAMMING", "BILINEAR", "BICUBIC", "LANCZOS")}
+
+
 def enough_pixels(processor) -> int | None:
     """What `load_image` may take for `at_least` when the image is for this processor; None for every pixel.
 
@@ -54,7 +58,7 @@ def enough_pixels(processor) -> int | None:
     of white noise, the worst there is, by 1.3 and 7. (Saving a photo as JPEG of quality 90 itself changes them by 1 on
     average and by 18 at most.)
     """
-    if not _resizes_plainly(processor):
+    if not _resizes_plainly(processor) or processor.resample not in SMOOTH_FILTERS:
         return None
     return PIXELS_FOR_EACH * max(side for side in dict(processor.size).values() if side)
 

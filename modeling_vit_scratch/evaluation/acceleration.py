@@ -30,7 +30,7 @@ def load_for_inference(
         load_for_inference("runs/mine").classify(pixels)
 
     The first images also go through the model in float32, as many as `COMPARED_IMAGES`: a warning says if a
-    probability differs by more than `TOLERANCE` (`INT8_TOLERANCE` of int8). Then the model in float32 is dropped.
+    probability differs by more than `TOLERANCE` (`INT8_TOLERANCE` of int8). Then the copy in float32 is dropped.
 
     Args:
         checkpoint: As for `Predictor`, like `args` and `kwargs`.
@@ -38,9 +38,9 @@ def load_for_inference(
             and GPUs), float32 elsewhere.
         compile: Whether `torch.compile` makes the model into one program, in the first call, which takes up to a
             minute. It pays on GPUs.
-        quantize: "int8": the matrices of the blocks in 8 bits, what they multiply rounded to 8 bits as it comes. By
-            torchao where PyTorch has units for it (CPUs with AVX-512 VNNI or AMX, and GPUs), by ONNX Runtime on other
-            CPUs; maps and hidden states then come from the model as `dtype` says.
+        quantize: "int8": weights in 8 bits, what they multiply rounded to 8 bits as it comes. By torchao where PyTorch
+            has units for it (CPUs with AVX-512 VNNI or AMX, and GPUs), of the blocks; by ONNX Runtime on other CPUs, of
+            the whole model, which maps and hidden states are then not of: `__call__` gives those in float32.
 
     Raises:
         ValueError: As of `Predictor`; or the device has no such type, options exclude each other, or a package or a
@@ -60,7 +60,8 @@ def load_for_inference(
     if chosen == torch.float32 and not compile and quantize is None:
         return predictor
     name = str(chosen).removeprefix("torch.")
-    reference = Classify(copy.deepcopy(model))
+    changed = chosen != torch.float32 or (quantize is not None and not by_onnx)
+    reference = Classify(copy.deepcopy(model) if changed else model)
     model.to(chosen)
     if by_onnx:
         engine, name = _onnx_int8(predictor), "8-bit integers, by ONNX Runtime"
@@ -129,20 +130,21 @@ class Compared:
 
     def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pooled, logits = self.engine(pixels)
-        if self.reference is not None:
-            expected = self.reference(pixels[:COMPARED_IMAGES].float())[1]
-            self.reference = None
-            if self.predictor.can_classify:
-                self._say_if_different(logits[:COMPARED_IMAGES], expected)
+        predictor, self.predictor = self.predictor, None  # asked once; both may free memory
+        if predictor is not None:
+            reference, self.reference = self.reference, None
+            if predictor.can_classify:
+                expected = reference(pixels[:COMPARED_IMAGES])[1]
+                self._say_if_different(predictor, logits[:COMPARED_IMAGES], expected)
         return pooled, logits
 
-    def _say_if_different(self, logits: torch.Tensor, expected: torch.Tensor):
-        found, expected = map(self.predictor.probabilities, (logits.to(expected.device), expected))
+    def _say_if_different(self, predictor: Predictor, logits: torch.Tensor, expected: torch.Tensor):
+        found, expected = map(predictor.probabilities, (logits.to(expected.device), expected))
         difference = (found - expected).abs().max().item()
         if not difference <= self.tolerance:  # NaN too
             same = (found.argmax(dim=1) == expected.argmax(dim=1)).sum().item()
             logger.warning(
-                f"{self.predictor.name} in {self.predictor.computes_in} differs from float32: of the first "
+                f"{predictor.name} in {predictor.computes_in} differs from float32: of the first "
                 f"{len(found)} images, {same} have the same likeliest class, and a probability is off by "
-                f"{difference:.2f}, where {self.tolerance:g} is expected; use --dtype float32."
+                f"{difference:.2f}, where {self.tolerance:g} is expected; use float32, neither compiled nor quantised."
             )

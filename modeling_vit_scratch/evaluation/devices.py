@@ -24,7 +24,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 run on units of their own; where they are emulated, they are many times
     slower than in float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     return _is_cpu_with(device, "avx512_bf16", "amx_bf16")
 
 

@@ -167,7 +167,7 @@ class Predictor:
         return torch.stack([to_tensor(image, processor) for image in images])
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W) to what the model takes, on its device: floating point (B, C, H, W)."""
+        """uint8 (B, C, H, W) to what the model takes, on its device: float32 (B, C, H, W)."""
         pixels, processor = pixels.to(self.device).float(), self.processor
         if processor.do_rescale:
             pixels = pixels * processor.rescale_factor
@@ -175,7 +175,7 @@ class Predictor:
             for_channels = (processor.image_mean, processor.image_std)
             mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in for_channels)
             pixels = (pixels - mean) / std
-        return pixels.to(self.model.dtype)
+        return pixels
 
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor, **kwargs) -> ImageClassifierOutput:
@@ -216,6 +216,8 @@ class Predictor:
             labels = torch.from_numpy(match_classes(class_names, self.class_names))[labels]
         chunks = [range(start, min(start + batch_size, len(records))) for start in range(0, len(records), batch_size)]
         features, plain, mirrored = [], [], []
+        if self.computes_in != "float32":  # the first call, which compiles and compares, is not timed
+            self.classify(self.pixels(records.images(chunks[0][:8], self.config.num_channels)))
         started = time.perf_counter()
         with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(records), "Classifying") as bar:
             read = bounded_map(pool, lambda chunk: self.pixels(records.images(chunk, self.config.num_channels)), chunks)

@@ -183,7 +183,8 @@ def report_text(report: dict) -> str:
     """What `evaluate_model` or `compare_models` gave, as tables of at most 80 columns; only names can be longer."""
     results = report["models"]
     letters = [f"{letter}: " if len(results) > 1 else "" for letter in "AB"[: len(results)]]
-    names = [f"{letter}{result['model']}\n" for letter, result in zip(letters, results, strict=True)]
+    kinds = [f" ({result['computes_in']})" if result["computes_in"] != "float32" else "" for result in results]
+    names = [f"{a}{result['model']}{kind}\n" for a, result, kind in zip(letters, results, kinds, strict=True)]
     n, classes = results[0]["examples"], len(results[0]["per_class"])
     parts = ["".join(names) + f"on {report['dataset']}, split {report['split']}: {n:,} images of {classes} classes"]
     parts.append(text_table(_summary_rows(results)))

@@ -255,7 +255,8 @@ class _MergingAttention:
         qkv = self.qkv(hidden_states)  # (B, T', D) -> (B, T', 3 D)
         if self.q_bias is not None:
             qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
-        query, key, value = qkv.unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, A, T', d)
+        parts = qkv.chunk(3, dim=2)  # (B, T', D) each
+        query, key, value = (x.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in parts)  # (B, A, T', d) each
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         if keep_keys is not None:
             keep_keys(key.mean(dim=1))

@@ -14,8 +14,9 @@ REPO_PLACEHOLDER = "OWNER/REPO"  # stands in a card until it is pushed; then the
 # Fields of the config that make another model of the same size.
 CHOICES = (
     "hidden_act", "use_gated_mlp", "qkv_bias", "key_bias", "use_qk_norm", "use_embedding_norm", "layerscale_value",
-    "position_embedding_type", "rope_coordinates", "rope_frequencies", "use_cls_token", "num_cls_tokens",
-    "num_register_tokens", "pooling", "use_final_norm", "norm_after_pooling", "representation_size",
+    "position_embedding_type", "rope_theta", "rope_coordinates", "rope_grid_size", "rope_offset", "rope_frequencies",
+    "use_cls_token", "num_cls_tokens", "num_register_tokens", "pooling", "use_final_norm", "norm_after_pooling",
+    "representation_size",
 )  # fmt: skip
 _PLOTS_FIRST = ("reconstructions", "training_curves", "per_class_accuracy", "confusion_matrix")
 

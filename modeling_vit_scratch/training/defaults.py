@@ -5,12 +5,10 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..data.records import load_records
 from ..data.sources import load_raw
-from ..evaluation.devices import has_fast_bfloat16
 from .arguments import DataArguments, ModelArguments
 
 # Images whose sizes are looked at, evenly spaced.
@@ -107,7 +105,6 @@ def choose_settings(look: Look) -> dict:
         "rand_augment": 1,
         "augment_until": "rand_augment=0.8",
         **(shares if epochs > 20 else {}),  # short epochs are not each measured and saved
-        **({"bf16": True} if has_fast_bfloat16(torch.device("cpu")) or torch.cuda.is_available() else {}),
     }
 
 

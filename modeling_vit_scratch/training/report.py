@@ -41,9 +41,11 @@ def say_what_will_happen(run: Run):
     if not run.streamed:
         per_epoch = math.ceil(run.batches / args.gradient_accumulation_steps)
         epochs = f" ({run.steps / per_epoch:g} epochs)"
+    stages = len(config.stem_channels)
+    stem = f", {stages} convolutional stage{'s' * (stages > 1)} before it" if stages else ""
     rows = {
         "model": f"ViT, {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} "
-        f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}",
+        f"heads, MLP {config.intermediate_size}, patch {config.patch_hw[0]}x{config.patch_hw[1]}{stem}",
         "choices": choices_of(config.to_dict()) or "none: as in the paper",
         "parameters": f"{run.model.num_parameters():,}{_frozen(run.model)}",
         "FLOPs per image": f"{flops_per_image(run.model):,} (forward)",

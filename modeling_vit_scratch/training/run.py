@@ -42,6 +42,8 @@ from .trainer import ImageTrainer, OwnNoise, ResumeLoss, StopOnSignal, TellEpoch
 
 # Smallest share of an image's area that a random crop keeps, where nothing else is given.
 CROP_SCALE = 0.35
+# Beyond as many, the attention maps that a backward pass needs would fill the memory.
+EAGER_PATCHES = 256
 
 
 class Run:
@@ -273,7 +275,9 @@ def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
     if args.device.type == "cpu":
         keep_freed_memory()
         args.dataloader_pin_memory = False
-        if args.bf16:  # torch's fused attention has a slow backward pass in bfloat16 on CPUs
+        # torch's fused attention has a slow backward pass in bfloat16 on CPUs; without it, maps take memory.
+        h, w = model.config.grid_hw
+        if args.bf16 and h * w <= EAGER_PATCHES:
             model.set_attn_implementation("eager")
 
 

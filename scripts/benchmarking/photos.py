@@ -103,7 +103,7 @@ def readers(processor) -> dict[str, Callable[[bytes], torch.Tensor]]:
     found = {
         OURS: partial(read_ours, processor=processor),
         PREDICTING: partial(read_ours, processor=processor, at_least=enough_pixels(processor)),
-        "transformers": partial(read_transformers, processor=processor),
+        "transformers, Pillow": partial(read_transformers, processor=processor),
     }
     makers = {"torchvision": torchvision_transform, "timm": timm_transform}
     if "torchvision" in peers.MODULES:  # timm's transforms are made of torchvision's

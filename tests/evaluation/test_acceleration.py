@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import time
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from colours import BLUE, GREEN, RED, colour_model, paint, paint_folder, save_tr
 from runs import load_script
 
 from modeling_vit_scratch import ViTScratchForImageClassification
+from modeling_vit_scratch.data import load_split
 from modeling_vit_scratch.evaluation import Predictor, acceleration, devices, evaluate_model, load_for_inference
 from modeling_vit_scratch.evaluation.programs import missing_for_onnx
+from modeling_vit_scratch.export import export_model
 
 needs_onnx = pytest.mark.skipif(bool(missing_for_onnx()), reason="pip install 'modeling_vit_scratch[export]'")
 needs_torchao = pytest.mark.skipif(
@@ -173,6 +176,30 @@ def test_a_model_without_classes_gives_features(tmp_path, images):
     folder = save_trained(without_classes(), tmp_path)
     pooled, _ = load_for_inference(folder, "cpu", dtype="bfloat16").classify(images)
     torch.testing.assert_close(pooled, Predictor(folder, "cpu").classify(images)[0], atol=0.02, rtol=0.02)
+
+
+def test_the_first_call_is_not_timed(folder, tmp_path, monkeypatch):
+    """It compiles and compares, which no later one does."""
+    data = load_split(paint_folder(tmp_path, red=[RED] * 3, green=[GREEN] * 2, blue=[BLUE]))
+    predictor = load_for_inference(folder, "cpu", dtype="bfloat16")
+    predictor.processor  # noqa: B018  found before
+    compare = predictor.engine._say_if_different
+    monkeypatch.setattr(predictor.engine, "_say_if_different", lambda *args: (time.sleep(0.5), compare(*args)))
+    assert predictor.answers(data.records, data.class_names).seconds < 0.5
+
+
+def test_files_are_not_made_of_another_type(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"computes in bfloat16, but files are of float32"):
+        export_model(load_for_inference(folder, "cpu", dtype="bfloat16"), tmp_path / "out", formats="program")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_is_made_only_of_what_is_changed(folder):
+    changed = load_for_inference(folder, "cpu", dtype="bfloat16")
+    assert changed.engine.reference.model is not changed.model
+    assert all(p.dtype == torch.float32 for p in changed.engine.reference.parameters())
+    compiled = load_for_inference(folder, "cpu", dtype="float32", compile=True)
+    assert compiled.engine.reference.model is compiled.model
 
 
 # -- in the scripts --------------------------------------------------------------------------------------------------
