@@ -76,7 +76,7 @@ def test_pixels_differ_by_what_is_promised():
             encoded = encode(picture, "jpeg", quality=90, subsampling=subsampling)
             for factor in (2, 4, 8):
                 side = min(picture.size) // (3 * factor)  # the hardest: just enough pixels are left
-                for resample in ("HAMMING", "BILINEAR", "BICUBIC", "LANCZOS"):
+                for resample in ("BILINEAR", "BICUBIC", "LANCZOS"):
                     processor = square(side, resample=Image.Resampling[resample])
                     small = load_image(encoded, 3, enough_pixels(processor))
                     assert small.size == (picture.width // factor, picture.height // factor)
@@ -86,11 +86,11 @@ def test_pixels_differ_by_what_is_promised():
                     mean, largest = worst.get(kind, (0, 0))
                     worst[kind] = max(mean, far.float().mean().item()), max(largest, far.max().item())
     assert worst["photos"][0] <= 0.5 and worst["photos"][1] <= 8
-    assert worst["noise"][0] <= 1.3 and worst["noise"][1] <= 8
+    assert worst["noise"][0] <= 1.4 and worst["noise"][1] <= 7
     assert worst["photos"][0] > 0.1, "nothing was decoded smaller"
 
 
-@pytest.mark.parametrize("resample", ["NEAREST", "BOX"])
+@pytest.mark.parametrize("resample", ["NEAREST", "BOX", "HAMMING"])
 def test_filters_that_would_give_other_pixels_get_every_one(resample):
     assert enough_pixels(square(64, resample=Image.Resampling[resample])) is None
 
