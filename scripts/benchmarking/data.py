@@ -19,7 +19,7 @@ from modeling_vit_scratch.training.models import make_processor
 
 from . import peers
 from .cases import SHOWCASE, Case, make_model, make_step
-from .measuring import OURS, compare, faster, interleave, number, one_thread, ratio, share, stopwatch
+from .measuring import OURS, compare, faster, interleave, number, one_thread, ratio, share, stopwatch, under_titles
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 DATA_BATCH = 256
@@ -115,14 +115,12 @@ def measure_inspection(dataset_name: str) -> dict:
 
 
 def show(result: dict) -> str:
-    lines, title = [], None
-    for row in result["rows"]:
-        if row["case"] != title:
-            title = row["case"]
-            lines.append(title)
-        own = row["name"] == OURS
-        cells = [number(row["images_per_second"]), f"{row['spread']:.0%}", "" if own else ratio(row["ours_is"])]
-        lines.append([row["name"], *cells, share(row["share_of_step"])])
+    def cells(row: dict) -> list[str]:
+        theirs = "" if row["name"] == OURS else ratio(row["ours_is"])
+        speed = [number(row["images_per_second"]), f"{row['spread']:.0%}"]
+        return [row["name"], *speed, theirs, share(row["share_of_step"])]
+
+    lines = under_titles(result["rows"], cells)
     text = f"{DATA_BATCH} images of 32 x 32; one core, or the GPU if it is the device\n" + text_table(
         [["", "images/s", "spread", "ours is", "of a training step"], *lines]
     )

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,12 @@ def _fork_each(jobs: list[tuple[Callable, tuple]], title: str) -> list:
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         jobs = tqdm(jobs, desc=title, unit="process", delay=2, leave=False)
         return [pool.apply(function, arguments) for function, arguments in jobs]
+
+
+def under_titles(rows: list[dict], cells: Callable[[dict], list[str]]) -> list[list[str] | str]:
+    """The lines of a table: the cells of each row, and above those of a case its title."""
+    cases = groupby(rows, key=lambda row: row["case"])
+    return [line for title, members in cases for line in (title, *map(cells, members))]
 
 
 def number(value: float) -> str:

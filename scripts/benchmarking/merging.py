@@ -19,7 +19,7 @@ from modeling_vit_scratch.evaluation.reports import compare
 from modeling_vit_scratch.evaluation.tables import text_table
 
 from .cases import Case, make_model
-from .measuring import OURS, faster, interleave, number, one_thread, ratio, stopwatch
+from .measuring import OURS, faster, interleave, number, one_thread, ratio, stopwatch, under_titles
 
 PACKAGED, BATCH = "packaged model, 32 px, batch 64", 64
 CASES = [
@@ -105,20 +105,15 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def show(result: dict) -> str:
-    lines, title = [], None
-    for row in result["rows"]:
-        if row["case"] != title:
-            title = row["case"]
-            lines.append(title)
-        cells = [str(row["r"]), str(row["patches_left"]), number(row["images_per_second"]), ratio(row["speed"])]
-        if "accuracy" in row:
-            low, high = row["change_interval"]
-            cells += [
-                f"{row['accuracy']:.2%}",
-                f"{row['change']:+.2%}",
-                f"{low:+.2%} to {high:+.2%}" if row["r"] else "",
-            ]
-        lines.append([*cells, *[""] * (7 - len(cells))])
+    def cells(row: dict) -> list[str]:
+        speed = [str(row["r"]), str(row["patches_left"]), number(row["images_per_second"]), ratio(row["speed"])]
+        if "accuracy" not in row:
+            return [*speed, "", "", ""]
+        low, high = row["change_interval"]
+        interval = f"{low:+.2%} to {high:+.2%}" if row["r"] else ""
+        return [*speed, f"{row['accuracy']:.2%}", f"{row['change']:+.2%}", interval]
+
+    lines = under_titles(result["rows"], cells)
     header = ["merged a block", "left", "images/s", "speed", "accuracy", "change", "95 %"]
     notes = f"left: patches after the last block; speed: over that without merging, in turns. {result['note']}"
     return f"{text_table([header, *lines])}\n\n{textwrap.fill(notes, 80)}"

@@ -20,7 +20,7 @@ from modeling_vit_scratch.evaluation.tables import text_table
 from . import peers
 from .cases import SHOWCASE, Case, logits_of, make_model
 from .data import MEAN, STD
-from .measuring import OURS, one_thread, ratio, share, synchronise
+from .measuring import OURS, one_thread, ratio, share, synchronise, under_titles
 
 STEP_CASES = [
     SHOWCASE,
@@ -104,14 +104,11 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def show(result: dict) -> str:
-    lines, title = [], None
-    for row in result["rows"]:
-        if row["case"] != title:
-            title = row["case"]
-            lines.append(title)
-        cells = [f"{row['parts'][part] * 1e3:,.1f}" for part in PARTS]
-        lines.append([row["name"], *cells, f"{row['seconds'] * 1e3:,.1f}"])
-        lines[-1].append("" if row["name"] == OURS else ratio(row["ours_is"]))
+    def cells(row: dict) -> list[str]:
+        parts = [f"{seconds * 1e3:,.1f}" for seconds in (*row["parts"].values(), row["seconds"])]
+        return [row["name"], *parts, "" if row["name"] == OURS else ratio(row["ours_is"])]
+
+    lines = under_titles(result["rows"], cells)
     table = text_table([["", *PARTS, "step", "ours is"], *lines])
     notes = []
     for row in result["rows"]:
