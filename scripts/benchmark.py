@@ -1,6 +1,6 @@
 """Measure this package's speed and memory side by side with its peers'.
 
-python scripts/benchmark.py --quick                 in 3 minutes
+python scripts/benchmark.py --quick                 small sizes, few rounds
 python scripts/benchmark.py --sections model,memory
 python scripts/benchmark.py --sections race --dataset_name path/to/cifar10
 
@@ -14,7 +14,7 @@ SECTION is one or more of
   memory    loading a 632 M-parameter model from disk
   scale     against batch size, image size and processes
   merging   token merging: accuracy of the packaged model (--dataset_name)
-            against speed, and speed of larger ones (a quarter of an hour)
+            against speed, and speed of larger ones (long)
   race      training: the teaching protocol against our recipe (an hour)
 
 Peers take turns, each round in another order, so that what else the machine
