@@ -20,9 +20,11 @@ PEERS = os.environ.get("VIT_SCRATCH_PEERS")
 if PEERS:
     sys.path.append(PEERS)
 
-# Processes that test side by side (pytest-xdist, in CI) keep apart what transformers copies of repositories' code.
+# Processes that test side by side (pytest-xdist, in CI) keep apart what transformers copies of repositories' code and
+# what PyTorch compiles: of two that compile the same, one has found the other's half-written work.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor-")
 
 from benchmarking import peers  # noqa: E402  beside a torchvision that does not import, transformers does only after this
 from hub_folders import folder, made, no_waiting  # noqa: E402, F401
