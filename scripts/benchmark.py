@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py --quick                 small sizes, few rounds
 python scripts/benchmark.py --sections model,memory
+python scripts/benchmark.py --sections model --cases inference
 python scripts/benchmark.py --sections race --dataset_name path/to/cifar10
 
 SECTION is one or more of
@@ -18,7 +19,8 @@ SECTION is one or more of
   race      training: the teaching protocol against our recipe (an hour)
 
 Peers take turns, each round in another order, so that what else the machine
-does strikes all alike; ratios are medians over the rounds. A table goes to the
+does strikes all alike; ratios are medians over the rounds. Models are timed in
+several fresh processes, and a line says which are not told apart. A table goes to the
 standard output; numbers and charts (JSON, PNG, SVG) go into a folder. A race
 that was interrupted goes on, and one that was run before is not run again.
 
@@ -69,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--sections", type=sections, metavar="SECTION,...", help="or 'all'; default: all but merging and race"
     )
     what.add_argument("--quick", action="store_true", help="small sizes, few rounds")
+    what.add_argument("--cases", default="", metavar="TEXT", help="of model: those with this text in their titles")
     what.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda if there is one")
     what.add_argument(
         "--dataset_name",
@@ -84,12 +87,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.sections = args.sections or [name for name in SECTIONS if name not in LONG]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.partition(":")[0] not in cases.CASES:
+    if device.partition(":")[0] not in cases.WORK:
         parser.error(f"--device ({device}) must be cpu or cuda")
     if device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device ({device}) is not there; use cpu")
     args.device = torch.device(device)
-    args.cases = [case for case in cases.CASES[args.device.type] if case.quick or not args.quick]
+    titles = cases.cases_for(args.device, args.quick)
+    args.cases = [case for case in titles if args.cases in case.title]
+    if not args.cases:
+        parser.error(f"--cases is in none of the titles: {'; '.join(case.title for case in titles)}")
+    args.processes, args.rounds_each = (2, 2) if args.quick else (6, 3)
     args.rounds, args.least, args.steps, args.process_rounds = (3, 0.05, 30, 1) if args.quick else (15, 0.2, 100, 3)
     args.images = 500 if args.quick else None  # None: all
     args.large = "base" if args.quick else "huge"

@@ -1,14 +1,16 @@
 """A model, ours or a peer's, and what is done with it: inference or a training step."""
 
+import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.evaluation.devices import has_fast_bfloat16
 
 from . import peers
 from .measuring import OURS, PeakMemory
@@ -24,7 +26,8 @@ class Case:
         batch: Number of images.
         training: A training step instead of inference.
         fields: Of the config, where they differ from the preset's.
-        bf16: bfloat16 autocast and `torch.compile` instead of float32.
+        bf16: bfloat16 instead of float32: of the weights too in inference, by autocast in training.
+        compiled: By `torch.compile`.
         quick: Whether it is measured in quick mode too.
     """
 
@@ -34,7 +37,12 @@ class Case:
     training: bool = False
     fields: dict = field(default_factory=dict)
     bf16: bool = False
+    compiled: bool = False
     quick: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     @property
     def config(self) -> ViTScratchConfig:
@@ -44,19 +52,39 @@ class Case:
 
 CLASS_TOKEN = {"use_cls_token": True, "pooling": "cls", "use_final_norm": True}
 SHOWCASE = Case("showcase, training, batch 64", "showcase", 64, training=True)
-CASES = {
+WORK = {
     "cpu": [
         Case("ViT-B/16, inference, batch 1", "base", 1),
         Case("ViT-B/16, inference, batch 8", "base", 8, quick=False),
+        Case("ViT-Ti/16, inference, batch 64", "tiny", 64, quick=False),
+        Case("ViT-B/16, training, batch 8", "base", 8, training=True, quick=False),
         SHOWCASE,
         Case("showcase + class token, training, batch 64", "showcase", 64, True, CLASS_TOKEN),
     ],
     "cuda": [
-        Case("ViT-B/16, inference, batch 256, bf16, compiled", "base", 256, bf16=True),
-        Case("ViT-B/16, training, batch 256, bf16, compiled", "base", 256, True, bf16=True),
-        Case("showcase, training, batch 256, bf16, compiled", "showcase", 256, True, bf16=True),
+        *(Case(f"ViT-B/16, inference, batch {batch}", "base", batch) for batch in (1, 8, 64, 256)),
+        *(Case(f"ViT-B/16, training, batch {batch}", "base", batch, training=True) for batch in (8, 64, 256)),
+        Case("showcase, training, batch 256", "showcase", 256, training=True),
     ],
 }
+# On a CPU compiling takes longer than what it gains; two cases show it.
+COMPILED_ON_CPUS = ("ViT-B/16, inference, batch 8", SHOWCASE.title)
+
+
+def cases_for(device: torch.device, quick: bool) -> list[Case]:
+    """What is measured on a device, in the types that are fast there.
+
+    On CPUs in float32 and, where they have units for it, in bfloat16, and two of these compiled too; on GPUs in
+    bfloat16, compiled and not. In quick mode nothing is compiled on a CPU.
+    """
+    on_gpu, cases = device.type == "cuda", []
+    for case in (case for case in WORK[device.type] if case.quick or not quick):
+        types = [True] if on_gpu else [False, True] if has_fast_bfloat16(device) else [False]
+        compile_too = on_gpu or (case.title in COMPILED_ON_CPUS and not quick)
+        for compiled, bf16 in itertools.product([False, True] if compile_too else [False], types):
+            title = f"{case.title}, {'bfloat16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
+            cases.append(replace(case, title=title, bf16=bf16, compiled=compiled))
+    return cases
 
 
 def make_model(case: Case, name: str) -> torch.nn.Module:
@@ -102,22 +130,20 @@ def make_step(case: Case, model: torch.nn.Module, device: torch.device) -> Calla
     pixels = torch.randn(case.batch, config.num_channels, *config.image_hw, device=device)
     labels = torch.randint(config.num_labels, (case.batch,), device=device)
     model = model.to(device).train(case.training)
-    forward = torch.compile(model) if case.bf16 else model
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=case.bf16)
-
+    forward = torch.compile(model) if case.compiled else model
     if not case.training:
+        model.to(case.dtype)
+        pixels = pixels.to(case.dtype)
 
         def infer():
-            with torch.inference_mode(), autocast():
+            with torch.inference_mode():
                 forward(pixels)
 
         return infer
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def train():
-        with autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=case.bf16):
             logits = logits_of(forward(pixels))
         optimizer.zero_grad()
         F.cross_entropy(logits.float(), labels).backward()

@@ -84,7 +84,8 @@ def torchvision_data_path(dataset: DecodedImages, settings: dict) -> Callable[[]
 def measure(args: argparse.Namespace) -> dict:
     """Batches from bytes in memory to normalised floats, on one core or on the GPU; the share of a training step."""
     dataset = random_images(4 * DATA_BATCH, args.device)
-    case = Case("", "showcase", DATA_BATCH, training=True, bf16=args.device.type == "cuda")
+    on_gpu = args.device.type == "cuda"
+    case = Case("", "showcase", DATA_BATCH, training=True, bf16=on_gpu, compiled=on_gpu)
     rows = []
     with one_thread():
         train = stopwatch(make_step(case, make_model(case, OURS), args.device), args.device, args.least)

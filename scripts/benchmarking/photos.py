@@ -118,8 +118,9 @@ def readers(processor) -> dict[str, Callable[[bytes], torch.Tensor]]:
 
 def models(device: torch.device, quick: bool) -> dict[str, tuple[Callable[[], object], int, object]]:
     """By title: one inference, its number of images, and the image processor."""
-    batch = 256 if device.type == "cuda" else 1 if quick else 8
-    case = Case("", "base", batch, bf16=device.type == "cuda")
+    on_gpu = device.type == "cuda"
+    batch = 256 if on_gpu else 1 if quick else 8
+    case = Case("", "base", batch, bf16=on_gpu, compiled=on_gpu)
     step = make_step(case, make_model(case, OURS), device)
     packaged = Predictor(PACKAGED_MODEL, str(device))
     pixels = torch.zeros(batch, 3, *packaged.image_hw, dtype=torch.uint8)
