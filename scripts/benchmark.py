@@ -14,9 +14,10 @@ SECTION is one or more of
   trainer   what ImageTrainer adds to a bare training loop
   memory    loading a 632 M-parameter model from disk
   scale     against batch size, image size and processes
-  merging   token merging: accuracy of the packaged model (--dataset_name)
-            against speed, and speed of larger ones (long)
-  race      training: the teaching protocol against our recipe (an hour)
+  inference bfloat16, compiled, 8-bit integers: accuracy of the packaged model
+            (--dataset_name) against speed, and speed of ViT-B/16 (long)
+  merging   token merging: likewise (long)
+  race      training: the teaching protocol against our recipe (long: an hour)
 
 Peers take turns, each round in another order, so that what else the machine
 does strikes all alike; ratios are medians over the rounds. Models are timed in
@@ -36,7 +37,7 @@ import textwrap
 from pathlib import Path
 
 import torch
-from benchmarking import cases, data, memory, merging, model, peers, photos, race, scale, step, trainer
+from benchmarking import cases, data, inference, memory, merging, model, peers, photos, race, scale, step, trainer
 
 from modeling_vit_scratch import cli, plots
 from modeling_vit_scratch.training.report import hardware
@@ -51,7 +52,7 @@ SECTIONS = {
     "memory": memory,
     "scale": scale,
 }
-LONG = {"merging": merging, "race": race}
+LONG = {"inference": inference, "merging": merging, "race": race}
 SECTIONS |= LONG
 
 
@@ -68,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__, f"{PROGRAM} [--sections SECTION,...] [--quick] [--option value ...]")
     what = parser.add_argument_group("what")
     what.add_argument(
-        "--sections", type=sections, metavar="SECTION,...", help="or 'all'; default: all but merging and race"
+        "--sections", type=sections, metavar="SECTION,...", help="or 'all'; default: all that are not long"
     )
     what.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     what.add_argument("--cases", default="", metavar="TEXT", help="of model: those with this text in their titles")
@@ -76,8 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--dataset_name",
         metavar="NAME",
-        help="of race and merging, as in finetune.py, and inspected by data; default: CIFAR-10, offline digits; for "
-        "data digits",
+        help="of race, inference and merging, as in finetune.py, and inspected by data; default: CIFAR-10, offline "
+        "digits; for data digits",
     )
     output = parser.add_argument_group("output")
     output.add_argument(

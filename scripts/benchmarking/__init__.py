@@ -9,6 +9,7 @@
     trainer    what ImageTrainer adds to a bare training loop
     memory     loading a large model from disk
     scale      against batch size, image size and processes
+    inference  load_for_inference's ways: accuracy against speed
     merging    token merging: accuracy against speed
     race       training: the teaching protocol against our recipe
 

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from modeling_vit_scratch import ViTScratchConfig, plots
 from modeling_vit_scratch.conversion import PACKAGED_MODEL
+from modeling_vit_scratch.data.cuts import Split
 from modeling_vit_scratch.data.sources import default_dataset
 from modeling_vit_scratch.evaluation import Predictor, merge_tokens
-from modeling_vit_scratch.evaluation.inference import find_split
+from modeling_vit_scratch.evaluation.inference import Answers, find_split, match_classes
 from modeling_vit_scratch.evaluation.metrics import wilson_interval
 from modeling_vit_scratch.evaluation.reports import compare
 from modeling_vit_scratch.evaluation.tables import text_table
@@ -69,23 +70,35 @@ def speeds(title: str, model: torch.nn.Module, batch: int, args: argparse.Namesp
     ]
 
 
-def accuracies(predictor: Predictor, args: argparse.Namespace) -> tuple[dict[int, dict], str]:
-    """For each number of merged tokens what is right of the test split, and a line that says of what; or why not."""
+def accuracies(answers: dict[object, Answers]) -> dict[object, dict]:
+    """For each setting the share of right answers, and its difference from the first one's, with 95 % intervals."""
+    found, first = {}, next(iter(answers.values()))
+    for name, said in answers.items():
+        compared = compare(said, first)
+        right = int((said.probabilities.argmax(dim=1) == said.labels).sum())
+        found[name] = {"accuracy": right / len(said.labels), "change": compared["difference"]}
+        found[name] |= {"accuracy_interval": wilson_interval(right, len(said.labels))}
+        found[name] |= {"change_interval": compared["difference_interval"]}
+    return found
+
+
+def find_images(predictor: Predictor, args: argparse.Namespace) -> tuple[Split | None, str]:
+    """The test split, and a line that says of what accuracies are; or why there are none."""
     try:
         split = find_split(args.dataset_name or default_dataset(), [predictor], "test", max_samples=args.images)
-        answers = {}
-        for r in merged_a_block(predictor.config):
-            merge_tokens(predictor.model, r)
-            answers[r] = predictor.answers(split.records, split.class_names)
+        match_classes(split.class_names, predictor.class_names)
     except ValueError as error:
-        return {}, f"Accuracy was not measured: {error}"
-    found = {}
-    for r, said in answers.items():
-        compared = compare(said, answers[0])
-        right = int((said.probabilities.argmax(dim=1) == said.labels).sum())
-        found[r] = {"accuracy": right / len(said.labels), "accuracy_interval": wilson_interval(right, len(said.labels))}
-        found[r] |= {"change": compared["difference"], "change_interval": compared["difference_interval"]}
-    return found, f"Accuracy on {len(split.records):,} images of {split.dataset}, test."
+        return None, f"Accuracy was not measured: {error}"
+    return split, f"Accuracy on {len(split.records):,} images of {split.dataset}, test."
+
+
+def cells_of_accuracy(row: dict, first: bool) -> list[str]:
+    """Accuracy, change and interval as a table's cells, empty where they were not measured."""
+    if "accuracy" not in row:
+        return ["", "", ""]
+    low, high = row["change_interval"]
+    change = [] if first else [f"{row['change']:+.2%}", f"{low:+.2%} to {high:+.2%}"]
+    return [f"{row['accuracy']:.2%}", *(change or ["", ""])]
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -97,21 +110,19 @@ def measure(args: argparse.Namespace) -> dict:
         for case in CASES:
             if case.quick == args.quick:
                 rows += speeds(case.title, make_model(case, OURS).to(args.device), case.batch, args)
-        found, note = accuracies(predictor, args)
-    for row in rows:
-        if row["case"] == PACKAGED:
-            row |= found.get(row["r"], {})
+        split, note = find_images(predictor, args)
+        answers = {}
+        for row in (row for row in rows if row["case"] == PACKAGED and split is not None):
+            merge_tokens(predictor.model, row["r"])
+            answers[row["r"]] = predictor.answers(split.records, split.class_names)
+            row |= accuracies(answers)[row["r"]]
     return {"rows": rows, "note": note}
 
 
 def show(result: dict) -> str:
     def cells(row: dict) -> list[str]:
         speed = [str(row["r"]), str(row["patches_left"]), number(row["images_per_second"]), ratio(row["speed"])]
-        if "accuracy" not in row:
-            return [*speed, "", "", ""]
-        low, high = row["change_interval"]
-        interval = f"{low:+.2%} to {high:+.2%}" if row["r"] else ""
-        return [*speed, f"{row['accuracy']:.2%}", f"{row['change']:+.2%}", interval]
+        return [*speed, *cells_of_accuracy(row, first=row["r"] == 0)]
 
     lines = under_titles(result["rows"], cells)
     header = ["merged a block", "left", "images/s", "speed", "accuracy", "change", "95 %"]

@@ -99,8 +99,8 @@ def verdict(row: dict) -> str:
 def show(result: dict) -> str:
     lines, verdicts = [], []
     for group in result["cases"]:
-        gflop, peak = group["flops_per_image"] / 1e9, group["peak_flops_per_second"] / 1e9
-        lines.append(f"{group['case']} ({gflop:.3g} GFLOP; {number(peak)} GFLOP/s)")
+        gflop, peak = group["flops_per_image"] / 1e9, group["peak_flops_per_second"] / 1e12
+        lines.append(f"{group['case']} ({gflop:.3g} GFLOP; {peak:.3g} TFLOP/s)")
         for row in (row for row in result["rows"] if row["case"] == group["case"]):
             cells = [f"{row['seconds'] * 1e3:.1f}", f"{row['spread']:.0%}", number(row["images_per_second"]), "", ""]
             if row["name"] != OURS:
@@ -114,7 +114,7 @@ def show(result: dict) -> str:
         f"ms: median of {result['rounds']} rounds in each of {result['processes']} fresh processes; spread: "
         "interquartile range over it; ours is: our speed over this one's; range: of that, over the processes; of peak: "
         "floating-point operations per second (GFLOP: of one image, all tokens in all blocks, though ours leaves out "
-        "what no logit needs) over those of a large matrix product (GFLOP/s); MB: most memory of model and "
+        "what no logit needs) over those of a large matrix product (TFLOP/s); MB: most memory of model and "
         "computation.",
         *(f"Not compared, as it does not import here: {name} ({why})" for name, why in result["absent"].items()),
     ]
