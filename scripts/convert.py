@@ -33,7 +33,7 @@ from modeling_vit_scratch.conversion.catalogue import architectures, describe_ch
 from modeling_vit_scratch.conversion.exporting import open_to_others
 from modeling_vit_scratch.conversion.families import TARGETS
 from modeling_vit_scratch.conversion.layouts import SUFFIXES, WEIGHT_FILES
-from modeling_vit_scratch.conversion.loading import is_own
+from modeling_vit_scratch.conversion.loading import is_own, require_unquantized
 from modeling_vit_scratch.conversion.processors import read_labels
 from modeling_vit_scratch.conversion.proof import TOLERANCE, Verification
 from modeling_vit_scratch.conversion.reading import one_line
@@ -158,6 +158,7 @@ def convert(arguments: argparse.Namespace) -> int:
     model = convert_checkpoint(
         checkpoint, image_size=size, num_labels=arguments.num_labels, id2label=labels, **origin, **hints
     )
+    require_unquantized(model, checkpoint)
     own = arguments.source is None and is_own(checkpoint, revision=arguments.revision)
     processor = None
     try:

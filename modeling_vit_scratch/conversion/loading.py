@@ -39,6 +39,7 @@ def convert_checkpoint(
     **hints,
 ) -> ViTScratchForImageClassification:
     """Load a ViT of another library, or one of ours, into our model: float32, in evaluation mode, the same function.
+    A folder of ours that was saved quantised (with a `quantization_config`) stays so.
 
     Its outputs have names, as what uses it here expects, even if the checkpoint's own config says `return_dict=False`;
     `from_pretrained`, and `return_dict=False` among the hints, give tuples.
@@ -76,6 +77,19 @@ def convert_checkpoint(
         plan = make_plan(opened, family, named, hints, replace_head or num_labels is not None)
         model, headless = convert(opened, family, named, plan)
     return _change(model, headless, image_size, num_labels, id2label)
+
+
+def quantized_by(model: ViTScratchForImageClassification) -> str | None:
+    """The library that quantised the weights of a model before it was saved, e.g. "torchao"; None for plain ones."""
+    config = getattr(model.config, "quantization_config", None)
+    method = config["quant_method"] if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def require_unquantized(model: ViTScratchForImageClassification, name: str):
+    """Raise a ValueError if weights were saved quantised: they can neither be trained nor written for others."""
+    if quantized_by(model) is not None:
+        raise ValueError(f"{name} has quantised weights, which only predict; take the model that it was made of.")
 
 
 def is_own(checkpoint, **hub) -> bool:
@@ -120,6 +134,10 @@ def _load_own(folder: Path, hints: dict) -> tuple[ViTScratchForImageClassificati
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
             )
+    except ImportError as error:  # of what quantised it
+        raise ValueError(
+            f"{folder} cannot be loaded: {one_line(error)}; pip install 'modeling_vit_scratch[quantize]' has torchao."
+        ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be loaded: {one_line(error)}") from error
     missing, left_over = set(report["missing_keys"]), set(report["unexpected_keys"])
@@ -133,7 +151,9 @@ def _load_own(folder: Path, hints: dict) -> tuple[ViTScratchForImageClassificati
         "missing": sorted(missing - head),
         "left over": sorted(left_over - decoder),
         "of another shape": [f"{name} {tuple(old)} for {tuple(new)}" for name, old, new in report["mismatched_keys"]],
-        "not finite (NaN or infinite)": [name for name, p in model.state_dict().items() if not p.isfinite().all()],
+        "not finite (NaN or infinite)": [
+            name for name, p in model.state_dict().items() if not p.dequantize().isfinite().all()
+        ],
     }
     raise_unfit(str(folder), problems)
     if decoder:

@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from .devices import has_fast_bfloat16, has_fast_int8
-from .inference import Classify, Predictor
+from .inference import COMPARED_IMAGES, Classify, Predictor
 from .programs import FILES, missing_for_onnx, open_file, write_files
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COMPARED_IMAGES = 8
 TOLERANCE, INT8_TOLERANCE = 0.05, 0.2  # of a probability
 
 
@@ -52,6 +51,12 @@ def load_for_inference(
         raise ValueError(f"quantize ({quantize!r}) must be 'int8' or None.")
     predictor = Predictor(checkpoint, *args, **kwargs)
     device, model = predictor.device, predictor.model
+    if predictor.computes_in != "float32":
+        if dtype != "auto" or quantize is not None:
+            raise ValueError(f"{predictor.name} was saved in {predictor.computes_in}: leave out dtype and quantize.")
+        if compile:
+            predictor.engine = torch.compile(predictor.engine, dynamic=True)
+        return predictor
     by_onnx = quantize is not None and not has_fast_int8(device)
     _refuse(device, dtype, compile, quantize, by_onnx)
     chosen = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if has_fast_bfloat16(device) else torch.float32

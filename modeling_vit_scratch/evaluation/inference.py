@@ -25,7 +25,7 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..conversion import convert_checkpoint, image_processor_for
-from ..conversion.loading import own_folder
+from ..conversion.loading import own_folder, quantized_by
 from ..data import load_split
 from ..data.cuts import RunRecord, Split, read_record
 from ..data.records import Records
@@ -35,6 +35,9 @@ from .devices import find_device
 from .token_merging import merge_tokens
 
 logger = logging.getLogger(__name__)
+
+# As many images `load_for_inference` compares with float32.
+COMPARED_IMAGES = 8
 
 
 def find_images(patterns: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -118,9 +121,10 @@ class Predictor:
         merge_tokens(self.model, token_merging)
         self.config = self.model.config
         self.engine: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = Classify(self.model)
-        self.computes_in = "float32"
+        library = quantized_by(self.model)
+        self.computes_in = "float32" if library is None else f"quantised weights ({library})"
         # Classifiers start at zero: one that is still there was never trained, or is not in the checkpoint.
-        self.can_classify = any(bool(p.any()) for p in self.model.classifier.parameters())
+        self.can_classify = any(bool(p.dequantize().any()) for p in self.model.classifier.parameters())
 
     @cached_property
     def processor(self):
@@ -217,7 +221,7 @@ class Predictor:
         chunks = [range(start, min(start + batch_size, len(records))) for start in range(0, len(records), batch_size)]
         features, plain, mirrored = [], [], []
         if self.computes_in != "float32":  # the first call, which compiles and compares, is not timed
-            self.classify(self.pixels(records.images(chunks[0][:8], self.config.num_channels)))
+            self.classify(self.pixels(records.images(chunks[0][:COMPARED_IMAGES], self.config.num_channels)))
         started = time.perf_counter()
         with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(len(records), "Classifying") as bar:
             read = bounded_map(pool, lambda chunk: self.pixels(records.images(chunk, self.config.num_channels)), chunks)

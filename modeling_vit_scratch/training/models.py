@@ -10,6 +10,7 @@ from transformers import ViTImageProcessorPil
 from ..cli import config_fields
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..conversion import convert_checkpoint, image_processor_for
+from ..conversion.loading import require_unquantized
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .arguments import ModelArguments
 
@@ -45,6 +46,7 @@ def load_trained(arguments: ModelArguments) -> tuple[ViTScratchForImageClassific
     name, fields = arguments.model_name_or_path, config_fields(arguments.config_overrides)
     where = {"source": arguments.source, "cache_dir": arguments.cache_dir, "token": arguments.token}
     model = convert_checkpoint(name, image_size=arguments.image_size, replace_head=True, **where, **fields)
+    require_unquantized(model, name)
     processor = image_processor_for(name, model, **where)
     return model, make_processor(model.config, processor.image_mean, processor.image_std)
 

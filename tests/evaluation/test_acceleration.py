@@ -1,19 +1,25 @@
 """load_for_inference: what is chosen on which device, that it computes the same, and what is said where it does not."""
 
 import importlib.util
+import json
 import logging
+import shutil
+import sys
 import time
 
 import pytest
 import torch
 from colours import BLUE, GREEN, RED, colour_model, paint, paint_folder, save_trained
 from runs import load_script
+from transformers import TorchAoConfig
 
 from modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.data import load_split
 from modeling_vit_scratch.evaluation import Predictor, acceleration, devices, evaluate_model, load_for_inference
 from modeling_vit_scratch.evaluation.programs import missing_for_onnx
 from modeling_vit_scratch.export import export_model
+from modeling_vit_scratch.training.arguments import ModelArguments
+from modeling_vit_scratch.training.models import load_trained
 
 needs_onnx = pytest.mark.skipif(bool(missing_for_onnx()), reason="pip install 'modeling_vit_scratch[export]'")
 needs_torchao = pytest.mark.skipif(
@@ -145,6 +151,46 @@ def test_int8_by_torchao(folder, images, monkeypatch):
     found, expected = predictor.classify(images), Predictor(folder, "cpu").classify(images)
     torch.testing.assert_close(found, expected, atol=0.1, rtol=0.02)
     assert not torch.equal(found[1], expected[1])
+
+
+QUANTIZED = {
+    "quant_method": "torchao",
+    "quant_type": {"default": {"_type": "Int8DynamicActivationInt8WeightConfig", "_version": 2, "_data": {}}},
+}
+
+
+@needs_torchao
+def test_a_folder_that_was_saved_quantised(folder, images, tmp_path):
+    """transformers quantises, saves and loads; here it predicts as it did, and is used for nothing else."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    way = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
+    model = ViTScratchForImageClassification.from_pretrained(folder, quantization_config=way)
+    saved = save_trained(model, tmp_path / "int8")
+    predictor = load_for_inference(saved, "cpu")
+    assert predictor.computes_in == "quantised weights (torchao)" and predictor.can_classify
+    found = predictor.classify(images)
+    assert torch.equal(found[1], model(predictor.normalise(images)).logits)
+    torch.testing.assert_close(found, Predictor(folder, "cpu").classify(images), atol=0.1, rtol=0.02)
+    for options in ({"dtype": "float32"}, {"quantize": "int8"}):
+        with pytest.raises(ValueError, match=r"saved in quantised weights \(torchao\): leave out dtype and quantize"):
+            load_for_inference(saved, "cpu", **options)
+    with pytest.raises(ValueError, match="files are of float32"):
+        export_model(predictor, tmp_path / "out", ["onnx"])
+    with pytest.raises(ValueError, match="quantised weights, which only predict"):
+        load_trained(ModelArguments(model_name_or_path=saved))
+    with pytest.raises(ValueError, match="quantised weights, which only predict"):
+        load_script("convert").main([saved, str(tmp_path / "converted")])
+
+
+def test_a_folder_whose_quantiser_is_missing(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "int8")
+    config = json.loads((tmp_path / "int8/config.json").read_text())
+    (tmp_path / "int8/config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZED}))
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.core.config", None)
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*torchao.*modeling_vit_scratch\[quantize\]"):
+        Predictor(tmp_path / "int8", "cpu")
 
 
 def test_another_model_is_warned_of_once(folder, images, monkeypatch, caplog):
