@@ -160,7 +160,7 @@ QUANTIZED = {
 
 
 @needs_torchao
-def test_a_folder_that_was_saved_quantised(folder, images, tmp_path):
+def test_a_folder_that_was_saved_quantised(folder, images, tmp_path, capsys):
     """transformers quantises, saves and loads; here it predicts as it did, and is used for nothing else."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
@@ -179,8 +179,8 @@ def test_a_folder_that_was_saved_quantised(folder, images, tmp_path):
         export_model(predictor, tmp_path / "out", ["onnx"])
     with pytest.raises(ValueError, match="quantised weights, which only predict"):
         load_trained(ModelArguments(model_name_or_path=saved))
-    with pytest.raises(ValueError, match="quantised weights, which only predict"):
-        load_script("convert").main([saved, str(tmp_path / "converted")])
+    assert load_script("convert").main([saved, str(tmp_path / "converted")]) == 2
+    assert "quantised weights, which only predict" in capsys.readouterr().err
 
 
 def test_a_folder_whose_quantiser_is_missing(folder, tmp_path, monkeypatch):
