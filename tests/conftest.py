@@ -7,7 +7,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 
 # The helpers that tests in every folder import: runs, colours, hub_server, hub_folders.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,6 +29,8 @@ from benchmarking import peers  # noqa: E402  beside a torchvision that does not
 from hub_folders import folder, made, no_waiting  # noqa: E402, F401
 from hub_server import hub  # noqa: E402, F401
 
+from modeling_vit_scratch.evaluation import devices  # noqa: E402
+
 
 def pytest_configure():
     if PEERS and peers.REASONS:
@@ -39,7 +40,7 @@ def pytest_configure():
 @pytest.fixture(autouse=True)
 def a_cpu_without_units(monkeypatch):
     """Float32 is the default on every machine, one with units for bfloat16 too; tests of those say what there is."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    monkeypatch.setattr(devices, "cpu_capabilities", dict)
 
 
 @pytest.fixture

@@ -39,5 +39,10 @@ def has_fast_int8(device: torch.device) -> bool:
 
 
 def _is_cpu_with(device: torch.device, *units: str) -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    capabilities = cpu_capabilities() if device.type == "cpu" else {}
     return any(capabilities.get(name) for name in units)
+
+
+def cpu_capabilities() -> dict[str, bool]:
+    """What this CPU has, by PyTorch's names; empty where PyTorch does not know."""
+    return getattr(torch.cpu, "get_capabilities", dict)()

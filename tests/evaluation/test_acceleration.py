@@ -51,7 +51,7 @@ def images(folder) -> torch.Tensor:
 
 def units(monkeypatch, name: str):
     """As on a CPU that has these units."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: UNITS[name], raising=False)
+    monkeypatch.setattr(devices, "cpu_capabilities", lambda: UNITS[name])
 
 
 @pytest.mark.parametrize(("name", "expected"), [("none", "float32"), ("bfloat16", "bfloat16"), ("AMX", "bfloat16")])
