@@ -152,7 +152,7 @@ def _load_own(folder: Path, hints: dict) -> tuple[ViTScratchForImageClassificati
         "left over": sorted(left_over - decoder),
         "of another shape": [f"{name} {tuple(old)} for {tuple(new)}" for name, old, new in report["mismatched_keys"]],
         "not finite (NaN or infinite)": [
-            name for name, p in model.state_dict().items() if not p.dequantize().isfinite().all()
+            name for name, p in model.state_dict().items() if not p.detach().dequantize().isfinite().all()
         ],
     }
     raise_unfit(str(folder), problems)

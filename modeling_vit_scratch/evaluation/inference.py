@@ -124,7 +124,7 @@ class Predictor:
         library = quantized_by(self.model)
         self.computes_in = "float32" if library is None else f"quantised weights ({library})"
         # Classifiers start at zero: one that is still there was never trained, or is not in the checkpoint.
-        self.can_classify = any(bool(p.dequantize().any()) for p in self.model.classifier.parameters())
+        self.can_classify = any(bool(p.detach().dequantize().any()) for p in self.model.classifier.parameters())
 
     @cached_property
     def processor(self):
