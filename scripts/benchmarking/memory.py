@@ -30,10 +30,15 @@ TRAINING = {
 STEPS = 3
 
 
-def random_model(preset: str, device: torch.device, processes: int = 1) -> ViTScratchForImageClassification:
+def random_model(
+    preset: str, device: torch.device, processes: int = 1, checkpointing: bool = False
+) -> ViTScratchForImageClassification:
     """A model whose weights are drawn where they stay; of several processes, each holds its shards of every block."""
+    config = ViTScratchConfig.preset(preset)
+    if checkpointing:
+        config.gradient_checkpointing = True  # the model reads it, and takes it away
     with torch.device("meta"):
-        model = ViTScratchForImageClassification(ViTScratchConfig.preset(preset))
+        model = ViTScratchForImageClassification(config)
     if processes > 1:
         mesh = init_device_mesh(device.type, (processes,))
         for module in (*model.vit.layers, model):
@@ -80,9 +85,7 @@ def train(preset: str, device: torch.device, processes: int, checkpointing: bool
     torch.set_num_threads(max(torch.get_num_threads() // processes, 1))
     seconds = []
     with PeakMemory() as memory:
-        model = random_model(preset, device, processes).train()
-        if checkpointing:
-            model.activation_checkpointing_enable()
+        model = random_model(preset, device, processes, checkpointing).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         pixels = torch.randn(1, model.config.num_channels, *model.config.image_hw, device=device)
         labels = torch.zeros(1, dtype=torch.long, device=device)
