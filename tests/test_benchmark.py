@@ -209,7 +209,7 @@ def held(processes):
 @pytest.mark.slow
 def test_two_processes_share_a_model():
     (first, blocks), (second, _) = measuring.together(2, held, 2)
-    assert first + second == 5_717_416 and abs(first - second) < 0.01 * first
+    assert first + second == 5_717_416 and abs(first - second) < 0.02 * first  # positions are not split
     assert blocks == 12 + 1
     for seconds, _ in measuring.together(2, memory.train, "tiny", CPU, 2, True):
         assert len(seconds) == memory.STEPS and min(seconds) > 0
