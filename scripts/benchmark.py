@@ -12,8 +12,9 @@ SECTION is one or more of
   photos    JPEGs decoded, resized and normalised on one core, beside a model
   step      where a training step's time goes, beside timm's
   trainer   what ImageTrainer adds to a bare training loop
-  memory    loading a 632 M-parameter model from disk
-  scale     against batch size, image size and processes
+  memory    loading a 632 M-parameter model from disk, and training it: plain,
+            with activation checkpointing, and sharded over two processes
+  scale     time and memory against images, tokens, depth and processes
   inference bfloat16, compiled, 8-bit integers: accuracy of the packaged model
             (--dataset_name) against speed, and speed of ViT-B/16 (long)
   merging   token merging: likewise (long)
@@ -21,9 +22,9 @@ SECTION is one or more of
 
 Peers take turns, each round in another order, so that what else the machine
 does strikes all alike; ratios are medians over the rounds. Models are timed in
-several fresh processes, and a line says which are not told apart. A table goes to the
-standard output; numbers and charts (JSON, PNG, SVG) go into a folder. A race
-that was interrupted goes on, and one that was run before is not run again.
+several fresh processes, and a line says which are not told apart. Tables go to
+the standard output; numbers and charts (JSON, PNG, SVG) go into a folder. A
+race that was interrupted goes on, and one that was run is not run again.
 
 Exit status: 0; 1 if a section could not be measured; 2 if an option is wrong;
 130 after Ctrl-C.
@@ -102,7 +103,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.images = 500 if args.quick else None  # None: all
     args.large = "base" if args.quick else "huge"
     args.batch_sizes = [1, 8, 64, 256] if args.quick else [1, 4, 16, 64, 256, 1024]
-    args.image_sizes = [64, 224, 384] if args.quick else [64, 112, 160, 224, 320, 448, 640]
+    args.image_sizes = [64, 224, 384] if args.quick else [64, 112, 160, 224, 320, 448, 640, 1024]
+    args.depths = [1, 4, 16] if args.quick else [1, 2, 4, 8, 16]
     tiny = ["--max_train_samples", "400", "--max_eval_samples", "200", "--num_train_epochs", "3"]
     args.race_options = tiny if args.quick else []
     return args

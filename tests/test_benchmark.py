@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import re
 import sys
 import threading
@@ -53,9 +54,12 @@ def args(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DATA_BATCH", 8)
     args = benchmark.parse(["--quick", "--device", "cpu", "--dataset_name", "digits", "--output", str(tmp_path / "o")])
     args.cases, args.rounds, args.least, args.steps, args.large = [TINY, TINY_TRAINING], 2, 1e-4, 8, "tiny"
-    args.batch_sizes, args.image_sizes, args.processes = [1, 2], [32, 48], 2
+    args.batch_sizes, args.image_sizes, args.depths, args.processes = [1, 2], [32, 48], [1, 2], 2
     args.race_options = ["--max_train_samples", "64", "--max_eval_samples", "30", "--num_train_epochs", "2"]
     monkeypatch.setattr(scale, "ARRANGEMENTS", {})
+    monkeypatch.setattr(memory, "return_blocks_at_once", lambda: None)  # it is of the whole process
+    monkeypatch.setattr(memory, "TRAINING", {"plain": (1, False), "checkpointing": (1, True)})
+    monkeypatch.setattr(memory, "together", lambda processes, function, *arguments: [function(*arguments)])
     return args
 
 
@@ -170,7 +174,69 @@ def test_loading_from_disk_in_a_fresh_process(args, monkeypatch):
         assert row["seconds"] > 0
         assert row["of_size"] == row["memory_bytes"] / result["float32_bytes"]
         assert row["resident_bytes"] > result["float32_bytes"]  # all of the model was used
-    assert "5,717,416 parameters, 23 MB" in memory.show(result)
+    for row in result["training"]:
+        assert len(row["samples"]) == memory.STEPS
+        assert row["tokens_per_second"] == pytest.approx(197 / np.median(row["samples"]))
+        assert row["of_size"] == row["memory_bytes"] / result["float32_bytes"] > 4  # weights, gradients, two moments
+    text = memory.show(result)
+    assert "5,717,416 parameters, 23 MB" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(memory.draw(result).axes) == 2
+
+
+def test_training_in_processes_is_as_slow_as_the_slowest_and_as_large_as_the_largest(monkeypatch):
+    asked = []
+
+    def together(processes, function, *arguments):
+        asked.append((processes, *arguments))
+        return [([1.0, 3.0, 2.0], 100), ([2.0, 1.0, 2.0], 300)][:processes]
+
+    monkeypatch.setattr(memory, "together", together)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
+    rows = {row["name"]: row for row in memory.measure_training("tiny", 200, CPU)["training"]}
+    assert asked == [(n, "tiny", CPU, n, checkpointing) for n in (1, 2) for checkpointing in (False, True)]
+    assert list(rows) == ["plain", "checkpointing", "FSDP2", "FSDP2, checkpointing"]
+    assert (rows["plain"]["seconds"], rows["plain"]["memory_bytes"]) == (2.0, 100)
+    assert (rows["FSDP2"]["samples"], rows["FSDP2"]["memory_bytes"]) == ([2.0, 3.0, 2.0], 300)
+    assert rows["FSDP2"]["tokens_per_second"] == 2 * 197 / 2.0  # an image each
+    on_gpu = memory.measure_training("tiny", 200, torch.device("cuda"))["training"]
+    assert [row["name"] for row in on_gpu] == ["plain", "checkpointing"]
+
+    monkeypatch.setattr(memory, "available_memory", lambda device: 800_000_000)
+    result = memory.measure_training("tiny", 200_000_000, CPU)
+    assert result == {"training": [], "no_training": "about 900 MB, and 800 MB are free"}
+    result |= {"rows": [], "preset": "tiny", "parameters": 5, "float32_bytes": 20}
+    assert "Not trained: a step takes about 900 MB, and 800 MB are free." in memory.show(result)
+
+
+def test_large_models_can_be_checkpointed():
+    for checkpointing in (False, True):
+        model = memory.random_model("tiny", CPU, checkpointing=checkpointing)
+        assert all(layer.gradient_checkpointing == checkpointing for layer in model.vit.layers)
+        assert 0.01 < model.classifier.weight.std() < 0.02
+        assert "gradient_checkpointing" not in model.config.to_dict()
+
+
+def held(processes):
+    """Parameters that this process holds of a sharded model, and how many modules are gathered one by one."""
+    model = memory.random_model("tiny", CPU, processes)
+    gathered = sum(isinstance(module, torch.distributed.fsdp.FSDPModule) for module in model.modules())
+    return sum(parameter.to_local().numel() for parameter in model.parameters()), gathered
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_model():
+    (first, blocks), (second, _) = measuring.together(2, held, 2)
+    assert first + second == 5_717_416 and abs(first - second) < 0.02 * first  # positions are not split
+    assert blocks == 12 + 1
+    for seconds, _ in measuring.together(2, memory.train, "tiny", CPU, 2, True):
+        assert len(seconds) == memory.STEPS and min(seconds) > 0
+
+
+@pytest.mark.slow
+def test_a_process_that_is_ended_from_outside_is_told():
+    with pytest.raises(OSError, match="ended from outside, as happens where memory is short"):
+        measuring.together(1, os._exit, 1)
 
 
 def test_memory_refuses_a_full_disk(args, monkeypatch):
@@ -509,6 +575,16 @@ def test_trainer_and_bare_loop_do_the_same_work(monkeypatch):
         assert len(moved) == len(start)
 
 
+def test_power_laws_are_of_the_upper_half():
+    x = [1, 2, 4, 8, 16]
+    law = scale.power_law(x, [5.0, 5.0, 3 * 4**1.5, 3 * 8**1.5, 3 * 16**1.5])
+    assert law == {"exponent": pytest.approx(1.5), "factor": pytest.approx(3), "from": 4, "to": 16}
+    assert scale.power_law(x[::-1], [16.0, 8.0, 4.0, 9.0, 9.0])["exponent"] == pytest.approx(1)
+    assert scale.power_law([1, 2], [1.0, 4.0])["exponent"] == pytest.approx(2)
+    assert scale.power_law(x, [None] * 5) is None
+    assert scale.power_law([4], [1.0]) is None
+
+
 def test_scale(args, monkeypatch):
     monkeypatch.setattr(scale, "ARRANGEMENTS", {"1 process, 1 thread": (1, 1), "2 processes, 1 thread": (2, 1)})
     monkeypatch.setattr(scale, "train_in_processes", lambda processes, threads, steps: 0.5 / processes)
@@ -516,11 +592,32 @@ def test_scale(args, monkeypatch):
     found = {(row["axis"], row["x"]): row for row in result["rows"]}
     assert [found["pixels a side", size]["tokens"] for size in (32, 48)] == [5, 10]
     assert found["images per batch", 1]["flops_per_image"] == found["images per batch", 2]["flops_per_image"]
-    assert found["processes", "2 processes, 1 thread"]["images_per_second"] == 4
+    assert found["blocks", 1]["flops_per_image"] < found["blocks", 2]["flops_per_image"]
+    assert found["blocks", 2]["flops_per_image"] == found["images per batch", 1]["flops_per_image"]
+    assert found["images per batch", 2]["images_per_second"] == 2 / found["images per batch", 2]["seconds"]
+    assert found["processes", "2 processes, 1 thread"]["images_per_second"] == 64 / 0.25
+    assert found["processes", "2 processes, 1 thread"]["speed"] == 2
+    law = result["growth"]["pixels a side"]
+    seconds = [found["pixels a side", size]["seconds"] for size in (32, 48)]
+    assert law["seconds"]["exponent"] == pytest.approx(math.log(seconds[1] / seconds[0]) / math.log(10 / 5))
+    assert (law["memory_bytes"] is None) == (sys.platform != "linux")
     text = scale.show(result)
     assert max(map(len, text.splitlines())) <= 80
-    assert "showcase, training, batch 64 per process" in text
-    assert scale.draw(result).axes[0].get_xlabel() == "images per batch"
+    assert "showcase, training, batch 64 in all\ntimes as fast as 1 process, 1 thread: 2.00\n" in text
+    assert f"seconds grow as tokens^{law['seconds']['exponent']:.2f}, memory as tokens^" in text
+    assert ", from 5 to 10 tokens\n" in text
+    assert [axes.get_xlabel() for axes in scale.draw(result).axes[:3]] == ["images", "tokens", "blocks"]
+
+
+def test_widest_scale_table_fits():
+    row = {"tokens": 4097, "flops_per_image": 199.4e9, "seconds": 1234.5, "images_per_second": 12345.6, "of_peak": 1.0}
+    row |= {"memory_bytes": 12_345_678_901, "work": "ViT-Ti/16, inference, batch 4"}
+    rows = [{**row, "axis": axis, "x": x} for axis in scale.AGAINST for x in (1024, 1)]
+    rows += [{"axis": "processes", "x": x, "work": "", "seconds": 1.2345, "images_per_second": 12345.6, "speed": 1.81}
+             for x in scale.ARRANGEMENTS]  # fmt: skip
+    law = {"exponent": -1.23, "factor": 1.0, "from": 1024, "to": 4097}
+    growth = {axis: {"against": x, "seconds": law, "memory_bytes": law} for axis, x in scale.AGAINST.items()}
+    assert max(map(len, scale.show({"rows": rows, "growth": growth}).splitlines())) <= 80
 
 
 @pytest.mark.slow

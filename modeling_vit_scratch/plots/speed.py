@@ -57,12 +57,16 @@ def plot_bars(
     return figure
 
 
-def plot_scaling(panels: Mapping[str, Mapping[str, Sequence]]) -> Figure:
+def plot_scaling(
+    panels: Mapping[str, Mapping[str, Sequence]], laws: Mapping[str, Mapping[str, tuple[float, float]]] | None = None
+) -> Figure:
     """How quantities grow: a column of axes for each thing that was varied, a row for each quantity.
 
     Args:
         panels: By the name of what was varied: "x", its values, numbers (drawn as a line, both axes logarithmic) or
             names (drawn as bars), and each quantity by name, None where it is not known. All have the same quantities.
+        laws: By panel and quantity, the exponent and the factor of a power law, factor * x ** exponent, drawn as a
+            dashed line.
 
     Raises:
         ValueError: There are no panels, or their quantities differ.
@@ -94,8 +98,18 @@ def plot_scaling(panels: Mapping[str, Mapping[str, Sequence]]) -> Figure:
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
                 axes.yaxis.set_major_formatter("{x:,.5g}")
                 axes.set_yticks([], minor=True)
+                if quantity in (laws or {}).get(varied, {}):
+                    _draw_law(axes, x, *laws[varied][quantity])
             tidy(axes)
     return figure
+
+
+def _draw_law(axes, x: Sequence[float], exponent: float, factor: float):
+    """A dashed line over the same axes, and its exponent."""
+    limits = axes.get_ylim()
+    axes.plot(x, [factor * value**exponent for value in x], "--", color=GREY, linewidth=1.0, zorder=1)
+    axes.set_ylim(limits)
+    axes.text(0.05, 0.95, f"$x^{{{exponent:.2f}}}$", color=GREY, fontsize=9, va="top", transform=axes.transAxes)
 
 
 def plot_race(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], unit: str) -> Figure:

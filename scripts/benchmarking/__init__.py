@@ -7,8 +7,8 @@
     data       the data path, and a look at a whole data set
     photos     JPEGs from bytes to normalised floats, beside what a model takes
     trainer    what ImageTrainer adds to a bare training loop
-    memory     loading a large model from disk
-    scale      against batch size, image size and processes
+    memory     loading a large model from disk, and training it
+    scale      time and memory against images, tokens, depth and processes
     inference  load_for_inference's ways: accuracy against speed
     merging    token merging: accuracy against speed
     race       training: the teaching protocol against our recipe

@@ -7,10 +7,12 @@ import logging
 import math
 import multiprocessing
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import groupby
 from pathlib import Path
 
@@ -185,6 +187,34 @@ def _in_each(jobs: list[tuple[Callable, tuple]], title: str, method: str) -> lis
     with multiprocessing.get_context(method).Pool(1, maxtasksperchild=1, **quietly) as pool:
         jobs = tqdm(jobs, desc=title, unit="process", delay=2, leave=False)
         return [pool.apply(function, arguments) for function, arguments in jobs]
+
+
+def together(processes: int, function: Callable, *arguments) -> list:
+    """What a function returns in each of so many new processes, a group (gloo) if they are more than one.
+
+    Raises:
+        OSError: A process was ended from outside.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool,
+    ):
+        group = (processes, f"file://{folder}/meeting")
+        jobs = [pool.submit(_as_member, rank, *group, function, arguments) for rank in range(processes)]
+        try:
+            return [job.result() for job in jobs]
+        except BrokenProcessPool as error:
+            raise OSError("a process was ended from outside, as happens where memory is short.") from error
+
+
+def _as_member(rank: int, processes: int, meeting: str, function: Callable, arguments: tuple):
+    if processes == 1:
+        return function(*arguments)
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+    try:
+        return function(*arguments)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def under_titles(rows: list[dict], cells: Callable[[dict], list[str]]) -> list[list[str] | str]:

@@ -110,6 +110,10 @@ def test_scaling_draws_numbers_as_lines_and_names_as_bars():
     assert [bar.get_height() for bar in bars.patches] == [5, 9]
     assert not nothing.axison
     assert overlaps([*bars.get_xticklabels(), *speed.get_xticklabels()]) == []
+    speed, _, memory, _ = draw(plots.plot_scaling(panels, {"batch": {"images/s": (0.5, 12.0)}})).axes
+    assert speed.lines[1].get_ydata().tolist() == pytest.approx([12.0, 12 * 8**0.5, 96.0])
+    assert [text.get_text() for text in speed.texts] == ["$x^{0.50}$"]
+    assert len(memory.lines) == 1
     with pytest.raises(ValueError, match="same quantities"):
         plots.plot_scaling({**panels, "other": {"x": [1], "MB": [1.0]}})
 

@@ -20,9 +20,10 @@ PLAIN = {
 }  # fmt: skip
 
 
-def train(folder: Path, processes: int, **changes) -> Path:
-    """A run on so many processes with the same global batch of 64; its output folder."""
-    argv = options(folder, **(PLAIN | changes), per_device_train_batch_size=64 // processes)
+def train(folder: Path, processes: int, accumulate: int = 1, **changes) -> Path:
+    """A run on so many processes, and micro-batches, with the same global batch of 64; its output folder."""
+    changes = PLAIN | changes | {"gradient_accumulation_steps": accumulate}
+    argv = options(folder, **changes, per_device_train_batch_size=64 // processes // accumulate)
     log = folder.with_suffix(".log")
     assert wait_all(fork_run(argv, processes, log)) == [0] * processes, Path(f"{log}.0").read_text()[-3000:]
     return folder
@@ -47,6 +48,17 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, optim):
         pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         logits = [ViTScratchForImageClassification.from_pretrained(folder)(pixels).logits for folder in (one, two)]
         assert torch.allclose(*logits, atol=1e-4, rtol=0) and logits[0].std() > 0.01
+
+
+@pytest.mark.slow
+def test_two_processes_that_accumulate_end_with_the_weights_of_one_batch(tmp_path):
+    """Each of 18 steps is of two micro-batches of 16 images in each of two processes, or of one batch of 64."""
+    changes = {"optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 3}
+    one, two = (train(tmp_path / str(n), n, accumulate=n, **changes) for n in (1, 2))
+    a, b = weights(one), weights(two)
+    assert all(torch.allclose(a[name], b[name], atol=1e-5, rtol=0) for name in a)
+    assert a["classifier.weight"].abs().max() > 0.001
+    assert json.loads((two / "metrics.json").read_text())["training"]["steps"] == 18
 
 
 @pytest.mark.slow
