@@ -24,8 +24,8 @@ from .measuring import OURS, faster, interleave, number, one_thread, ratio, stop
 
 PACKAGED, BATCH = "packaged model, 32 px, batch 64", 64
 CASES = [
-    Case("ViT-B/16, 224 px, batch 8", "base", 8, quick=False),
-    Case("ViT-B/16, 384 px, batch 8", "base", 8, fields={"image_size": 384}, quick=False),
+    Case("ViT-B/16, 224 px, batch 4", "base", 4, quick=False),
+    Case("ViT-B/16, 384 px, batch 1", "base", 1, fields={"image_size": 384}, quick=False),
     Case("ViT-Ti/16, 224 px, batch 8", "tiny", 8),
 ]
 
