@@ -1,15 +1,19 @@
-"""The number of steps that fit into a time budget: some are rehearsed, and the rest is arithmetic."""
+"""The number of steps that fit into a time budget: some are rehearsed, and the rest is arithmetic.
+
+Whether the steps are compiled is settled here too, where `torch_compile` leaves it open and the budget is long.
+"""
 
 import copy
 import itertools
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, broadcast_object_list, gather_object
 
+from ..evaluation.devices import can_compile
 from .arguments import ImageTrainingArguments
 from .trainer import ImageTrainer
 
@@ -17,6 +21,9 @@ from .trainer import ImageTrainer
 SAVE_SECONDS, FINISH_SECONDS = 0.5, 6.0
 # A twentieth is left for what else a machine does meanwhile.
 USED = 0.95
+# Compiling is tried under a budget of so many seconds or more. On a CPU it takes half a minute to a minute, of a small
+# model: a twentieth of them at most, which is lost if it does not pay.
+TRIED_FROM = 20 * 60
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,14 @@ class Rehearsal:
     Args:
         step: An optimizer step.
         image: Measuring one image.
-        first: The first step and the first measured batch, which compile and warm up; the run has them again.
+        first: What the run has beside its steps: those that warm up or compile, and the first measured batch.
+        compiling: The first step of the rehearsal.
     """
 
     step: float
     image: float
     first: float
+    compiling: float
 
 
 @dataclass(frozen=True)
@@ -50,43 +59,77 @@ class Recurring:
 
 
 def rehearse(trainer: ImageTrainer, seconds: float) -> Rehearsal:
-    """Time some steps and two measured batches on a copy of the model, for a fiftieth of `seconds`, at most 30 s,
-    but six steps at least.
+    """Time some steps and two measured batches on copies of the model: six steps at least, and as many as end in a
+    fiftieth of `seconds`, at most 30 s.
 
     Args:
         trainer: Of the run, before training.
         seconds: That are left.
     """
+    timed = rehearse_steps(trainer, min(0.02 * seconds, 30))
+    model = copy.deepcopy(trainer.model).eval()  # Trainer compiles steps alone
+    times = []
+    with torch.random.fork_rng():
+        batch = next(iter(trainer.get_eval_dataloader()))
+        for _ in range(2):
+            begun = time.monotonic()
+            with trainer.accelerator.autocast():
+                trainer.prediction_step(model, dict(batch), prediction_loss_only=False)[0].item()
+            times.append(time.monotonic() - begun)
+    return replace(timed, image=times[1] / len(batch["pixel_values"]), first=timed.first + times[0])
+
+
+def rehearse_steps(trainer: ImageTrainer, seconds: float) -> Rehearsal:
+    """Time six steps or more, until so many seconds have passed, and once more the first one, if it compiles.
+
+    One process finds in its memory what it has compiled before: measured on a CPU with torch 2.13, compiling took 90 s,
+    the first step of another copy as long as any, and 3 s where only the disk remembered. Several processes compile
+    something else in the run, around what gathers their gradients, and have the first step again as it was.
+    """
     args = trainer.args
+    times = _time_steps(trainer, seconds, fewest=6)
+    (size, compiling), first = times[0], times[0][1]
+    if is_compiled(trainer):
+        if args.world_size == 1:
+            first = _time_steps(trainer, 0, fewest=1)[0][1]
+        # An epoch's last, smaller batch compiles once more, which is no ordinary step; several processes fill it up.
+        smaller = next((position for position, (other, _) in enumerate(times) if other != size), None)
+        if smaller is not None:
+            del times[smaller]
+        elif args.world_size == 1 and not args.dataloader_drop_last and len(trainer.train_dataset) % size:
+            first += compiling
+    step = statistics.mean(duration for _, duration in times[2:]) * args.gradient_accumulation_steps
+    return Rehearsal(step, 0.0, first, compiling)
+
+
+def is_compiled(trainer: ImageTrainer) -> bool:
+    """Whether the steps of the run will be compiled: because of an option, or of what accelerate was launched with."""
+    return trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
+
+def _time_steps(trainer: ImageTrainer, seconds: float, fewest: int) -> list[tuple[int, float]]:
+    """Take steps with a copy of the model, until so many seconds have passed: images and seconds of each."""
+    args, accelerator = trainer.args, trainer.accelerator
     model = copy.deepcopy(trainer.model).train()
+    if args.gradient_checkpointing:  # Trainer switches it on when it trains; transformers 5.17 has the one name alone
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     optimizer = trainer.make_optimizer(model)
-    forward = torch.compile(model) if args.torch_compile else model
-    loader = trainer.get_train_dataloader()
-    ends, times, evaluations = time.monotonic() + min(0.02 * seconds, 30), [], []
+    forward = accelerator.prepare_model(model, evaluation_mode=True)  # as the run's, but each process for itself
+    accelerator._models.pop()  # a copy that training knows nothing of
+    ends, times = time.monotonic() + seconds, []
     with torch.random.fork_rng():
         begun = time.monotonic()
-        for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+        for batch in itertools.chain.from_iterable(itertools.repeat(trainer.get_train_dataloader())):
             inputs = trainer.training_inputs(trainer._prepare_inputs(batch), 0, 0.0)
-            with trainer.accelerator.autocast():
-                loss = trainer.compute_loss(forward, inputs)
+            loss = trainer.compute_loss(forward, inputs)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             loss.item()  # waits for a GPU
             begun, duration = time.monotonic(), time.monotonic() - begun
-            times.append(duration)
-            if len(times) >= 6 and begun > ends:
-                break
-        batch = next(iter(trainer.get_eval_dataloader()))
-        forward.eval()
-        for _ in range(2):
-            begun = time.monotonic()
-            trainer.prediction_step(forward, dict(batch), prediction_loss_only=False)[0].item()
-            evaluations.append(time.monotonic() - begun)
-    # The first steps warm up; and compiling anew for a last, smaller batch is no ordinary step.
-    average = statistics.median if args.torch_compile else statistics.mean
-    step = average(times[2:]) * args.gradient_accumulation_steps
-    return Rehearsal(step, evaluations[1] / len(batch["labels"]), times[0] + evaluations[0])
+            times.append((len(batch["pixel_values"]), duration))
+            if len(times) >= fewest and begun >= ends:
+                return times
 
 
 def recurring_parts(args: ImageTrainingArguments, measure: float) -> list[Recurring]:
@@ -130,6 +173,8 @@ def steps_that_fit(
 def steps_in_budget(trainer: ImageTrainer, seconds: float, batches: int, images_at_end: int) -> int:
     """Optimizer steps after which training, validation, saving and the last measurements end in so many seconds.
 
+    Where `torch_compile` is left open and the time is long enough, it is tried and settled, in the trainer too.
+
     Args:
         trainer: Of the run, before training.
         seconds: That are left, the rehearsal included.
@@ -139,20 +184,75 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, batches: int, images_
     Raises:
         ValueError: There is no time for a single step.
     """
-    args, began = trainer.args, time.monotonic()
-    if args.process_index == 0:
-        print("Timing some steps, to see what fits into the time budget.", file=sys.stderr)
+    args, ends = trainer.args, time.monotonic() + seconds
+    _say(trainer, "Timing some steps, to see what fits into the time budget.")
     found = rehearse(trainer, seconds)
-    seconds -= time.monotonic() - began + found.first
-    last = found.image * images_at_end * (2 if args.flip_tta else 1) + FINISH_SECONDS
+    compiled = _try_compiled(trainer, seconds, found)
+    left = ends - time.monotonic()
     recurring = recurring_parts(args, found.image * len(trainer.eval_dataset))
+    last = found.image * images_at_end * (2 if args.flip_tta else 1) + FINISH_SECONDS
     per_epoch = batches // args.gradient_accumulation_steps
-    steps, step, last = steps_that_fit(seconds, found.step, last, recurring, per_epoch)
-    if args.world_size > 1:  # the main process decides for all
-        steps = broadcast_object_list([steps])[0]
+
+    def fit(found: Rehearsal) -> tuple[int, float, float]:
+        return steps_that_fit(left - found.first, found.step, last, recurring, per_epoch)
+
+    steps, step, last_in_all = fit(found)
+    if compiled is not None:
+        more, *_ = fit(compiled)
+        steps, chosen = _of_main(trainer, (max(more, steps), more > steps))
+        _settle_compiling(trainer, chosen)
+        _say(
+            trainer,
+            f"Compiled steps take {compiled.step:.2g} s, after {compiled.compiling:.0f} s of compiling, others "
+            f"{found.step:.2g} s: training with --torch_compile {str(chosen).lower()}.",
+        )
+    else:
+        steps = _of_main(trainer, steps)
     if steps < 1:
         raise ValueError(
-            f"time_budget ({args.time_budget}) leaves {seconds:.0f} s for training, but measuring and "
-            f"saving take {last:.0f} s in all, and a step {step:.2g} s; give it more."
+            f"time_budget ({args.time_budget}) leaves {left - found.first:.0f} s for training, but measuring and "
+            f"saving take {last_in_all:.0f} s in all, and a step {step:.2g} s; give it more."
         )
     return steps
+
+
+def _try_compiled(trainer: ImageTrainer, seconds: float, found: Rehearsal) -> Rehearsal | None:
+    """What is `found`, of compiled steps; None where that is settled already, does not pay, or fails."""
+    args, state = trainer.args, trainer.accelerator.state
+    alone = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_compiled(trainer))
+    long_enough = args.time_budget_seconds >= TRIED_FROM
+    if not _of_main(trainer, args.torch_compile_is_open and alone and long_enough and can_compile(args.device)):
+        return None
+    before, error = state.dynamo_plugin, None
+    state.dynamo_plugin = TorchDynamoPlugin(backend="inductor")
+    try:
+        timed = rehearse_steps(trainer, min(0.02 * seconds, 30))
+    except Exception as caught:  # a compiler fails in many ways; what else could fail has just been rehearsed
+        error = f"{type(caught).__name__}: {next(iter(str(caught).splitlines()), '')}"
+    finally:
+        state.dynamo_plugin = before
+    errors = [error for error in (gather_object([error]) if args.world_size > 1 else [error]) if error is not None]
+    if errors:
+        torch.compiler.reset()
+        _say(trainer, f"Compiling fails here ({errors[0]}): training with --torch_compile false.")
+        return None
+    return replace(timed, image=found.image, first=timed.first + found.first)
+
+
+def _settle_compiling(trainer: ImageTrainer, chosen: bool):
+    """Have the trainer compile its steps, or not; it is asked after it has been made."""
+    trainer.args.settle_compiling(chosen)
+    if chosen:  # accelerate looks here when it prepares the model
+        trainer.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=trainer.args.torch_compile_backend)
+    else:
+        torch.compiler.reset()  # what was compiled takes memory
+
+
+def _of_main(trainer: ImageTrainer, value):
+    """The main process decides for all: its value."""
+    return broadcast_object_list([value])[0] if trainer.args.world_size > 1 else value
+
+
+def _say(trainer: ImageTrainer, line: str):
+    if trainer.args.process_index == 0:
+        print(line, file=sys.stderr)

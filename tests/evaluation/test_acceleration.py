@@ -104,7 +104,7 @@ def test_a_missing_package_is_named(options, name, missing, words, folder, monke
 
 
 def test_a_missing_compiler_is_named(folder, monkeypatch):
-    monkeypatch.setattr(acceleration.shutil, "which", lambda name: None)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"C\+\+ compiler"):
         load_for_inference(folder, "cpu", compile=True)
 
