@@ -8,7 +8,7 @@ import itertools
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, broadcast_object_list, gather_object
@@ -21,24 +21,22 @@ from .trainer import ImageTrainer
 SAVE_SECONDS, FINISH_SECONDS = 0.5, 6.0
 # A twentieth is left for what else a machine does meanwhile.
 USED = 0.95
-# Compiling is tried under a budget of so many seconds or more. On a CPU it takes half a minute to a minute, of a small
-# model: a twentieth of them at most, which is lost if it does not pay.
-TRIED_FROM = 20 * 60
+# Compiling is tried under a budget of so many seconds or more, and then timed for some. On a CPU it takes half a minute
+# to a minute, of a small model: a twentieth of them or little more, which is lost if it does not pay.
+TRIED_FROM, TRIED_SECONDS = 20 * 60, 10
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Seconds that the parts of a run take, measured.
+    """Seconds that training takes, measured.
 
     Args:
         step: An optimizer step.
-        image: Measuring one image.
-        first: What the run has beside its steps: those that warm up or compile, and the first measured batch.
-        compiling: The first step of the rehearsal.
+        first: What the run has beside such steps: those that warm up or compile.
+        compiling: The first step that was rehearsed.
     """
 
     step: float
-    image: float
     first: float
     compiling: float
 
@@ -59,32 +57,15 @@ class Recurring:
 
 
 def rehearse(trainer: ImageTrainer, seconds: float) -> Rehearsal:
-    """Time some steps and two measured batches on copies of the model: six steps at least, and as many as end in a
-    fiftieth of `seconds`, at most 30 s.
-
-    Args:
-        trainer: Of the run, before training.
-        seconds: That are left.
-    """
-    timed = rehearse_steps(trainer, min(0.02 * seconds, 30))
-    model = copy.deepcopy(trainer.model).eval()  # Trainer compiles steps alone
-    times = []
-    with torch.random.fork_rng():
-        batch = next(iter(trainer.get_eval_dataloader()))
-        for _ in range(2):
-            begun = time.monotonic()
-            with trainer.accelerator.autocast():
-                trainer.prediction_step(model, dict(batch), prediction_loss_only=False)[0].item()
-            times.append(time.monotonic() - begun)
-    return replace(timed, image=times[1] / len(batch["pixel_values"]), first=timed.first + times[0])
-
-
-def rehearse_steps(trainer: ImageTrainer, seconds: float) -> Rehearsal:
-    """Time six steps or more, until so many seconds have passed, and once more the first one, if it compiles.
+    """Time steps on a copy of the model, six at least; and once more the first one, if it compiles.
 
     One process finds in its memory what it has compiled before: measured on a CPU with torch 2.13, compiling took 90 s,
     the first step of another copy as long as any, and 3 s where only the disk remembered. Several processes compile
     something else in the run, around what gathers their gradients, and have the first step again as it was.
+
+    Args:
+        trainer: Of the run, before training.
+        seconds: After the first step, for which steps are timed.
     """
     args = trainer.args
     times = _time_steps(trainer, seconds, fewest=6)
@@ -97,9 +78,9 @@ def rehearse_steps(trainer: ImageTrainer, seconds: float) -> Rehearsal:
         if smaller is not None:
             del times[smaller]
         elif args.world_size == 1 and not args.dataloader_drop_last and len(trainer.train_dataset) % size:
-            first += compiling
+            first += 2 * compiling  # as measured: sizes are free then
     step = statistics.mean(duration for _, duration in times[2:]) * args.gradient_accumulation_steps
-    return Rehearsal(step, 0.0, first, compiling)
+    return Rehearsal(step, first, compiling)
 
 
 def is_compiled(trainer: ImageTrainer) -> bool:
@@ -108,7 +89,9 @@ def is_compiled(trainer: ImageTrainer) -> bool:
 
 
 def _time_steps(trainer: ImageTrainer, seconds: float, fewest: int) -> list[tuple[int, float]]:
-    """Take steps with a copy of the model, until so many seconds have passed: images and seconds of each."""
+    """Take steps with a copy of the model, until so many seconds have passed after the first: images and seconds of
+    each.
+    """
     args, accelerator = trainer.args, trainer.accelerator
     model = copy.deepcopy(trainer.model).train()
     if args.gradient_checkpointing:  # Trainer switches it on when it trains; transformers 5.17 has the one name alone
@@ -116,7 +99,7 @@ def _time_steps(trainer: ImageTrainer, seconds: float, fewest: int) -> list[tupl
     optimizer = trainer.make_optimizer(model)
     forward = accelerator.prepare_model(model, evaluation_mode=True)  # as the run's, but each process for itself
     accelerator._models.pop()  # a copy that training knows nothing of
-    ends, times = time.monotonic() + seconds, []
+    times = []
     with torch.random.fork_rng():
         begun = time.monotonic()
         for batch in itertools.chain.from_iterable(itertools.repeat(trainer.get_train_dataloader())):
@@ -127,9 +110,24 @@ def _time_steps(trainer: ImageTrainer, seconds: float, fewest: int) -> list[tupl
             optimizer.zero_grad()
             loss.item()  # waits for a GPU
             begun, duration = time.monotonic(), time.monotonic() - begun
+            if not times:  # which may have compiled
+                ends = begun + seconds
             times.append((len(batch["pixel_values"]), duration))
             if len(times) >= fewest and begun >= ends:
                 return times
+
+
+def time_measuring(trainer: ImageTrainer) -> tuple[float, float]:
+    """Seconds of measuring an image, and those of a first batch, which warms up; neither is compiled in any run."""
+    model, times = copy.deepcopy(trainer.model).eval(), []
+    with torch.random.fork_rng():
+        batch = next(iter(trainer.get_eval_dataloader()))
+        for _ in range(2):
+            begun = time.monotonic()
+            with trainer.accelerator.autocast():
+                trainer.prediction_step(model, dict(batch), prediction_loss_only=False)[0].item()
+            times.append(time.monotonic() - begun)
+    return times[1] / len(batch["pixel_values"]), times[0]
 
 
 def recurring_parts(args: ImageTrainingArguments, measure: float) -> list[Recurring]:
@@ -186,11 +184,12 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, batches: int, images_
     """
     args, ends = trainer.args, time.monotonic() + seconds
     _say(trainer, "Timing some steps, to see what fits into the time budget.")
-    found = rehearse(trainer, seconds)
-    compiled = _try_compiled(trainer, seconds, found)
-    left = ends - time.monotonic()
-    recurring = recurring_parts(args, found.image * len(trainer.eval_dataset))
-    last = found.image * images_at_end * (2 if args.flip_tta else 1) + FINISH_SECONDS
+    found = rehearse(trainer, min(0.02 * seconds, 30))
+    image, first_measured = time_measuring(trainer)
+    compiled = _try_compiled(trainer)
+    left = ends - time.monotonic() - first_measured
+    recurring = recurring_parts(args, image * len(trainer.eval_dataset))
+    last = image * images_at_end * (2 if args.flip_tta else 1) + FINISH_SECONDS
     per_epoch = batches // args.gradient_accumulation_steps
 
     def fit(found: Rehearsal) -> tuple[int, float, float]:
@@ -216,8 +215,8 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, batches: int, images_
     return steps
 
 
-def _try_compiled(trainer: ImageTrainer, seconds: float, found: Rehearsal) -> Rehearsal | None:
-    """What is `found`, of compiled steps; None where that is settled already, does not pay, or fails."""
+def _try_compiled(trainer: ImageTrainer) -> Rehearsal | None:
+    """A rehearsal of compiled steps; None where that is settled already, is not worth the time, or fails."""
     args, state = trainer.args, trainer.accelerator.state
     alone = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_compiled(trainer))
     long_enough = args.time_budget_seconds >= TRIED_FROM
@@ -226,7 +225,7 @@ def _try_compiled(trainer: ImageTrainer, seconds: float, found: Rehearsal) -> Re
     before, error = state.dynamo_plugin, None
     state.dynamo_plugin = TorchDynamoPlugin(backend="inductor")
     try:
-        timed = rehearse_steps(trainer, min(0.02 * seconds, 30))
+        found = rehearse(trainer, TRIED_SECONDS)
     except Exception as caught:  # a compiler fails in many ways; what else could fail has just been rehearsed
         error = f"{type(caught).__name__}: {next(iter(str(caught).splitlines()), '')}"
     finally:
@@ -236,7 +235,7 @@ def _try_compiled(trainer: ImageTrainer, seconds: float, found: Rehearsal) -> Re
         torch.compiler.reset()
         _say(trainer, f"Compiling fails here ({errors[0]}): training with --torch_compile false.")
         return None
-    return replace(timed, image=found.image, first=timed.first + found.first)
+    return found
 
 
 def _settle_compiling(trainer: ImageTrainer, chosen: bool):
