@@ -248,7 +248,7 @@ class ImageTrainingArguments(TrainingArguments):
     torch_compile: bool | None = field(
         default=None,
         metadata={
-            "help": "Train by torch.compile. Default: under a time budget of 20 minutes or more, where trying it shows "
+            "help": "Train by torch.compile. Default: under a time budget of 30 minutes or more, where trying it shows "
             "that more steps fit in; else not."
         },
     )

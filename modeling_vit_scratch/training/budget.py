@@ -21,9 +21,9 @@ from .trainer import ImageTrainer
 SAVE_SECONDS, FINISH_SECONDS = 0.5, 6.0
 # A twentieth is left for what else a machine does meanwhile.
 USED = 0.95
-# Compiling is tried under a budget of so many seconds or more, and then timed for some. On a CPU it takes half a minute
-# to a minute, of a small model: a twentieth of them or little more, which is lost if it does not pay.
-TRIED_FROM, TRIED_SECONDS = 20 * 60, 10
+# Compiling is tried under a budget of so many seconds or more, and then timed for some. On a CPU with two cores it took
+# 80 to 126 s, of models of 0.8 M parameters and beside other work: a twentieth or so, which is lost if it does not pay.
+TRIED_FROM, TRIED_SECONDS = 30 * 60, 10
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Recurring:
 def rehearse(trainer: ImageTrainer, seconds: float) -> Rehearsal:
     """Time steps on a copy of the model, six at least; and once more the first one, if it compiles.
 
-    One process finds in its memory what it has compiled before: measured on a CPU with torch 2.13, compiling took 90 s,
-    the first step of another copy as long as any, and 3 s where only the disk remembered. Several processes compile
-    something else in the run, around what gathers their gradients, and have the first step again as it was.
+    A process finds in its memory what it has compiled before: measured on a busy CPU with torch 2.13, compiling took
+    90 s, the first step of another copy as long as any, and 3 s where only the disk remembered; of two processes 130 s,
+    and 0.6 s in the run, whose model they share.
 
     Args:
         trainer: Of the run, before training.
@@ -71,8 +71,7 @@ def rehearse(trainer: ImageTrainer, seconds: float) -> Rehearsal:
     times = _time_steps(trainer, seconds, fewest=6)
     (size, compiling), first = times[0], times[0][1]
     if is_compiled(trainer):
-        if args.world_size == 1:
-            first = _time_steps(trainer, 0, fewest=1)[0][1]
+        first = _time_steps(trainer, 0, fewest=1)[0][1]
         # An epoch's last, smaller batch compiles once more, which is no ordinary step; several processes fill it up.
         smaller = next((position for position, (other, _) in enumerate(times) if other != size), None)
         if smaller is not None:
