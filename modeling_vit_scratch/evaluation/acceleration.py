@@ -3,15 +3,13 @@
 import copy
 import importlib.util
 import logging
-import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .devices import has_fast_bfloat16, has_fast_int8
+from .devices import can_compile, has_fast_bfloat16, has_fast_int8
 from .inference import COMPARED_IMAGES, Classify, Predictor
 from .programs import FILES, missing_for_onnx, open_file, write_files
 
@@ -97,7 +95,7 @@ def _refuse(device: torch.device, dtype: str, compile: bool, quantize: str | Non
         )
     if quantize and not by_onnx and importlib.util.find_spec("torchao") is None:
         raise ValueError("quantize int8 needs torchao here: pip install 'modeling_vit_scratch[quantize]'.")
-    if compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+    if compile and not can_compile(device):
         raise ValueError("compile needs a C++ compiler on a CPU: install g++, or leave it out.")
 
 

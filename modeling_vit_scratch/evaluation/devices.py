@@ -1,5 +1,8 @@
 """What a device is called, and what it has units for."""
 
+import os
+import shutil
+
 import torch
 
 
@@ -36,6 +39,13 @@ def has_fast_int8(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return _is_cpu_with(device, "avx512_vnni", "amx_int8")
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` has what it needs for this device: of a CPU, a C++ compiler. Other devices fail in the
+    first call if they lack something.
+    """
+    return device.type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
 
 def _is_cpu_with(device: torch.device, *units: str) -> bool:

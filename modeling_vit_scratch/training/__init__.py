@@ -5,7 +5,7 @@
     run           all of them settled once: folder, data, model, processor, augmentation, trainer
     models        the model of a run: new, or trained before; and its image processor
     schedule      steps of a run, and the learning rate along them
-    budget        the number of steps that fit into a time budget
+    budget        the number of steps that fit into a time budget, and whether they are compiled
     finetuning    the steps of a run with labels: set up, look, train, measure, report
     pretraining   the same without labels: masked image modelling
     trainer       transformers' Trainer, with what it lacks: exact resuming, a clock, averaged weights

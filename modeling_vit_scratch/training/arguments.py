@@ -245,6 +245,13 @@ class ImageTrainingArguments(TrainingArguments):
             "float32 all the same, and says so."
         },
     )
+    torch_compile: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Train by torch.compile. Default: under a time budget of 30 minutes or more, where trying it shows "
+            "that more steps fit in; else not."
+        },
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: 'no', 'steps' or 'epoch'."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: 'no', 'steps', 'epoch' or 'best'."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the best one besides."})
@@ -285,7 +292,9 @@ class ImageTrainingArguments(TrainingArguments):
         if best not in BEST_METRICS:
             raise ValueError(f"metric_for_best_model ({best!r}) is unknown; use one of {', '.join(BEST_METRICS)}.")
         self.metric_for_best_model = best
-        super().__post_init__()
+        super().__post_init__()  # a backend or a mode of torch_compile switches it on
+        self.torch_compile_is_open = self.torch_compile is None and self.time_budget is not None
+        self.torch_compile = bool(self.torch_compile)
         for name, value in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} ({getattr(self, name)}) does not go with this training; leave it out.")
@@ -310,6 +319,15 @@ class ImageTrainingArguments(TrainingArguments):
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay ({self.ema_decay}) must be in (0, 1), e.g. 0.999.")
         self.time_budget_seconds = None if self.time_budget is None else parse_duration(self.time_budget)
+
+    def settle_compiling(self, chosen: bool):
+        """Settle `torch_compile` where it was left open, as if it had been given, also in the run's record.
+
+        Unlike what is given, it leaves TF32 alone: a choice by speed does not change what is computed in.
+        """
+        self.torch_compile_is_open = False
+        self.torch_compile, self.torch_compile_backend = chosen, "inductor" if chosen else None
+        self.changeable |= {name: getattr(self, name) for name in ("torch_compile", "torch_compile_backend")}
 
     @property
     def device(self) -> torch.device:

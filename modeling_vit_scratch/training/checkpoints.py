@@ -112,6 +112,12 @@ def last_good_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
+def changeable_option(checkpoint: Path, name: str):
+    """An option that a resumed run may change, as the checkpoint's own run had it; None where that is not known."""
+    path = checkpoint / RUN
+    return json.loads(path.read_text()).get("changeable", {}).get(name) if path.is_file() else None
+
+
 def check_run(checkpoint: Path, run: dict, defaults: dict) -> list[dict]:
     """Refuse to resume a checkpoint of another run; say what a run that goes on does otherwise.
 

@@ -55,7 +55,7 @@ def say_what_will_happen(run: Run):
         "steps": f"{run.steps:,}{epochs}",
         "learning rate": f"{args.learning_rate:.3g}, {args.lr_scheduler_type.value}, last step {rate}",
         "optimizer": describe_groups(parameter_groups(run.model, args), args.optim.value),
-        "device": f"{hardware(args.device)}, {precision_of(args)}",
+        "device": f"{hardware(args.device)}, {precision_of(args)}{', compiled' * args.torch_compile}",
         "settings": args.settings_from,
         "output": args.output_dir,
     }
@@ -123,6 +123,7 @@ def _describe_training(run: Run) -> dict:
         "label_smoothing": args.label_smoothing_factor,
         "seed": args.seed,
         "precision": precision_of(args),
+        "torch_compile": args.torch_compile,
         "augmentation": {
             "crop_padding": augmentation.crop_padding,
             "crop_mode": augmentation.crop_mode,

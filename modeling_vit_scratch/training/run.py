@@ -25,6 +25,7 @@ from ..data.doctor import fingerprint
 from ..data.sources import DIGITS, public_name
 from ..data.splits import DecodedImages
 from ..data.streaming import StreamedImages
+from ..evaluation.devices import can_compile
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from . import checkpoints
 from .arguments import (
@@ -150,6 +151,9 @@ class Run:
         self.facts = {**facts, **self._facts(), **facts}  # given ones come first, and hold
         if args.resume_from_checkpoint:
             checkpoint = Path(args.resume_from_checkpoint)
+            if args.torch_compile_is_open:  # a rehearsal settled it, where there is a compiler still
+                settled = checkpoints.changeable_option(checkpoint, "torch_compile")
+                args.settle_compiling(bool(settled) and can_compile(args.device))
             fields = {name: field.default for name, field in ViTScratchConfig.__dataclass_fields__.items()}
             self.facts["changes"] = checkpoints.check_run(checkpoint, self.facts, {**fields, **default_options()})
             if self.streamed:  # what was trained on before is read, but not decoded

@@ -110,13 +110,13 @@ def test_a_missing_package_is_named(options, name, missing, words, folder, monke
 
 
 def test_a_missing_compiler_is_named(folder, monkeypatch):
-    monkeypatch.setattr(acceleration.shutil, "which", lambda name: None)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"C\+\+ compiler"):
         load_for_inference(folder, "cpu", compile=True)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(acceleration.shutil.which("g++") is None, reason="no g++")
+@pytest.mark.skipif(devices.shutil.which("g++") is None, reason="no g++")
 def test_compiled_it_computes_the_same_for_any_batch(folder, images):
     predictor = load_for_inference(folder, "cpu", dtype="float32", compile=True)
     assert predictor.computes_in == "float32, compiled"

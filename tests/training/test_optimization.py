@@ -1,11 +1,10 @@
 """Muon against plain references, parameter groups, the weight average, and all of it in a run."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import RANDOM, fork_run, history, load_script, options, wait_all, weights
+from runs import fork_run, history, load_script, options, wait_all, weights
 from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
@@ -13,10 +12,8 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.data import splits as splits_module
 from modeling_vit_scratch.data.augmentation import normalize
 from modeling_vit_scratch.training import ImageTrainer, ImageTrainingArguments, checkpoints, optimization
-from modeling_vit_scratch.training import budget as budget_module
 from modeling_vit_scratch.training import models as models_module
 from modeling_vit_scratch.training import schedule as schedule_module
-from modeling_vit_scratch.training.arguments import parse_duration
 from modeling_vit_scratch.training.optimization import Muon, WeightAverage, orthogonalize, parameter_groups
 from modeling_vit_scratch.training.trainer import TRAINED_WEIGHTS
 
@@ -291,91 +288,6 @@ def test_schedules_that_follow_a_metric_know_which_way_is_better(name, metric):
     for step in range(4):  # better each time
         schedule.step(0.1 * step if metric == "accuracy" else -0.1 * step)
     assert optimizer.param_groups[0]["lr"] >= 0.1
-
-
-def test_durations():
-    for text, seconds in (("90", 90), ("90s", 90), ("10m", 600), ("1h30m", 5400), ("0.5h", 1800), ("1m5s", 65)):
-        assert parse_duration(text) == seconds
-    for text in ("", "soon", "0", "-3m", "10 m m", "1.2.3s"):
-        with pytest.raises(ValueError, match="time_budget"):
-            parse_duration(text)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A run's clock, in place of the machine's: a training batch takes `step` seconds, any other `measure`."""
-    clock = SimpleNamespace(now=0.0, step=10.0, measure=1.0)
-    compute_loss = ImageTrainer.compute_loss
-
-    def slow_compute_loss(trainer, model, *args, **kwargs):
-        clock.now += clock.step if model.training else clock.measure
-        return compute_loss(trainer, model, *args, **kwargs)
-
-    monkeypatch.setattr(ImageTrainer, "compute_loss", slow_compute_loss)
-    monkeypatch.setattr(budget_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    return clock
-
-
-def steps_of(folder) -> int:
-    return json.loads((folder / "metrics.json").read_text())["training"]["steps"]
-
-
-def test_a_time_budget_settles_the_steps_and_a_resumed_run_keeps_them(tmp_path, capsys, clock):
-    argv = options(tmp_path, num_train_epochs=None, time_budget="10m", lr_scheduler_type="linear", logging_steps=1)
-    assert finetune.main(argv) == 0
-    steps = steps_of(tmp_path)
-    assert 0.85 * 600 < clock.now <= 600  # rehearsal, training, validation and the last measurements
-    rates = [float(row["learning_rate"]) for row in history(tmp_path) if row["loss"]]
-    assert len(rates) == steps and rates[-1] == pytest.approx(1e-3 / steps, rel=1e-3)  # annealed to its end
-    for checkpoint in checkpoints.list_checkpoints(tmp_path)[:1]:
-        checkpoint.rename(tmp_path / "set aside")
-    clock.step = 30.0  # would change the number of a new run
-    assert finetune.main([*argv, "--resume_from_checkpoint", "last"]) == 0
-    assert steps_of(tmp_path) == steps
-    clock.now = 0.0
-    assert finetune.main([*argv, "--output_dir", str(tmp_path / "slow")]) == 0
-    assert 1 < steps_of(tmp_path / "slow") < steps / 2 and clock.now <= 600
-    assert finetune.main(options(tmp_path / "b", num_train_epochs=None, time_budget="1s")) == 2
-    assert "time_budget" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("settings", "evaluations", "saves"),
-    [
-        ({"eval_strategy": "no", "save_strategy": "no"}, lambda n: 0, lambda n: 0),
-        ({}, lambda n: n // 7, lambda n: n // 7),
-        ({"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no"}, lambda n: n // 3, lambda n: 0),
-        ({"eval_strategy": "steps", "eval_steps": 0.1, "save_strategy": "steps", "save_steps": 0.2},
-         lambda n: 10, lambda n: 5),
-        ({"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "best"}, lambda n: n // 4, lambda n: n // 4),
-    ],
-)  # fmt: skip
-def test_a_time_budget_holds_all_that_a_run_does(settings, evaluations, saves):
-    """The arithmetic alone: 100 images are measured, 7 steps make an epoch."""
-    args = ImageTrainingArguments("unused", use_cpu=True, load_best_model_at_end=False, **settings)
-    step, image, last = 1.0, 0.05, 26.0
-    recurring = budget_module.recurring_parts(args, 100 * image)
-    steps, _, _ = budget_module.steps_that_fit(600.0, step, last, recurring, steps_per_epoch=7)
-    measured = evaluations(steps) * 100 * image + saves(steps) * budget_module.SAVE_SECONDS
-    assert 0.92 * 600 < steps * step + measured + last <= 600
-
-
-def test_no_step_fits_into_the_time_of_the_last_measurements():
-    steps, step, last = budget_module.steps_that_fit(20.0, 1.0, 26.0, [], steps_per_epoch=7)
-    assert steps < 1 and (step, last) == (1.0, 26.0)
-
-
-def test_a_rehearsal_leaves_no_trace(tmp_path, clock):
-    """With the number of steps it would choose, a run under a budget is the run without one."""
-    argv = options(
-        tmp_path / "budget", config_overrides=RANDOM, num_train_epochs=None, time_budget="5m", muon_learning_rate=0.02
-    )
-    assert finetune.main(argv) == 0
-    steps = steps_of(tmp_path / "budget")
-    plain = options(tmp_path / "plain", config_overrides=RANDOM, max_steps=steps, muon_learning_rate=0.02)
-    assert finetune.main(plain) == 0
-    a, b = weights(tmp_path / "budget"), weights(tmp_path / "plain")
-    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def test_bad_settings_are_refused():

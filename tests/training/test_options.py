@@ -214,6 +214,7 @@ NOT_HERE = {
     "output_dir": "each run here has its own",
     "overwrite_output_dir": "test_replacing_a_run_leaves_nothing_of_it",
     "per_device_eval_batch_size": "how fast, not what",
+    "torch_compile": "how fast, not what: test_budget.py",
     "ddp_find_unused_parameters": "of several processes: how fast, not what",
 }
 MODES = ("decoded", "photos", "stream", "pre-training", "LoRA")
