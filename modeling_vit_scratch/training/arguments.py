@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..configuration_vit_scratch import PRESETS
 from ..conversion.families import FAMILIES
-from ..evaluation.devices import has_fast_bfloat16
+from ..evaluation.devices import can_compile, has_fast_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -295,6 +295,8 @@ class ImageTrainingArguments(TrainingArguments):
         super().__post_init__()  # a backend or a mode of torch_compile switches it on
         self.torch_compile_is_open = self.torch_compile is None and self.time_budget is not None
         self.torch_compile = bool(self.torch_compile)
+        if self.torch_compile_backend == "inductor" and on_cpu and not can_compile(torch.device("cpu")):
+            raise ValueError("torch_compile needs a C++ compiler on a CPU: install g++, or give --torch_compile false.")
         for name, value in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} ({getattr(self, name)}) does not go with this training; leave it out.")

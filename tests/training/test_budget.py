@@ -150,6 +150,13 @@ def test_compiling_is_not_tried_in_a_short_time_or_without_a_compiler(
     assert seen == [True]  # rehearsed once, and with activation checkpointing, as it would train
 
 
+def test_compiling_that_is_asked_for_needs_a_compiler(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
+    assert finetune.main(options(tmp_path, torch_compile=True)) == 2
+    assert "torch_compile needs a C++ compiler on a CPU" in capsys.readouterr().err
+    assert finetune.main(options(tmp_path, torch_compile=True, torch_compile_backend="eager", dry_run=True)) == 0
+
+
 def test_a_compiler_that_fails_is_named_and_done_without(tmp_path, capsys, clock, monkeypatch):
     def fails(model, **kwargs):
         def compile_and_run(*inputs, **named):
