@@ -152,7 +152,8 @@ def test_compiling_is_not_tried_in_a_short_time_or_without_a_compiler(
 
 def test_compiling_that_is_asked_for_needs_a_compiler(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
-    assert finetune.main(options(tmp_path, torch_compile=True)) == 2
+    with pytest.raises(SystemExit):
+        finetune.main(options(tmp_path, torch_compile=True))
     assert "torch_compile needs a C++ compiler on a CPU" in capsys.readouterr().err
     assert finetune.main(options(tmp_path, torch_compile=True, torch_compile_backend="eager", dry_run=True)) == 0
 
