@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .conversion.loading import require_unquantized
 from .data.cuts import Split
 from .data.records import Records
 from .data.splits import progress_bar
@@ -83,6 +84,7 @@ def export_model(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"OUT {folder} is a file; name a folder.")
     predictor = as_predictor(model, "cpu")
+    require_unquantized(predictor.model, predictor.name)
     if predictor.device.type != "cpu":
         raise ValueError(f"the model is on {predictor.device}, but is exported on the CPU: Predictor(..., 'cpu').")
     if predictor.computes_in != "float32":

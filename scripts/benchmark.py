@@ -22,8 +22,8 @@ SECTION is one or more of
 
 Peers take turns, each round in another order, so that what else the machine
 does strikes all alike; ratios are medians over the rounds. Models are timed in
-several fresh processes, and a line says which are not told apart. Tables go to
-the standard output; numbers and charts (JSON, PNG, SVG) go into a folder. A
+several fresh processes; lines say whether ours and the fastest peer are told
+apart. Tables go to the standard output; numbers and charts (JSON, PNG, SVG) go into a folder. A
 race that was interrupted goes on, and one that was run is not run again.
 
 Exit status: 0; 1 if a section could not be measured; 2 if an option is wrong;
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         part = SECTIONS[section]
         try:
             result = {"environment": where, "quick": args.quick, **part.measure(args)}
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # a compiler's, or for want of memory
             cli.say(PROGRAM, f"{section}: {error}")
             failed = True
             continue

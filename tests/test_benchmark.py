@@ -333,6 +333,7 @@ def test_model(args, monkeypatch):
         return {name: [4.0, 8.0] for name in contestants} | {OURS: ours, PEAK: [1.0, 3.0]}
 
     monkeypatch.setattr(model, "interleave", interleave)
+    monkeypatch.setattr(model, "FEWEST", 2)
     result = model.measure(args)
     names = {case.title: [row["name"] for row in result["rows"] if row["case"] == case.title] for case in args.cases}
     assert names[TINY.title] == [OURS, "teaching layout"]

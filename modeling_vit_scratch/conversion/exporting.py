@@ -15,7 +15,7 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .architectures import RESAMPLE, channel_order
 from .families import CONFIG_FIELDS, FAMILIES, MODEL_TYPES, TARGETS
 from .layouts import DINOV2, DINOV2_GATED, JAX, TOWER, forms_of
-from .loading import reorder_channels
+from .loading import reorder_channels, require_unquantized
 from .recognition import to_jax
 from .targets import (
     Destination,
@@ -54,6 +54,7 @@ def export_checkpoint(
     """
     if target not in TARGETS:
         raise ValueError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}.")
+    require_unquantized(model, "the model")
     config = model.config
     lacking = obstacle(config, target)
     if lacking:

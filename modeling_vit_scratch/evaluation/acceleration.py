@@ -27,7 +27,8 @@ def load_for_inference(
         load_for_inference("runs/mine").classify(pixels)
 
     The first images also go through the model in float32, as many as `COMPARED_IMAGES`: a warning says if a
-    probability differs by more than `TOLERANCE` (`INT8_TOLERANCE` of int8). Then the copy in float32 is dropped.
+    probability differs by more than `TOLERANCE` (`INT8_TOLERANCE` of int8). Then the copy in float32 is dropped. A
+    folder that was saved quantised is taken as it is, and there is nothing to compare it with.
 
     Args:
         checkpoint: As for `Predictor`, like `args` and `kwargs`.
@@ -49,11 +50,13 @@ def load_for_inference(
         raise ValueError(f"quantize ({quantize!r}) must be 'int8' or None.")
     predictor = Predictor(checkpoint, *args, **kwargs)
     device, model = predictor.device, predictor.model
-    if predictor.computes_in != "float32":
-        if dtype != "auto" or quantize is not None:
+    if predictor.computes_in != "float32":  # quantised when it was saved
+        if dtype not in ("auto", "float32") or quantize is not None:
             raise ValueError(f"{predictor.name} was saved in {predictor.computes_in}: leave out dtype and quantize.")
         if compile:
+            _require_compiler(device)
             predictor.engine = torch.compile(predictor.engine, dynamic=True)
+            predictor.computes_in += ", compiled"
         return predictor
     by_onnx = quantize is not None and not has_fast_int8(device)
     _refuse(device, dtype, compile, quantize, by_onnx)
@@ -95,7 +98,12 @@ def _refuse(device: torch.device, dtype: str, compile: bool, quantize: str | Non
         )
     if quantize and not by_onnx and importlib.util.find_spec("torchao") is None:
         raise ValueError("quantize int8 needs torchao here: pip install 'modeling_vit_scratch[quantize]'.")
-    if compile and not can_compile(device):
+    if compile:
+        _require_compiler(device)
+
+
+def _require_compiler(device: torch.device):
+    if not can_compile(device):
         raise ValueError("compile needs a C++ compiler on a CPU: install g++, or leave it out.")
 
 

@@ -94,6 +94,8 @@ class Classify(nn.Module):
 class Predictor:
     """A model with its image processor, on a device, in float32; `load_for_inference` makes it faster.
 
+    A folder that was saved quantised stays so.
+
     Args:
         checkpoint: Folder, file or Hub id of ours, or of any model that `convert_checkpoint` reads.
         device: See `devices.find_device`.
@@ -117,14 +119,16 @@ class Predictor:
         token_merging: int = 0,
     ):
         self.name, self.source, self.revision, self.device = str(checkpoint), source, revision, find_device(device)
-        self.model = convert_checkpoint(checkpoint, source, id2label=id2label, revision=revision).to(self.device)
+        model = convert_checkpoint(checkpoint, source, id2label=id2label, revision=revision)
+        # Classifiers start at zero: one that is still there was never trained, or is not in the checkpoint. Asked on
+        # the CPU: not every device has `dequantize`.
+        self.can_classify = any(bool(p.detach().dequantize().any()) for p in model.classifier.parameters())
+        self.model = model.to(self.device)
         merge_tokens(self.model, token_merging)
         self.config = self.model.config
         self.engine: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = Classify(self.model)
         library = quantized_by(self.model)
         self.computes_in = "float32" if library is None else f"quantised weights ({library})"
-        # Classifiers start at zero: one that is still there was never trained, or is not in the checkpoint.
-        self.can_classify = any(bool(p.detach().dequantize().any()) for p in self.model.classifier.parameters())
 
     @cached_property
     def processor(self):

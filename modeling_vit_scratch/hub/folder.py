@@ -169,6 +169,9 @@ def _wrong_in_weights(folder: Path, config: ViTScratchConfig | None) -> list[str
             return [f"{index.name}: no usable weight_map ({error})."]
     elif index.is_file():
         problems.append(f"{WEIGHTS} and {index.name} are both here; loading would use the first: remove one.")
+    if getattr(config, "quantization_config", None) is not None:
+        problems.append("the weights are quantised, which most libraries cannot read: push the model it was made of.")
+        return problems
     for shard in shards:
         try:
             with safe_open(folder / shard, framework="pt") as tensors:

@@ -24,6 +24,8 @@ USED = 0.95
 # Compiling is tried under a budget of so many seconds or more, and then timed for some. On a CPU with two cores it took
 # 80 to 126 s, of models of 0.8 M parameters and beside other work: a twentieth or so, which is lost if it does not pay.
 TRIED_FROM, TRIED_SECONDS = 30 * 60, 10
+# Nor is it tried where its batches alone would take more than this share.
+TRIED_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,9 @@ def _time_steps(trainer: ImageTrainer, seconds: float, fewest: int) -> list[tupl
     """
     args, accelerator = trainer.args, trainer.accelerator
     model = copy.deepcopy(trainer.model).train()
-    if args.gradient_checkpointing:  # Trainer switches it on when it trains; transformers 5.17 has the one name alone
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if args.gradient_checkpointing:  # Trainer switches it on when it trains, by the name that its version has
+        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{word}_checkpointing_enable")(getattr(args, f"{word}_checkpointing_kwargs"))
     optimizer = trainer.make_optimizer(model)
     forward = accelerator.prepare_model(model, evaluation_mode=True)  # as the run's, but each process for itself
     accelerator._models.pop()  # a copy that training knows nothing of
@@ -185,7 +188,7 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, batches: int, images_
     _say(trainer, "Timing some steps, to see what fits into the time budget.")
     found = rehearse(trainer, min(0.02 * seconds, 30))
     image, first_measured = time_measuring(trainer)
-    compiled = _try_compiled(trainer)
+    compiled = _try_compiled(trainer, found.step / args.gradient_accumulation_steps)
     left = ends - time.monotonic() - first_measured
     recurring = recurring_parts(args, image * len(trainer.eval_dataset))
     last = image * images_at_end * (2 if args.flip_tta else 1) + FINISH_SECONDS
@@ -201,7 +204,7 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, batches: int, images_
         _settle_compiling(trainer, chosen)
         _say(
             trainer,
-            f"Compiled steps take {compiled.step:.2g} s, after {compiled.compiling:.0f} s of compiling, others "
+            f"Compiled steps take {compiled.step:.2g} s, after a first one of {compiled.compiling:.0f} s, others "
             f"{found.step:.2g} s: training with --torch_compile {str(chosen).lower()}.",
         )
     else:
@@ -214,11 +217,16 @@ def steps_in_budget(trainer: ImageTrainer, seconds: float, batches: int, images_
     return steps
 
 
-def _try_compiled(trainer: ImageTrainer) -> Rehearsal | None:
-    """A rehearsal of compiled steps; None where that is settled already, is not worth the time, or fails."""
+def _try_compiled(trainer: ImageTrainer, batch: float) -> Rehearsal | None:
+    """A rehearsal of compiled steps; None where that is settled already, is not worth the time, or fails.
+
+    Args:
+        trainer: Of the run, before training.
+        batch: Seconds of a batch that is not compiled; the rehearsal takes seven.
+    """
     args, state = trainer.args, trainer.accelerator.state
     alone = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_compiled(trainer))
-    long_enough = args.time_budget_seconds >= TRIED_FROM
+    long_enough = args.time_budget_seconds >= max(TRIED_FROM, 7 * batch / TRIED_SHARE)
     if not _of_main(trainer, args.torch_compile_is_open and alone and long_enough and can_compile(args.device)):
         return None
     before, error = state.dynamo_plugin, None

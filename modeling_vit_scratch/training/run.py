@@ -279,10 +279,17 @@ def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
     if args.device.type == "cpu":
         keep_freed_memory()
         args.dataloader_pin_memory = False
-        # torch's fused attention has a slow backward pass in bfloat16 on CPUs; without it, maps take memory.
-        h, w = model.config.grid_hw
-        if args.bf16 and h * w <= EAGER_PATCHES:
-            model.set_attn_implementation("eager")
+        if args.bf16:
+            suit_attention(model)
+
+
+def suit_attention(model):
+    """Take the attention that trains fastest in bfloat16 on a CPU: PyTorch's fused one has a slow backward pass there,
+    and without it, maps take memory.
+    """
+    h, w = model.config.grid_hw
+    if h * w <= EAGER_PATCHES:
+        model.set_attn_implementation("eager")
 
 
 def keep_freed_memory():

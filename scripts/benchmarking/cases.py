@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.evaluation.devices import has_fast_bfloat16
+from modeling_vit_scratch.evaluation.devices import can_compile, has_fast_bfloat16
+from modeling_vit_scratch.training.run import suit_attention
 
 from . import peers
 from .measuring import OURS, PeakMemory
@@ -80,7 +81,7 @@ def cases_for(device: torch.device, quick: bool) -> list[Case]:
     on_gpu, cases = device.type == "cuda", []
     for case in (case for case in WORK[device.type] if case.quick or not quick):
         types = [True] if on_gpu else [False, True] if has_fast_bfloat16(device) else [False]
-        compile_too = on_gpu or (case.title in COMPILED_ON_CPUS and not quick)
+        compile_too = on_gpu or (case.title in COMPILED_ON_CPUS and not quick and can_compile(device))
         for compiled, bf16 in itertools.product([False, True] if compile_too else [False], types):
             title = f"{case.title}, {'bfloat16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
             cases.append(replace(case, title=title, bf16=bf16, compiled=compiled))
@@ -129,10 +130,11 @@ def make_step(case: Case, model: torch.nn.Module, device: torch.device) -> Calla
     config = case.config
     pixels = torch.randn(case.batch, config.num_channels, *config.image_hw, device=device)
     labels = torch.randint(config.num_labels, (case.batch,), device=device)
-    model = model.to(device).train(case.training)
+    model = model.to(device, torch.float32 if case.training else case.dtype).train(case.training)
+    if case.bf16 and case.training and device.type == "cpu" and isinstance(model, ViTScratchForImageClassification):
+        suit_attention(model)  # as in a run
     forward = torch.compile(model) if case.compiled else model
     if not case.training:
-        model.to(case.dtype)
         pixels = pixels.to(case.dtype)
 
         def infer():

@@ -24,6 +24,7 @@ from .data import MEAN, STD
 from .measuring import OURS, faster, interleave, number, one_thread, ratio, stopwatch, under_titles
 from .merging import BATCH, PACKAGED, accuracies, cells_of_accuracy, find_images
 
+SMALL = Case("ViT-Ti/16, 224 px, batch 1", "tiny", 1)
 LARGE = Case("ViT-B/16, 224 px, batch 8", "base", 8)
 FLOAT32 = "float32"
 WAYS = {
@@ -63,6 +64,7 @@ def speeds(title: str, predictors: dict[str, Predictor], batch: int, args: argpa
         name: {
             "case": title,
             "name": name,
+            "computes_in": predictors[name].computes_in if name in predictors else name,
             "images_per_second": batch / float(np.median(samples[name])),
             "speed": faster(samples, name, FLOAT32),
             "samples": samples[name],
@@ -81,15 +83,16 @@ def measure(args: argparse.Namespace) -> dict:
             answers = {name: each.answers(split.records, split.class_names) for name, each in predictors.items()}
             for name, found in accuracies(answers).items():
                 packaged[name] |= found
-        case = Case("quick", "tiny", 1) if args.quick else LARGE
+        case = SMALL if args.quick else LARGE
         model = make_model(case, OURS)
         model.save_pretrained(temporary)
         make_processor(case.config, MEAN, STD).save_pretrained(temporary)
         others = {}
         if "timm" in peers.MODULES:
             others["timm, float32"] = make_step(case, make_model(case, "timm"), args.device)
-        large = speeds(case.title, load_all(Path(temporary), args)[0], case.batch, args, others)
-    return {"rows": [*packaged.values(), *large.values()], "absent": reasons, "note": note}
+        predictors, more_reasons = load_all(Path(temporary), args)
+        large = speeds(case.title, predictors, case.batch, args, others)
+    return {"rows": [*packaged.values(), *large.values()], "absent": reasons | more_reasons, "note": note}
 
 
 def show(result: dict) -> str:
@@ -98,8 +101,10 @@ def show(result: dict) -> str:
         return [*speed, *cells_of_accuracy(row, first=row["name"] == FLOAT32)]
 
     table = text_table([["", "images/s", "speed", "accuracy", "change", "95 %"], *under_titles(result["rows"], cells)])
+    int8 = {row["computes_in"] for row in result["rows"] if row["name"] == "int8"}
     notes = [
         f"speed: over that of float32, in turns; ours from bytes of pixels on. {result['note']}",
+        *(f"int8: {words}" for words in sorted(int8)),
         *(f"Not measured: {name} ({why})" for name, why in result["absent"].items()),
     ]
     return "\n".join([table, "", *(textwrap.fill(note, 80, subsequent_indent="  ") for note in notes)])

@@ -177,7 +177,7 @@ def show(result: dict) -> str:
     note = (
         "AdamW, float32; anonymous memory, or the GPU's. checkpointing: activations are computed again in the backward "
         "pass. FSDP2: blocks are sharded over two processes, which share the cores; each has its own image. The C "
-        "library returns freed memory at once, as with MALLOC_MMAP_THRESHOLD_=1048576."
+        "library returns freed memory at once, as with MALLOC_MMAP_THRESHOLD_=1048576, which costs time."
     )
     if "no_training" in result:
         note = f"Not trained: a step takes {result['no_training']}."
@@ -194,4 +194,4 @@ def draw(result: dict) -> Figure:
         for title, rows in titles.items()
         if rows
     }
-    return plots.plot_bars(groups, "most anonymous memory of a process over the size in float32", reference=1.0)
+    return plots.plot_bars(groups, "most memory of a process over the size in float32", reference=1.0)

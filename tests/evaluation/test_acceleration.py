@@ -18,6 +18,7 @@ from modeling_vit_scratch.data import load_split
 from modeling_vit_scratch.evaluation import Predictor, acceleration, devices, evaluate_model, load_for_inference
 from modeling_vit_scratch.evaluation.programs import missing_for_onnx
 from modeling_vit_scratch.export import export_model
+from modeling_vit_scratch.hub.folder import FolderError, check_folder
 from modeling_vit_scratch.training.arguments import ModelArguments
 from modeling_vit_scratch.training.models import load_trained
 
@@ -172,11 +173,14 @@ def test_a_folder_that_was_saved_quantised(folder, images, tmp_path, capsys):
     found = predictor.classify(images)
     assert torch.equal(found[1], model(predictor.normalise(images)).logits)
     torch.testing.assert_close(found, Predictor(folder, "cpu").classify(images), atol=0.1, rtol=0.02)
-    for options in ({"dtype": "float32"}, {"quantize": "int8"}):
+    assert load_for_inference(saved, "cpu", dtype="float32").computes_in == predictor.computes_in  # plot.py asks so
+    for options in ({"dtype": "bfloat16"}, {"quantize": "int8"}):
         with pytest.raises(ValueError, match=r"saved in quantised weights \(torchao\): leave out dtype and quantize"):
             load_for_inference(saved, "cpu", **options)
-    with pytest.raises(ValueError, match="files are of float32"):
+    with pytest.raises(ValueError, match="quantised weights, which only predict"):
         export_model(predictor, tmp_path / "out", ["onnx"])
+    with pytest.raises(FolderError, match="the weights are quantised"):
+        check_folder(saved)
     with pytest.raises(ValueError, match="quantised weights, which only predict"):
         load_trained(ModelArguments(model_name_or_path=saved))
     assert load_script("convert").main([saved, str(tmp_path / "converted")]) == 2
