@@ -240,6 +240,7 @@ def places(tmp_path_factory):
 
 def mode_options(mode: str, places: dict) -> dict:
     steps = {"max_steps": 4, "num_train_epochs": None, "per_device_train_batch_size": 16, "logging_steps": 2}
+    steps["dataloader_num_workers"] = 0  # starting processes takes longer than decoding these few images
     intervals = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     small = {"max_train_samples": 64, "max_eval_samples": 30}
     images = {"dataset_name": places["FOLDER"], "max_train_samples": None, "max_eval_samples": None}
