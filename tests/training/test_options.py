@@ -18,6 +18,7 @@ from modeling_vit_scratch.training import (
     finetuning,
     pretraining,
 )
+from modeling_vit_scratch.training import run as run_module
 from modeling_vit_scratch.training.arguments import (
     CHANGEABLE,
     MASKED,
@@ -240,7 +241,6 @@ def places(tmp_path_factory):
 
 def mode_options(mode: str, places: dict) -> dict:
     steps = {"max_steps": 4, "num_train_epochs": None, "per_device_train_batch_size": 16, "logging_steps": 2}
-    steps["dataloader_num_workers"] = 0  # starting processes takes longer than decoding these few images
     intervals = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     small = {"max_train_samples": 64, "max_eval_samples": 30}
     images = {"dataset_name": places["FOLDER"], "max_train_samples": None, "max_eval_samples": None}
@@ -262,6 +262,13 @@ def outcome(monkeypatch, caplog, capsys, tmp_path):
         monkeypatch.setattr(
             task, "report", lambda run, metrics: seen.update(metrics=metrics, rows=run.trainer.state.log_history)
         )
+    suit_device = run_module.suit_device
+
+    def without_workers(args, *rest):  # starting processes would take longer than decoding these few images
+        suit_device(args, *rest)
+        args.dataloader_num_workers = 0
+
+    monkeypatch.setattr(run_module, "suit_device", without_workers)
     counter = iter(range(100))
 
     def run(settings: dict) -> str | tuple:
