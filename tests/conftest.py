@@ -1,5 +1,6 @@
 """Fixtures that several test files use, and what has to be imported first."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -35,6 +36,12 @@ from modeling_vit_scratch.evaluation import devices  # noqa: E402
 def pytest_configure():
     if PEERS and peers.REASONS:
         raise pytest.UsageError(f"VIT_SCRATCH_PEERS={PEERS}, but from there {peers.REASONS} do not import.")
+
+
+def pytest_collection_finish():
+    """What the imports made lasts, so it is not looked through again: each training run of a test collects garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -213,13 +213,24 @@ def test_export_with_dynamic_sizes(cls):
             equal(main_output(program(**x)), main_output(model(**x)), 1e-5)
 
 
-@pytest.mark.parametrize("how", POSITION_INTERPOLATIONS)
+class OfEachInterpolation(torch.nn.Module):
+    """The logits of a model for each way to resize positions, as one tensor: (ways, B, classes)."""
+
+    def __init__(self):
+        super().__init__()
+        cls, fields = ViTScratchForImageClassification, {"num_hidden_layers": 1}
+        models = (make(cls, position_interpolation=how, **fields) for how in POSITION_INTERPOLATIONS)
+        self.programs = torch.nn.ModuleList(map(Resized, models))
+
+    def forward(self, pixel_values):
+        return torch.stack([program(pixel_values) for program in self.programs])
+
+
 @pytest.mark.parametrize("exporter", ["export", "trace", "onnx"])
-def test_every_interpolation_can_be_exported_with_dynamic_sizes(how, exporter, tmp_path):
-    """Of a model for 16 x 16 pixels, whose positions stay as they are where the size is that."""
-    model = make(ViTScratchForImageClassification, position_interpolation=how)
+def test_every_interpolation_can_be_exported_with_dynamic_sizes(exporter, tmp_path):
+    """Of models for 16 x 16 pixels, whose positions stay as they are where the size is that."""
     h, w = (torch.export.Dim(name, min=2, max=32) for name in "hw")
-    program, x, shapes = Resized(model).eval(), torch.randn(2, 3, 20, 24), ({2: 4 * h, 3: 4 * w},)
+    program, x, shapes = OfEachInterpolation().eval(), torch.randn(2, 3, 20, 24), ({2: 4 * h, 3: 4 * w},)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if exporter == "trace":

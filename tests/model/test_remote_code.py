@@ -24,7 +24,7 @@ FILES = {
     "preprocessor_config.json",
 }
 
-# Arguments: the saved folder, the pixels, where to write outputs, where to save the model again.
+# Arguments, four for each model: its folder, the pixels, where to write outputs, where to save the model again.
 SCRIPT = '''
 import sys
 
@@ -56,38 +56,45 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 exports it only with torchvision
 
-folder, data, output, again = sys.argv[1:]
-data = load_file(data)
-image = Image.fromarray(data["picture"].numpy())
 trust = {"trust_remote_code": True}
 
-config = AutoConfig.from_pretrained(folder, **trust)
-assert type(config).__module__.startswith("transformers_modules."), type(config)
-processor = AutoImageProcessor.from_pretrained(folder, **trust)
-classifier = AutoModelForImageClassification.from_pretrained(folder, **trust)
-encoder = AutoModel.from_pretrained(folder, **trust)
-reconstructor = AutoModelForMaskedImageModeling.from_pretrained(folder, **trust)
-backbone = get_class_from_dynamic_module("modeling_vit_scratch.ViTScratchBackbone", folder)
-backbone = backbone.from_pretrained(folder, out_indices=[0, -1])
-pixels = processor(image, return_tensors="pt")["pixel_values"]
-with torch.no_grad():
-    outputs = {
-        "pixels": pixels,
-        "logits": classifier(data["pixels"]).logits,
-        "features": encoder(data["pixels"]).pooler_output,
-        "maps": backbone(data["pixels"]).feature_maps[1],
-        "maps_0": backbone(data["pixels"]).feature_maps[0],
-        "reconstruction": reconstructor(data["pixels"]).reconstruction,
-    }
 
-scores = pipeline("image-classification", model=folder, top_k=5, **trust)(image)
-outputs["scores"] = torch.tensor([{s["label"]: s["score"] for s in scores}[n] for n in config.id2label.values()])
-tokens = pipeline("image-feature-extraction", model=folder, **trust)(image)
-outputs["tokens"] = torch.tensor(tokens)
-save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, output)
+def load_and_save(folder, data, output, again):
+    data = load_file(data)
+    image = Image.fromarray(data["picture"].numpy())
 
-classifier.save_pretrained(again)
-processor.save_pretrained(again)
+    config = AutoConfig.from_pretrained(folder, **trust)
+    assert type(config).__module__.startswith("transformers_modules."), type(config)
+    processor = AutoImageProcessor.from_pretrained(folder, **trust)
+    classifier = AutoModelForImageClassification.from_pretrained(folder, **trust)
+    encoder = AutoModel.from_pretrained(folder, **trust)
+    reconstructor = AutoModelForMaskedImageModeling.from_pretrained(folder, **trust)
+    backbone = get_class_from_dynamic_module("modeling_vit_scratch.ViTScratchBackbone", folder)
+    backbone = backbone.from_pretrained(folder, out_indices=[0, -1])
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        outputs = {
+            "pixels": pixels,
+            "logits": classifier(data["pixels"]).logits,
+            "features": encoder(data["pixels"]).pooler_output,
+            "maps": backbone(data["pixels"]).feature_maps[1],
+            "maps_0": backbone(data["pixels"]).feature_maps[0],
+            "reconstruction": reconstructor(data["pixels"]).reconstruction,
+        }
+
+    scores = pipeline("image-classification", model=folder, top_k=5, **trust)(image)
+    outputs["scores"] = torch.tensor([{s["label"]: s["score"] for s in scores}[n] for n in config.id2label.values()])
+    tokens = pipeline("image-feature-extraction", model=folder, **trust)(image)
+    outputs["tokens"] = torch.tensor(tokens)
+    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, output)
+
+    classifier.save_pretrained(again)
+    processor.save_pretrained(again)
+
+
+arguments = iter(sys.argv[1:])
+for four in zip(arguments, arguments, arguments, arguments):
+    load_and_save(*four)
 assert "modeling_vit_scratch" not in sys.modules
 '''
 
@@ -96,9 +103,14 @@ assert "modeling_vit_scratch" not in sys.modules
 KINDS = {"sincos": {"position_embedding_type": "sincos"}, "today": {**CHOICES["all"], "num_register_tokens": 1}}
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def saved(tmp_path_factory, request):
-    """A folder as a run leaves it, the model, and an image."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Of each kind a model and its folder, as a run leaves it; and an image."""
+    models = {kind: make_and_save(tmp_path_factory.mktemp("run") / f"my-{kind}", kind) for kind in KINDS}
+    return models, Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+def make_and_save(folder, kind):
     torch.manual_seed(0)
     config = ViTScratchConfig(
         hidden_size=32,
@@ -110,22 +122,20 @@ def saved(tmp_path_factory, request):
         encoder_stride=4,
         id2label={0: "cat", 1: "dog", 2: "owl"},
         label2id={"cat": 0, "dog": 1, "owl": 2},
-        **{"num_register_tokens": 2, **KINDS[request.param]},
+        **{"num_register_tokens": 2, **KINDS[kind]},
     )
     model = ViTScratchForImageClassification(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.3)
-    folder = tmp_path_factory.mktemp("run") / "my-model"
     model.save_pretrained(folder)
     size = {"height": 16, "width": 24}
     ViTImageProcessorPil(size=size, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25]).save_pretrained(folder)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    return model, folder, image
+    return model, folder
 
 
-def run_elsewhere(folder, image, pixels, tmp_path):
-    """The script's outputs, and the folder it saved."""
+def run_elsewhere(folders, image, pixels, tmp_path):
+    """For each folder the script's outputs, and the folder it saved; all from one process."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "script.py").write_text(SCRIPT)
@@ -136,11 +146,13 @@ def run_elsewhere(folder, image, pixels, tmp_path):
         "HF_HOME": str(tmp_path / "home"),
         "HF_MODULES_CACHE": str(tmp_path / "code"),
     }
-    again = tmp_path / "again" / "saved-again"
-    command = [sys.executable, "-I", "script.py", folder, "data.safetensors", "outputs.safetensors", again]
+    results = [(elsewhere / f"{folder.name}.safetensors", tmp_path / "again" / folder.name) for folder in folders]
+    command = [sys.executable, "-I", "script.py"]
+    for folder, (output, again) in zip(folders, results, strict=True):
+        command += [folder, "data.safetensors", output, again]
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return load_file(elsewhere / "outputs.safetensors"), again
+    return [(load_file(output), again) for output, again in results]
 
 
 def check_folder(folder):
@@ -153,8 +165,8 @@ def check_folder(folder):
 
 
 def test_folder_is_complete(saved):
-    _, folder, _ = saved
-    check_folder(folder)
+    for _, folder in saved[0].values():
+        check_folder(folder)
 
 
 def test_every_name_of_the_auto_map_exists():
@@ -174,28 +186,33 @@ def test_every_name_of_the_auto_map_exists():
 
 @pytest.mark.slow
 def test_folder_works_and_is_saved_again_where_the_package_is_unknown(saved, tmp_path):
-    """Twice: the second time from the folder that the first process saved."""
-    model, folder, image = saved
-    processor = ViTImageProcessorPil.from_pretrained(folder)
-    from_picture = processor(image, return_tensors="pt")["pixel_values"]
+    """Twice: the second time from the folders that the first process saved."""
+    models, image = saved
     pixels = torch.randn(4, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        logits, features = model(pixels).logits, model.vit(pixels).pooler_output
-        tokens = model.vit(pixels).last_hidden_state[:, 3:]
-        picture_logits = model(from_picture).logits
-        picture_tokens = model.vit(from_picture).last_hidden_state
+    folders = [folder for _, folder in models.values()]
+    from_picture = ViTImageProcessorPil.from_pretrained(folders[0])(image, return_tensors="pt")["pixel_values"]
     for number in ("first", "second"):
         (tmp_path / number).mkdir()
-        outputs, folder = run_elsewhere(folder, image, pixels, tmp_path / number)
-        assert torch.equal(outputs["logits"], logits)  # bit for bit
-        assert torch.equal(outputs["features"], features)
-        assert torch.equal(outputs["pixels"], from_picture)
-        assert torch.equal(outputs["maps"], tokens.reshape(4, 4, 6, 32).permute(0, 3, 1, 2))
-        assert outputs["maps_0"].shape == outputs["maps"].shape
-        assert outputs["reconstruction"].shape == pixels.shape
-        torch.testing.assert_close(outputs["scores"], picture_logits.softmax(-1)[0])
-        torch.testing.assert_close(outputs["tokens"], picture_tokens, atol=1e-5, rtol=1e-5)
-        check_folder(folder)
+        results = run_elsewhere(folders, image, pixels, tmp_path / number)
+        for (model, _), (outputs, again) in zip(models.values(), results, strict=True):
+            check_outputs(outputs, model, pixels, from_picture)
+            check_folder(again)
+        folders = [again for _, again in results]
+
+
+def check_outputs(outputs, model, pixels, from_picture):
+    with torch.no_grad():
+        encoded, of_picture = model.vit(pixels), model(from_picture)
+        assert torch.equal(outputs["logits"], model(pixels).logits)  # bit for bit
+        picture_tokens = model.vit(from_picture).last_hidden_state
+    assert torch.equal(outputs["features"], encoded.pooler_output)
+    assert torch.equal(outputs["pixels"], from_picture)
+    tokens = encoded.last_hidden_state[:, 3:]
+    assert torch.equal(outputs["maps"], tokens.reshape(4, 4, 6, 32).permute(0, 3, 1, 2))
+    assert outputs["maps_0"].shape == outputs["maps"].shape
+    assert outputs["reconstruction"].shape == pixels.shape
+    torch.testing.assert_close(outputs["scores"], of_picture.logits.softmax(-1)[0])
+    torch.testing.assert_close(outputs["tokens"], picture_tokens, atol=1e-5, rtol=1e-5)
 
 
 def test_other_heads_save_the_same_files(tmp_path):

@@ -194,13 +194,22 @@ def test_without_validation_the_run_ends_with_the_average(tmp_path):
     assert all(torch.equal(tensor, last[name]) for name, tensor in weights(tmp_path).items())
 
 
+AVERAGED = {"ema_decay": 0.9, "muon_learning_rate": 0.02, "num_train_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    """The folder of a finished run with Muon and averaged weights."""
+    folder = tmp_path_factory.mktemp("averaged")
+    assert finetune.main(options(folder, **AVERAGED)) == 0
+    return folder
+
+
 @pytest.mark.parametrize(
     "other", [{"ema_decay": None}, {"muon_learning_rate": None}, {"optim": "adamw_torch"}, {"freeze_backbone": True}]
 )
-def test_resuming_with_another_optimiser_or_average_is_refused(tmp_path, capsys, other):
-    argv = {"ema_decay": 0.9, "muon_learning_rate": 0.02, "num_train_epochs": 1}
-    assert finetune.main(options(tmp_path, **argv)) == 0
-    assert finetune.main(options(tmp_path, **{**argv, **other}, resume_from_checkpoint="last")) == 2
+def test_resuming_with_another_optimiser_or_average_is_refused(averaged, capsys, other):
+    assert finetune.main(options(averaged, **{**AVERAGED, **other}, resume_from_checkpoint="last")) == 2
     assert next(iter(other)) in capsys.readouterr().err
 
 

@@ -18,6 +18,7 @@ from modeling_vit_scratch.training import (
     finetuning,
     pretraining,
 )
+from modeling_vit_scratch.training import run as run_module
 from modeling_vit_scratch.training.arguments import (
     CHANGEABLE,
     MASKED,
@@ -262,6 +263,13 @@ def outcome(monkeypatch, caplog, capsys, tmp_path):
         monkeypatch.setattr(
             task, "report", lambda run, metrics: seen.update(metrics=metrics, rows=run.trainer.state.log_history)
         )
+    suit_device = run_module.suit_device
+
+    def without_workers(args, *rest):  # starting processes would take longer than decoding these few images
+        suit_device(args, *rest)
+        args.dataloader_num_workers = 0
+
+    monkeypatch.setattr(run_module, "suit_device", without_workers)
     counter = iter(range(100))
 
     def run(settings: dict) -> str | tuple:

@@ -14,17 +14,17 @@ from runs import RANDOM, fork_run, history, options, wait_all, weights
 
 from modeling_vit_scratch.training import ImageTrainer, checkpoints
 
-KILLS = ("step", "saving", "evaluating", "step", "saving")  # for each number of workers and processes
+KILLS = ("step", "saving", "evaluating")  # for each number of workers and processes
 
 
 def settings(output: Path, workers: int, schedule: str) -> list[str]:
     """All augmentations, dropout, stochastic depth, a schedule, Muon, averaged weights; logging out of step."""
     return options(
-        output, config_overrides=RANDOM, per_device_train_batch_size=8, num_train_epochs=3, save_strategy="steps",
-        eval_strategy="steps", save_steps=8, eval_steps=8, logging_steps=3, lr_scheduler_type=schedule,
-        warmup_steps=0.1, label_smoothing_factor=0.1, crop_padding=2, dataloader_num_workers=workers,
-        muon_learning_rate=0.02, ema_decay=0.9, rand_augment=1, random_erasing=0.3, mixup_alpha=0.2, cutmix_alpha=1.0,
-        augment_until="mixup=0.7,cutmix=0.7",
+        output, config_overrides=RANDOM, max_train_samples=160, per_device_train_batch_size=8, num_train_epochs=3,
+        save_strategy="steps", eval_strategy="steps", save_steps=5, eval_steps=5, logging_steps=3,
+        lr_scheduler_type=schedule, warmup_steps=0.1, label_smoothing_factor=0.1, crop_padding=2,
+        dataloader_num_workers=workers, muon_learning_rate=0.02, ema_decay=0.9, rand_augment=1, random_erasing=0.3,
+        mixup_alpha=0.2, cutmix_alpha=1.0, augment_until="mixup=0.7,cutmix=0.7",
     )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def kill(argv: list[str], processes: int, log: Path, moment: str, marker: Path, 
     """Start a run, and kill all its processes in mid-step, mid-save or mid-evaluation."""
     output = Path(argv[argv.index("--output_dir") + 1])
     ids = fork_run(argv, processes, log)
-    due = rng.randrange(1, 8)  # which save or evaluation
+    due = rng.randrange(1, 5)  # which save or evaluation, of five or more
     deadline = time.monotonic() + 100
     seen = set()
     while time.monotonic() < deadline:
@@ -48,7 +48,7 @@ def kill(argv: list[str], processes: int, log: Path, moment: str, marker: Path, 
         elif moment == "evaluating" and marker.exists() and marker.stat().st_size >= due:
             time.sleep(rng.uniform(0, 0.02))
             break
-        elif moment == "step" and any(int(path.name[11:]) >= 8 * due for path in checkpoints.list_checkpoints(output)):
+        elif moment == "step" and any(int(path.name[11:]) >= 5 * due for path in checkpoints.list_checkpoints(output)):
             time.sleep(rng.uniform(0, 0.05))
             break
         time.sleep(0.0005)
@@ -64,7 +64,7 @@ def outcome(folder: Path) -> tuple:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_twenty_identical(tmp_path, monkeypatch):
+def test_twelve_kills_twelve_identical(tmp_path, monkeypatch):
     marker = tmp_path / "evaluations"
     evaluate = ImageTrainer.evaluate
 
@@ -82,7 +82,7 @@ def test_twenty_kills_twenty_identical(tmp_path, monkeypatch):
         for position, count in enumerate(kills_and_identical(folder, marker, workers, processes, schedule)):
             totals[position] += count
     print("{} kills, {} identical".format(*totals))
-    assert totals == [20, 20]
+    assert totals == [12, 12]
 
 
 def kills_and_identical(tmp_path: Path, marker: Path, workers: int, processes: int, schedule: str) -> tuple[int, int]:
