@@ -113,6 +113,6 @@ def show(result: dict) -> str:
 def draw(result: dict) -> Figure:
     groups = {row["case"]: {} for row in result["rows"]}
     for row in result["rows"]:
-        cost = f", accuracy {row['change']:+.2%}" if "change" in row and row["name"] != FLOAT32 else ""
+        cost = f", accuracy {100 * row['change']:+.2f} points" if "change" in row and row["name"] != FLOAT32 else ""
         groups[row["case"]][row["name"]] = row["speed"], ratio(row["speed"]) + cost
     return plots.plot_bars(groups, "speed over that of float32", reference=1.0)
