@@ -23,8 +23,9 @@ SECTION is one or more of
 Peers take turns, each round in another order, so that what else the machine
 does strikes all alike; ratios are medians over the rounds. Models are timed in
 several fresh processes; lines say whether ours and the fastest peer are told
-apart. Tables go to the standard output; numbers and charts (JSON, PNG, SVG) go into a folder. A
-race that was interrupted goes on, and one that was run is not run again.
+apart. Tables go to the standard output; numbers and charts (JSON, PNG, SVG)
+into a folder. A race that was interrupted goes on, and one that was run is not
+run again.
 
 Exit status: 0; 1 if a section could not be measured; 2 if an option is wrong;
 130 after Ctrl-C.

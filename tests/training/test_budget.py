@@ -63,7 +63,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(ImageTrainer, "compute_loss", slow_compute_loss)
     monkeypatch.setattr(torch, "compile", lambda model, **kwargs: Compiled(model))
     monkeypatch.setattr(devices.shutil, "which", lambda name: name)
-    monkeypatch.setattr(budget_module, "TRIED_SHARE", 0.2)  # a run of few steps, which are slow
+    monkeypatch.setattr(budget_module, "TRIED_SHARE", 0.5)  # a run of few steps, which are slow
     monkeypatch.setattr(budget_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
