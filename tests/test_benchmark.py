@@ -57,7 +57,7 @@ def args(tmp_path, monkeypatch):
     args.batch_sizes, args.image_sizes, args.depths, args.processes = [1, 2], [32, 48], [1, 2], 2
     args.race_options = ["--max_train_samples", "64", "--max_eval_samples", "30", "--num_train_epochs", "2"]
     monkeypatch.setattr(scale, "ARRANGEMENTS", {})
-    monkeypatch.setattr(memory, "return_blocks_at_once", lambda: None)  # it is of the whole process
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda threshold: None)  # it is of the whole process
     monkeypatch.setattr(memory, "TRAINING", {"plain": (1, False), "checkpointing": (1, True)})
     monkeypatch.setattr(memory, "together", lambda processes, function, *arguments: [function(*arguments)])
     return args

@@ -1,7 +1,6 @@
 """A model that is large for the machine: loaded from disk, and trained, each time in fresh processes."""
 
 import argparse
-import ctypes
 import shutil
 import tempfile
 import textwrap
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, plots
 from modeling_vit_scratch.conversion import export_checkpoint
 from modeling_vit_scratch.evaluation.tables import text_table
+from modeling_vit_scratch.training.run import keep_freed_memory
 
 from .measuring import OURS, PeakMemory, in_fresh_processes, megabytes, memory_now, number, ratio, synchronise, together
 
@@ -78,26 +78,15 @@ def load(name: str, folder: Path) -> dict:
     return {"name": name, "seconds": seconds, "memory_bytes": memory.bytes, "resident_bytes": resident}
 
 
-def return_blocks_at_once():
-    """Have the C library return blocks of a megabyte and more as soon as they are freed, as glibc can be told to.
-
-    Else it keeps most blocks of up to 32 MB for later, and a sharded model takes twice the memory that it needs: each
-    of its blocks is gathered, and freed, twice a step. A user has the same by MALLOC_MMAP_THRESHOLD_=1048576 and
-    MALLOC_TRIM_THRESHOLD_=1048576 in the environment.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-            library.mallopt(parameter, 1 << 20)
-
-
 def train(preset: str, device: torch.device, processes: int, checkpointing: bool) -> tuple[list[float], int | None]:
     """Seconds of each training step on one image a process, and this process' most memory, in bytes, from the start.
 
     The processes share the cores.
     """
     torch.set_num_threads(max(torch.get_num_threads() // processes, 1))
-    return_blocks_at_once()
+    # By itself glibc keeps most of up to 32 MB, and a sharded model takes twice the memory that it needs: each of its
+    # blocks is gathered, and freed, twice a step. A user sets MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_.
+    keep_freed_memory(1 << 20)
     seconds = []
     with PeakMemory() as memory:
         model = random_model(preset, device, processes, checkpointing).train()

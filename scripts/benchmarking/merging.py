@@ -97,8 +97,8 @@ def cells_of_accuracy(row: dict, first: bool) -> list[str]:
     if "accuracy" not in row:
         return ["", "", ""]
     low, high = row["change_interval"]
-    change = [] if first else [f"{row['change']:+.2%}", f"{low:+.2%} to {high:+.2%}"]
-    return [f"{row['accuracy']:.2%}", *(change or ["", ""])]
+    change = ["", ""] if first else [f"{row['change']:+.2%}", f"{low:+.2%} to {high:+.2%}"]
+    return [f"{row['accuracy']:.2%}", *change]
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -111,11 +111,13 @@ def measure(args: argparse.Namespace) -> dict:
             if case.quick == args.quick:
                 rows += speeds(case.title, make_model(case, OURS).to(args.device), case.batch, args)
         split, note = find_images(predictor, args)
-        answers = {}
-        for row in (row for row in rows if row["case"] == PACKAGED and split is not None):
-            merge_tokens(predictor.model, row["r"])
-            answers[row["r"]] = predictor.answers(split.records, split.class_names)
-            row |= accuracies(answers)[row["r"]]
+        if split is not None:
+            answers, packaged = {}, {row["r"]: row for row in rows if row["case"] == PACKAGED}
+            for r in packaged:
+                merge_tokens(predictor.model, r)
+                answers[r] = predictor.answers(split.records, split.class_names)
+            for r, found in accuracies(answers).items():
+                packaged[r] |= found
     return {"rows": rows, "note": note}
 
 
