@@ -7,8 +7,8 @@ python scripts/convert.py vit vit-timm --to timm --verify
 python scripts/convert.py --list
 python scripts/convert.py --list timm/vit_small_patch16_dinov3.lvd1689m
 
-OUT becomes a folder that is a Hub repository: weights, config, image processor
-and code (with --to, the weights and the config of that library). What was
+OUT becomes a folder that is a Hub repository: weights, config, image processor,
+code and card (with --to, the weights and the config of that library). What was
 recognised, assumed and changed is said on the standard error; the table of
 differences goes to the standard output.
 
@@ -37,7 +37,9 @@ from modeling_vit_scratch.conversion.loading import is_own, require_unquantized
 from modeling_vit_scratch.conversion.processors import read_labels
 from modeling_vit_scratch.conversion.proof import TOLERANCE, Verification
 from modeling_vit_scratch.conversion.reading import one_line
+from modeling_vit_scratch.data.sources import public_name
 from modeling_vit_scratch.evaluation.tables import text_table
+from modeling_vit_scratch.hub import write_model_card
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -197,6 +199,7 @@ def convert(arguments: argparse.Namespace) -> int:
         open_to_others(out)
         if processor is not None:
             processor.save_pretrained(out)
+        write_model_card(out, base_model=public_name(checkpoint))
     print(f"Wrote {out}.", file=sys.stderr)
     return 0
 

@@ -55,7 +55,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_model_options(model)
     cli.add_speed_options(model, maps=True)
     page = parser.add_argument_group("page")
-    page.add_argument("--examples", nargs="+", metavar="IMAGE", help="files or folders; default: some of CIFAR-10")
+    page.add_argument(
+        "--examples", nargs="+", metavar="IMAGE", help="files or folders; default: of CIFAR-10, if of its classes"
+    )
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this computer")
     page.add_argument("--port", type=cli.at_least_one, metavar="N", help="default: the first free one from 7860")
     arguments = parser.parse_args(argv)
@@ -170,7 +172,9 @@ def serve(arguments: argparse.Namespace, block: bool = True):
     black = torch.zeros(1, config.num_channels, *config.image_hw, dtype=torch.uint8)
     predictor.classify(black)
     predictor(black, output_attentions=True)
-    found = list(find_images(arguments.examples or [str(EXAMPLES)]))
+    # Those of other classes than the model's would be misread.
+    own = [str(file) for file in sorted(EXAMPLES.glob("*.jpg")) if file.stem in predictor.class_names]
+    found = list(find_images(arguments.examples or own))
     for name, wrong in found:
         if wrong:
             raise ValueError(f"--examples {name}: {wrong}.")

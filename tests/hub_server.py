@@ -388,10 +388,10 @@ class _Handler(BaseHTTPRequestHandler):
                     raise _Refused(400, message="content does not match its sha256")
                 self.hub.lfs[oid] = body
                 return 200, {}, b""
-            case ["api", ("models" | "datasets") as kind, owner, name, *rest]:
+            case ["api", ("models" | "datasets" | "spaces") as kind, owner, name, *rest]:
                 return self._api(kind[:-1], f"{owner}/{name}", rest, body)
-            case ["datasets", owner, name, *rest]:
-                return self._files("dataset", f"{owner}/{name.removesuffix('.git')}", rest, body)
+            case [("datasets" | "spaces") as kind, owner, name, *rest]:
+                return self._files(kind[:-1], f"{owner}/{name.removesuffix('.git')}", rest, body)
             case [owner, name, *rest] if rest and owner != "api":
                 return self._files("model", f"{owner}/{name.removesuffix('.git')}", rest, body)
         raise _Refused(404, message=f"no such page: {self.path}")
@@ -402,7 +402,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo_id = f"{request.get('organization') or self.user}/{request['name']}"
         repo_type = request.get("type") or "model"
         self._may_write(repo_id)
-        answer = {"url": f"{self.hub.url}/{'datasets/' * (repo_type == 'dataset')}{repo_id}", "name": repo_id}
+        answer = {"url": f"{self.hub.url}/{f'{repo_type}s/' * (repo_type != 'model')}{repo_id}", "name": repo_id}
         with self.hub.lock:
             if (repo_type, repo_id) in self.hub.repos:
                 return 409, {}, {"error": "You already created this repo", **answer}
@@ -521,7 +521,7 @@ class _Handler(BaseHTTPRequestHandler):
                             raise _Refused(404, "EntryNotFound", "A file with this name doesn't exist")
                     case "deletedFolder":
                         files = {p: c for p, c in files.items() if not p.startswith(value["path"].rstrip("/") + "/")}
-            url = f"{self.hub.url}/{'datasets/' * (repo_type == 'dataset')}{repo_id}"
+            url = f"{self.hub.url}/{f'{repo_type}s/' * (repo_type != 'model')}{repo_id}"
             answer = {"success": True}
             if self.query.get("create_pr"):
                 number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)

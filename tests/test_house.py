@@ -27,14 +27,14 @@ WINGS = {
         "layouts", "families", "reading", "architectures", "recognition", "planning", "loading", "processors",
         "targets", "exporting", "proof", "catalogue",
     ],
-    "hub": ["masking", "model_card", "folder", "push", "callback", "probe", "proof"],
+    "hub": ["masking", "model_card", "folder", "push", "space", "callback", "probe", "proof"],
     "evaluation": [
         "tables", "metrics", "devices", "token_merging", "inference", "programs", "acceleration", "reports",
     ],
     "plots": ["drawing", "analysis", "model", "runs", "speed", "views", "figures"],
     "training": [
-        "optimization", "arguments", "defaults", "checkpoints", "lora", "trainer", "output", "models", "schedule",
-        "budget", "run", "report", "finetuning", "pretraining",
+        "optimization", "arguments", "defaults", "checkpoints", "lora", "progress", "trainer", "output", "models",
+        "schedule", "budget", "run", "report", "finetuning", "pretraining",
     ],
 }  # fmt: skip
 SEALED = {"configuration_vit_scratch", "modeling_vit_scratch"}

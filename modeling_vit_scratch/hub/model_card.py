@@ -21,7 +21,14 @@ CHOICES = (
 _PLOTS_FIRST = ("reconstructions", "training_curves", "per_class_accuracy", "confusion_matrix")
 
 
-def write_model_card(folder: str | Path, status: str | None = None) -> Path:
+def with_examples(card: str, sources: dict[str, str]) -> str:
+    """The card with images for the Hub's widget: title -> address."""
+    card = ModelCard(card)
+    card.data["widget"] = [{"src": address, "example_title": title} for title, address in sources.items()]
+    return str(card)
+
+
+def write_model_card(folder: str | Path, status: str | None = None, base_model: str | None = None) -> Path:
     """Write `README.md` for a trained folder from its `config.json`, `metrics.json` and `plots/`.
 
     What the files do not say, the card does not say: a missing metric is left out, never guessed. Paths of this
@@ -31,6 +38,7 @@ def write_model_card(folder: str | Path, status: str | None = None) -> Path:
         folder: A classifier or a model pre-trained without labels, as `save_pretrained` and the training write it;
             `metrics.json` may be missing.
         status: A sentence to stand above the results, e.g. that training is still going on.
+        base_model: Hub id or name of the model that the weights were converted from; None for what `metrics.json` says.
 
     Returns:
         The path of the card.
@@ -44,26 +52,34 @@ def write_model_card(folder: str | Path, status: str | None = None) -> Path:
     metrics = defaultdict(dict, {key: value for key, value in metrics.items() if value is not None})
     name, hub_id = public_dataset(metrics["dataset"].get("name"))
     link = f"[{name}](https://huggingface.co/datasets/{hub_id})" if hub_id else name and _escape(name)
+    base, base_id = public_dataset(metrics["model"].get("base_model") or base_model)
     if "ViTScratchForMaskedImageModeling" in (config.get("architectures") or ()):
-        data = _data("image-feature-extraction", hub_id)
+        data = _data("image-feature-extraction", hub_id, base=(base, base_id))
         head, results, end = _pretrained_head(metrics, name), _pretrained_results(metrics), [_PRETRAINED_USE]
         classes = []
     else:
-        data = _data("image-classification", hub_id, _evaluations(metrics, name, hub_id))
+        data = _data("image-classification", hub_id, _evaluations(metrics, name, hub_id), (base, base_id))
         head, results, end = _head(metrics, name), _results(metrics), [_use(config), _limits(config, metrics)]
         classes = [*(metrics["dataset"].get("class_names") or (config.get("id2label") or {}).values())]
-    facts = _facts(config, metrics, link, classes)
-    sections = [*head, facts, status, results, _plots(folder), _training(metrics), *end, _licence(link)]
+    origin = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else base and _escape(base)
+    facts = _facts(config, metrics, link, classes, origin)
+    sections = [*head, facts, status, results, _plots(folder), _training(metrics), *end, _licence(link, origin)]
     text = "\n\n".join(section for section in sections if section)
     path = folder / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(path)
     return path
 
 
-def _data(task: str, dataset: str | None, evaluations: list[EvalResult] | None = None) -> ModelCardData:
-    """The card's YAML: what the Hub's search, widgets and leaderboards read."""
+def _data(
+    task: str,
+    dataset: str | None,
+    evaluations: list[EvalResult] | None = None,
+    base: tuple[str | None, str | None] = (None, None),
+) -> ModelCardData:
+    """The card's YAML: what the Hub's search, widgets and leaderboards read. `base` is a model's name and Hub id."""
     return ModelCardData(
-        license="apache-2.0",
+        license=None if base[0] else "apache-2.0",  # of weights from elsewhere, it is not ours to say
+        base_model=base[1],
         library_name="transformers",
         pipeline_tag=task,
         tags=[task, "vision", "vit", "vit_scratch", "custom_code"],
@@ -114,7 +130,7 @@ def choices_of(config: dict) -> str:
     return ", ".join(f"{n}={value}" for n, value in chosen.items() if value != getattr(ViTScratchConfig, n))
 
 
-def _facts(config: dict, metrics: dict, link: str | None, classes: list[str]) -> str:
+def _facts(config: dict, metrics: dict, link: str | None, classes: list[str], origin: str | None) -> str:
     """A line for each thing that is known of the model and its data."""
     facts, dataset, model = {}, metrics["dataset"], metrics["model"]
     if classes:
@@ -133,6 +149,8 @@ def _facts(config: dict, metrics: dict, link: str | None, classes: list[str]) ->
     for key, label in (("parameters", "Parameters"), ("flops_per_image", "FLOPs per image")):
         if _is_number(model.get(key)):
             facts[label] = f"{model[key]:,}"
+    if origin:
+        facts["Weights from"] = origin
     if link:
         counts = (dataset.get("splits") or {}).items()
         images = ", ".join(f"{count:,} {_escape(split)}" for split, count in counts if _is_number(count))
@@ -244,9 +262,10 @@ def _limits(config: dict, metrics: dict) -> str:
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
-def _licence(link: str | None) -> str:
+def _licence(link: str | None, origin: str | None) -> str:
     terms = f" The data it learned from ({link}) has terms of its own." if link else ""
-    return f"## Licence\n\nCode and weights: Apache-2.0.{terms}"
+    ours = f"Code: Apache-2.0. The weights come from {origin}, whose terms hold for them." if origin else None
+    return f"## Licence\n\n{ours or 'Code and weights: Apache-2.0.'}{terms}"
 
 
 def read_json(path: Path) -> dict:

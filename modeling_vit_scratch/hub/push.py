@@ -6,24 +6,24 @@ several commits, and nobody can ask between its upload and its commit whether th
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import _http
 
 from .folder import FolderError, check_folder
 from .masking import redact
-from .model_card import REPO_PLACEHOLDER
+from .model_card import REPO_PLACEHOLDER, with_examples
 
 # Seconds without one byte from the server before a push gives up; huggingface_hub itself would wait forever.
 TIMEOUT_SECONDS = 120.0
 # Files of a run that describe its weights: those of an earlier push go when they are not in the new one.
 OWNED = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "metrics.json", "history.csv", "predictions*",
-    "plots/*",
+    "plots/*", "examples/*",
 )  # fmt: skip
 
 
@@ -59,12 +59,15 @@ def prepare_repo(repo_id: str, private: bool = False, token: str | None = None) 
         HubError: No access, no connection, or a public repository where a private one was asked for.
     """
     with hub_errors(repo_id, token, "was not prepared"):
-        return _create_repo(HfApi(token=token), repo_id, private)
+        return create_repo(HfApi(token=token), repo_id, private)
 
 
-def _create_repo(api: HfApi, repo_id: str, private: bool) -> str:
-    repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    if private and not api.model_info(repo_id).private:
+def create_repo(api: HfApi, repo_id: str, private: bool, repo_type: str = "model") -> str:
+    """The repository's full id; it is made if there is none, a Space for gradio."""
+    sdk = "gradio" if repo_type == "space" else None
+    made = api.create_repo(repo_id, private=private or None, repo_type=repo_type, space_sdk=sdk, exist_ok=True)
+    repo_id = made.repo_id
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise HubError(f"{repo_id} exists and is public; make it private in its settings, or push without private.")
     return repo_id
 
@@ -78,6 +81,7 @@ def push_folder(
     token: str | None = None,
     commit_message: str = "Upload model",
     wanted: Callable[[], bool] = lambda: True,
+    examples: Sequence[Path] = (),
 ) -> Pushed:
     """Push a folder to the Hub in one commit, or not at all; without changes no commit is made.
 
@@ -93,6 +97,7 @@ def push_folder(
         token: None for the saved login.
         commit_message: First line of the commit.
         wanted: Asked when all is uploaded; if the answer is no, nothing is committed.
+        examples: Images for the card's widget; they are pushed into `examples/`, where anybody sees them.
 
     Raises:
         FolderError: The folder would not load; nothing was sent.
@@ -103,51 +108,84 @@ def push_folder(
     contents = check_folder(folder, token or get_token())
     with hub_errors(repo_id, token, "was not pushed"):
         api = HfApi(token=token)
-        repo_id = _create_repo(api, repo_id, private)
-        for attempt in range(3):
-            head = _head(api, repo_id, revision, create_branch=not create_pr)
-            additions = [_addition(folder, name, repo_id) for name in contents.files]
-            remote = {sibling.rfilename for sibling in head.siblings or []} - set(contents.files)
-            stale = [name for name in sorted(remote) if any(fnmatch.fnmatch(name, pattern) for pattern in OWNED)]
-            api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False)
-            ignored = [addition.path_in_repo for addition in additions if getattr(addition, "_should_ignore", False)]
-            if ignored:
-                raise HubError(f"{repo_id} was not pushed: its .gitignore leaves out {', '.join(ignored)}.")
-            if not wanted():
-                raise HubError(f"{repo_id} was not pushed: a newer push came first.")
-            try:
-                commit = api.create_commit(
-                    repo_id,
-                    additions + [CommitOperationDelete(path_in_repo=name) for name in stale],
-                    commit_message=commit_message,
-                    revision=revision,
-                    create_pr=create_pr,
-                    parent_commit=head.sha,  # what did not change is not sent, so nothing else may change meanwhile
-                )
-                break
-            except HfHubHTTPError as error:
-                if _status(error) not in (409, 412) or attempt == 2:
-                    raise
-    changed, url = commit.oid != head.sha, str(commit.commit_url)
-    return Pushed(repo_id, commit.oid, changed, url, commit.pr_url, contents.files, contents.left_out)
+        repo_id = create_repo(api, repo_id, private)
+
+        files = {name: folder / name for name in contents.files} | example_files(examples)
+        card = (folder / "README.md").read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo_id)
+        if examples:
+            places = {image.stem: f"{api.endpoint}/{repo_id}/resolve/main/examples/{image.name}" for image in examples}
+            card = with_examples(card, places)
+        files["README.md"] = card.encode()
+        options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+        commit, changed = commit_files(api, repo_id, files, OWNED, wanted=wanted, **options)
+    return Pushed(repo_id, commit.oid, changed, str(commit.commit_url), commit.pr_url, [*files], contents.left_out)
 
 
-def _head(api: HfApi, repo_id: str, revision: str | None, create_branch: bool):
+def commit_files(
+    api: HfApi,
+    repo_id: str,
+    files: dict[str, Path | bytes],
+    owned: tuple[str, ...],
+    repo_type: str = "model",
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload",
+    wanted: Callable[[], bool] = lambda: True,
+) -> tuple[CommitInfo, bool]:
+    """Commit files in one commit, and whether anything changed; `push_folder` says what other arguments are.
+
+    Args:
+        files: Path in the repository -> file or content.
+        owned: Patterns of files that go if they are there and not among the new ones.
+
+    Raises:
+        HubError: They were ignored, or are no longer wanted.
+    """
+    place = {"repo_type": repo_type, "revision": revision}
+    for attempt in range(3):
+        head = _head(api, repo_id, **place, create_branch=not create_pr)
+        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+        remote = {sibling.rfilename for sibling in head.siblings or []} - set(files)
+        stale = [name for name in sorted(remote) if any(fnmatch.fnmatch(name, pattern) for pattern in owned)]
+        api.preupload_lfs_files(repo_id, added, **place, create_pr=create_pr, free_memory=False)
+        ignored = [addition.path_in_repo for addition in added if getattr(addition, "_should_ignore", False)]
+        if ignored:
+            raise HubError(f"{repo_id} was not pushed: its .gitignore leaves out {', '.join(ignored)}.")
+        if not wanted():
+            raise HubError(f"{repo_id} was not pushed: a newer push came first.")
+        try:
+            commit = api.create_commit(
+                repo_id,
+                added + [CommitOperationDelete(path_in_repo=name) for name in stale],
+                commit_message=commit_message,
+                create_pr=create_pr,
+                parent_commit=head.sha,  # what did not change is not sent, so nothing else may change meanwhile
+                **place,
+            )
+            break
+        except HfHubHTTPError as error:
+            if _status(error) not in (409, 412) or attempt == 2:
+                raise
+    return commit, commit.oid != head.sha
+
+
+def _head(api: HfApi, repo_id: str, repo_type: str, revision: str | None, create_branch: bool):
     """The commit that a push builds on; a branch that is missing is made from the default one."""
     try:
-        return api.model_info(repo_id, revision=revision)
+        return api.repo_info(repo_id, repo_type=repo_type, revision=revision)
     except RevisionNotFoundError:
         if not create_branch or revision.startswith("refs/"):
             raise
-    api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.model_info(repo_id, revision=revision)
+    api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+    return api.repo_info(repo_id, repo_type=repo_type, revision=revision)
 
 
-def _addition(folder: Path, name: str, repo_id: str) -> CommitOperationAdd:
-    content = folder / name
-    if name == "README.md":
-        content = content.read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo_id).encode()
-    return CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+def example_files(images: Sequence[Path]) -> dict[str, Path]:
+    """Where images go in a repository; refused if two have one name."""
+    files = {f"examples/{image.name}": image for image in images}
+    if len(files) < len(images):
+        raise HubError(f"{len(images)} examples have only {len(files)} different file names; rename some.")
+    return files
 
 
 def give_up_on_silence():

@@ -9,6 +9,7 @@
     finetuning    the steps of a run with labels: set up, look, train, measure, report
     pretraining   the same without labels: masked image modelling
     trainer       transformers' Trainer, with what it lacks: exact resuming, a clock, averaged weights
+    progress      what a run shows while it trains: a bar, and a line for each evaluation
     optimization  Muon, parameter groups, the average of the weights
     checkpoints   whole or invisible; what run they belong to; whether they are damaged
     lora          adapters in each block, by PEFT

@@ -15,6 +15,7 @@ import transformers
 from matplotlib.figure import Figure
 
 from .. import plots
+from ..data.sources import public_name
 from ..data.splits import DecodedImages
 from ..evaluation.tables import text_table
 from ..hub import public_command, write_model_card
@@ -95,11 +96,13 @@ def describe(run: Run) -> dict:
     """Data, model and settings of a run, for `metrics.json`."""
     facts = run.facts
     classes = {"class_names": run.splits.class_names} if run.splits.class_names else {}
+    base = run.model_args.model_name_or_path
+    model = {} if base is None else {"base_model": public_name(base)}
     return {
         "task": run.model_args.task,
         "dataset": {"name": facts["dataset"], "fingerprint": facts["fingerprint"], "cut": facts["cut"]}
         | {"splits": run.sizes, **classes},
-        "model": {"parameters": run.model.num_parameters(), "flops_per_image": flops_per_image(run.model)},
+        "model": {"parameters": run.model.num_parameters(), "flops_per_image": flops_per_image(run.model), **model},
         "training": _describe_training(run),
     }
 

@@ -13,7 +13,7 @@ import psutil
 import torch
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..conversion.exporting import open_to_others
@@ -25,6 +25,7 @@ from ..evaluation import ImageClassificationMetrics
 from ..modeling_vit_scratch import image_classification_loss
 from . import checkpoints, lora
 from .optimization import Muon, WeightAverage, parameter_groups
+from .progress import Progress
 
 # In a checkpoint of a run that averages weights: those that are trained; `model.safetensors` has the average.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
@@ -52,6 +53,9 @@ class ImageTrainer(Trainer):
             )
         self.clock = Clock(self.args.device)
         self.add_callback(self.clock)
+        self.progress = Progress(self.clock)
+        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):  # a notebook keeps its table
+            self.add_callback(self.progress)
         self.mirrored = False  # whether predictions are made of the images' mirror images
         self.resumed_at = 0  # steps that earlier parts of the run have taken
         self._micro_step = 0
@@ -137,7 +141,10 @@ class ImageTrainer(Trainer):
             return super().evaluation_loop(*args, **kwargs)
 
     def train(self, *args, **kwargs):
-        result = super().train(*args, **kwargs)
+        try:
+            result = super().train(*args, **kwargs)
+        finally:
+            self.progress.close()
         if self.average is not None:  # what the run ends with is what was measured
             if self.state.best_model_checkpoint is None or not self.args.load_best_model_at_end:
                 self.average.swap()

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, plots
 from modeling_vit_scratch.data import Augmentation
@@ -60,7 +60,6 @@ def trainer_seconds(config: ViTScratchConfig, dataset: DecodedImages, steps: int
             train_dataset=dataset,
             callbacks=[times],
         )
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
     warm = len(times.ends) // 4
     return (times.ends[-1] - times.ends[warm]) / (len(times.ends) - 1 - warm)

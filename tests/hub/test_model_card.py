@@ -8,6 +8,8 @@ import yaml
 from hub_folders import CLASSES, METRICS, edit_json, write_metrics
 from hub_server import TOKEN, WRONG_TOKEN
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -92,6 +94,48 @@ def test_card_of_a_local_folder_that_looks_like_a_hub_id(folder, monkeypatch):
     write_metrics(folder, dataset={"name": "data/cifar10"}, command="python finetune.py --dataset_name data/cifar10")
     text = write_model_card(folder).read_text()
     assert "datasets:" not in text and "data/cifar10" not in text and "--dataset_name cifar10" in text
+
+
+@pytest.mark.parametrize(
+    ("base", "hub_id", "origin"),
+    [
+        ("google/vit-base-patch16-224", "google/vit-base-patch16-224",
+         "[google/vit-base-patch16-224](https://huggingface.co/google/vit-base-patch16-224)"),
+        ("/home/zoe9/secret/mine", None, "mine"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("converted", [False, True])
+def test_card_of_a_model_that_came_from_another(folder, base, hub_id, origin, converted):
+    """Fine-tuned or converted: the Hub links the two, and no licence is given to weights of others."""
+    if converted:
+        card = ModelCard.load(write_model_card(folder, base_model=base))
+    else:
+        write_metrics(folder, model={"parameters": 847626, "base_model": base})
+        card = ModelCard.load(write_model_card(folder))
+    assert card.data.base_model == hub_id and card.data.license is None
+    assert f"**Weights from:** {origin}" in card.text and f"The weights come from {origin}, whose terms" in card.text
+    assert "Apache-2.0. The weights" in card.text and "weights: Apache-2.0" not in card.text and "zoe9" not in card.text
+    if hub_id:
+        validate_repo_id(card.data.base_model)
+
+
+def test_the_hub_client_reads_the_card_without_a_complaint(folder, caplog):
+    """huggingface_hub's own checks: a strict reading, and results that make the round trip."""
+    path = write_model_card(folder)
+    card = ModelCard.load(path, ignore_metadata_errors=False)
+    index = card.data.to_dict()["model-index"]
+    name, results = model_index_to_eval_results(index)
+    assert name == card.data.model_name and [result.metric_value for result in results] == [0.6184, 0.9534]
+    assert eval_results_to_model_index(name, results) == index
+    assert all(
+        result.is_equal_except_value(given) for result, given in zip(results, card.data.eval_results, strict=True)
+    )
+    for repo_id in card.data.datasets:
+        validate_repo_id(repo_id)
+    assert not caplog.records
+    damaged = path.read_text().replace("model-index:\n- name:", "model-index:\n- title:")
+    with pytest.raises(ValueError, match="model_name|model-index|name"):
+        ModelCard(damaged, ignore_metadata_errors=False)
 
 
 def test_card_of_a_pretrained_model(folder):
