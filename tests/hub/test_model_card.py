@@ -134,7 +134,7 @@ def test_the_hub_client_reads_the_card_without_a_complaint(folder, caplog):
         validate_repo_id(repo_id)
     assert not caplog.records
     damaged = path.read_text().replace("model-index:\n- name:", "model-index:\n- title:")
-    with pytest.raises(ValueError, match="model_name|model-index|name"):
+    with pytest.raises(ValueError, match=r"name"):
         ModelCard(damaged, ignore_metadata_errors=False)
 
 

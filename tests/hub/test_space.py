@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard, SpaceCard, snapshot_download
 from hub_server import TOKEN
+from huggingface_hub import ModelCard, SpaceCard, snapshot_download
 from packaging.requirements import Requirement
 from PIL import Image
 from runs import ROOT, free_port, load_script

@@ -23,7 +23,7 @@ def lines_of(text: str) -> list[str]:
     """The table's lines, without what comes before and after."""
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.split()[:2] == ["epoch", "step"])
-    end = next(i for i, line in enumerate(lines) if "validation accuracy" in line or "validation loss  0" in line)
+    end = next(i for i, line in enumerate(lines) if re.match(r"  validation (accuracy|loss) ", line))
     return lines[start:end]
 
 
