@@ -421,12 +421,13 @@ def test_figures_outside_the_table():
 
 
 def test_ratios_of_the_table_of_speed():
-    """Medians of ratios are not ratios of medians, but near."""
-    rows = re.findall(r"^\| (?:ViT|showcase|the same with).*?\| (.*) \|$", DOCS["results"], re.MULTILINE)
-    assert len(rows) == 4
-    for row in rows:
-        ours, *peers, ratio = [float(cell.replace(",", "").strip() or "nan") for cell in row.split("|")]
-        assert abs(ours / np.nanmax(peers) - ratio) < 0.015
+    """Medians of ratios are not ratios of medians, but near; and each lies in its range."""
+    rows = re.findall(r"^\| (?:ViT|showcase|the same).*?\| (.*) \| (.*) \|$", DOCS["results"], re.MULTILINE)
+    assert len(rows) == 7
+    for speeds, ratios in rows:
+        ours, *peers = [float(cell.replace(",", "").strip() or "nan") for cell in speeds.split("|")]
+        ratio, least, most = map(float, re.fullmatch(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", ratios).groups())
+        assert least <= ratio <= most and abs(ours / np.nanmax(peers) - ratio) < 0.06
 
 
 def test_defaults_are_those_of_the_code():
