@@ -8,9 +8,11 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+from ..modeling_vit_scratch import ViTScratchLayer
 from . import checkpoints
 
 FSDP2 = "scripts/launch/fsdp2.yaml"
@@ -64,8 +66,8 @@ def require_joined(args: TrainingArguments):
         raise ValueError(f"WORLD_SIZE is {started}, but each process would train alone on its {device}: {mend}.")
 
 
-def check_sharding(trainer):
-    """Refuse what does not go with weights of which each process has a part (FSDP2, by accelerate).
+def settle_sharding(trainer):
+    """Refuse what does not go with weights of which each process has a part (FSDP2, by accelerate); name the parts.
 
     Args:
         trainer: An `ImageTrainer`, made.
@@ -99,15 +101,23 @@ def check_sharding(trainer):
     for text, holds in refused.items():
         if holds:
             raise ValueError(f"{text}, and sharding (FSDP) takes weights apart: leave it out.")
+    if args.optim == "sgd" and args.save_strategy != "no":  # torch loads no empty state into shards
+        raise ValueError("optim (sgd) cannot be resumed with sharding (FSDP): take adamw_torch, or --save_strategy no.")
     kind = getattr(plugin.state_dict_type, "name", str(plugin.state_dict_type))
+    by_blocks = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is transformer_auto_wrap_policy
+    policy = "TRANSFORMER_BASED_WRAP" if by_blocks else "another"
     settings = {
         "fsdp_version": (getattr(plugin, "fsdp_version", 1), 2),
         "fsdp_state_dict_type": (kind, "FULL_STATE_DICT"),
+        "fsdp_auto_wrap_policy": (policy, "TRANSFORMER_BASED_WRAP"),
         "fsdp_cpu_ram_efficient_loading": (bool(plugin.cpu_ram_efficient_loading), False),
     }
     for name, (value, supported) in settings.items():
         if value != supported:
             raise ValueError(f"{name} is {value}, but only {supported} is supported, as in {FSDP2}.")
+    # The model's own list has its embeddings too. accelerate shards the patches' projection in any case: twice then,
+    # which fails.
+    plugin.transformer_cls_names_to_wrap = [ViTScratchLayer.__name__]
 
 
 def launcher() -> list[str]:

@@ -21,7 +21,7 @@ from ..modeling_vit_scratch import image_classification_loss
 from . import checkpoints, lora
 from .callbacks import Clock, UpdateAverage, keep_workers
 from .optimization import Muon, WeightAverage, parameter_groups
-from .processes import RunLost, check_sharding, what_is_kept
+from .processes import RunLost, settle_sharding, what_is_kept
 
 # In a checkpoint of a run that averages weights: those that are trained; `model.safetensors` has the average.
 TRAINED_WEIGHTS = "trained_weights.safetensors"
@@ -42,7 +42,7 @@ class ImageTrainer(Trainer):
         self.adapter = adapter
         self.augmentation = augmentation
         self.run_facts = run_facts
-        check_sharding(self)
+        settle_sharding(self)
         self.average = None if self.args.ema_decay is None else WeightAverage(self.model, self.args.ema_decay)
         self.clock = Clock(self.args.device)
         self.add_callback(self.clock)

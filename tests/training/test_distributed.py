@@ -238,7 +238,11 @@ def test_a_signal_to_one_process_stops_both(tmp_path, interrupt):
 def test_a_signal_to_all_processes_spares_those_that_read_images(number, tmp_path, interrupt):
     """As a batch system or a terminal sends it; a worker that ends by it would end the run before it is saved."""
     write_image_folder(tmp_path / "photos", 40, size=(40, 36))
-    interrupt |= {"at": 4, "signal": number, "send": lambda number: os.killpg(os.getpgrp(), number)}
+
+    def from_outside(number: int):  # from its own run, a worker takes SIGTERM as the end of its work
+        subprocess.run(["kill", f"-{int(number)}", "--", f"-{os.getpgrp()}"], start_new_session=True)
+
+    interrupt |= {"at": 4, "signal": number, "send": from_outside}
     argv = options(
         tmp_path / "out", dataset_name=tmp_path / "photos", dataloader_num_workers=2, per_device_train_batch_size=8,
         image_size=32, max_train_samples=None,
