@@ -15,8 +15,9 @@ CIFAR-10 and digits those of their recipes, other data those that go with their
 number of images and their size. Otherwise, what is not given is as --help_all
 shows. The summary says which it was.
 
-Exit status: 0; 1 if the loss diverges or the Hub fails; 2 if the data or an
-option is wrong; 130 after Ctrl-C, which saves a checkpoint.
+Exit status: 0; 1 if the loss diverges, a checkpoint cannot be saved, another
+process of the run has ended, or the Hub fails; 2 if the data or an option is
+wrong; 130 after Ctrl-C, SIGTERM or SIGUSR1, which save a checkpoint.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from modeling_vit_scratch.hub import HubError, mask_tokens
 from modeling_vit_scratch.training import DataArguments, ImageTrainingArguments, ModelArguments, finetune, pretrain
 from modeling_vit_scratch.training.arguments import MASKED
 from modeling_vit_scratch.training.defaults import advice, choose_settings, look_at
+from modeling_vit_scratch.training.processes import RunLost, say_lost
 
 RECIPES = Path(__file__).parent / "recipes"
 USUAL = (
@@ -213,14 +215,21 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTraining
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     sys.argv[1:] = mask_tokens(sys.argv[1:])  # W&B sends it
+    arguments = None
     try:
         arguments = parse(argv)
         result = (pretrain if arguments[0].task == MASKED else finetune)(*arguments)
     except (ValueError, ImportError) as error:  # ImportError: an option, e.g. --optim, needs a package
         print(f"finetune.py: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, HubError) as error:
+    except (FloatingPointError, HubError, RunLost) as error:
         print(f"finetune.py: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        lost = arguments and say_lost(error, arguments[2])
+        if not lost:
+            raise
+        print(f"finetune.py: {lost}", file=sys.stderr)
         return 1
     return 0 if result is not None else 130  # 130: stopped by Ctrl-C, as shells count it
 

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "pixel_values")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category", "cls")  # the last is WebDataset's
 
 
 def find_column(dataset: datasets.Dataset, wanted: str | None, known: tuple[str, ...], kind: str) -> str:

@@ -107,6 +107,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         worker, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # Those without a file end at once, and leave their turns to the others.
         workers = min(workers, split_dataset_by_node(self.stream, self.rank, self.world_size).num_shards)
+        if worker >= workers:
+            return
         batches, batch_size = self._blank.tolist()
         blanks = max(-(-(batches - worker) // workers), 0) * batch_size  # workers take turns, batch by batch
         batches, batch_size = self._cropped.tolist()
@@ -124,8 +126,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
                     key = (self.seed, epoch, self.rank, worker, position)
                     yield self._sample(example, key, self.crop_scale if given < uncropped_from else None)
                 given += 1
-            if empty or not self.endless:  # a worker for which there is no file
+            if not self.endless:
                 return
+            if empty:  # it would end early, and the other processes wait for it
+                raise ValueError(
+                    f"process {self.rank} of {self.world_size} finds no image in its part of the stream (worker "
+                    f"{worker} of {workers}); train in fewer processes, or with a lower dataloader_num_workers."
+                )
 
     def _examples(self, epoch: int) -> Iterator[dict]:
         # A stream of this pass alone: a stream's epoch lies in memory that worker processes share, and they are not at

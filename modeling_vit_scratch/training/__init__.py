@@ -8,7 +8,9 @@
     budget        the number of steps that fit into a time budget, and whether they are compiled
     finetuning    the steps of a run with labels: set up, look, train, measure, report
     pretraining   the same without labels: masked image modelling
-    trainer       transformers' Trainer, with what it lacks: exact resuming, a clock, averaged weights
+    trainer       transformers' Trainer, with what it lacks: exact resuming, averaged weights, shares of a loss
+    callbacks     what a run does beside its steps: a clock, signals, noise of its own
+    processes     whether several found each other, how they share a model, and what is said when one is lost
     progress      what a run shows while it trains: a bar, and a line for each evaluation
     optimization  Muon, parameter groups, the average of the weights
     checkpoints   whole or invisible; what run they belong to; whether they are damaged

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from ..configuration_vit_scratch import PRESETS
 from ..conversion.families import FAMILIES
 from ..evaluation.devices import can_compile, has_fast_bfloat16
+from .processes import refuse_engines, require_joined
 
 logger = logging.getLogger(__name__)
 
@@ -265,6 +266,7 @@ class ImageTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has no use here: a batch has no others."})
 
     def __post_init__(self):
+        refuse_engines(self)
         self.output_dir_is_default = self.output_dir is None
         if self.time_budget is not None and (self.max_steps > 0 or self.num_train_epochs is not None):
             given = f"max_steps ({self.max_steps})" if self.max_steps > 0 else f"{self.num_train_epochs:g} epochs"
@@ -293,6 +295,7 @@ class ImageTrainingArguments(TrainingArguments):
             raise ValueError(f"metric_for_best_model ({best!r}) is unknown; use one of {', '.join(BEST_METRICS)}.")
         self.metric_for_best_model = best
         super().__post_init__()  # a backend or a mode of torch_compile switches it on
+        require_joined(self)
         self.torch_compile_is_open = self.torch_compile is None and self.time_budget is not None
         self.torch_compile = bool(self.torch_compile)
         if self.torch_compile_backend == "inductor" and on_cpu and not can_compile(torch.device("cpu")):

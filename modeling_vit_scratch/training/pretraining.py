@@ -172,7 +172,9 @@ def report(run: Run, metrics: dict):
     logged = write_numbers(run, metrics)
     images = default_collate([dataset[i] for i in range(min(SHOWN, len(dataset)))])["pixel_values"]
     inputs = trainer.held_out_inputs(images)
-    painted = run.model.eval()(**inputs).reconstruction.cpu()
+    # Of the folder: where the run's own model is sharded, each process would have to take part.
+    model = ViTScratchForMaskedImageModeling.from_pretrained(run.folder).to(run.args.device)
+    painted = model.eval()(**inputs).reconstruction.cpu()
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (run.augmentation.mean, run.augmentation.std))
     mask = inputs["bool_masked_pos"].cpu()
     figure = plots.plot_reconstructions(images.cpu(), mask, (painted * std + mean).clamp(0, 1))

@@ -7,7 +7,6 @@ Fine-tuning and pre-training share it. Both fill it in the same order, from `Run
 import ctypes
 import json
 import os
-import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -37,9 +36,11 @@ from .arguments import (
     run_options,
 )
 from .budget import steps_in_budget
+from .callbacks import OwnNoise, ResumeLoss, StopOnSignal, TellEpoch
 from .output import check_space, replace_run, settle_output
+from .processes import how_to_continue
 from .schedule import settle_crops, settle_schedule
-from .trainer import ImageTrainer, OwnNoise, ResumeLoss, StopOnSignal, TellEpoch
+from .trainer import ImageTrainer
 
 # Smallest share of an image's area that a random crop keeps, where nothing else is given.
 CROP_SCALE = 0.35
@@ -235,9 +236,7 @@ class Run:
             self.trainer.save_model()
             return True
         if self.is_main:
-            options = ["--output_dir", self.args.output_dir, "--resume_from_checkpoint", "last"]
-            command = shlex.join(["python", *_without_resuming(sys.argv), *options])
-            print(f"Stopped at step {self.trainer.state.global_step}. To continue:\n  {command}")
+            print(f"Stopped at step {self.trainer.state.global_step}. {how_to_continue(self.args)}")
         return False
 
 
@@ -319,13 +318,3 @@ def move_small_data(parts: dict[str, torch.utils.data.Dataset], args: ImageTrain
 
 def trainer_state(checkpoint: str | Path) -> dict:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-
-
-def _without_resuming(command: list[str]) -> list[str]:
-    """A command without the options that are about to be added to it."""
-    kept, skip = [], False
-    for word in command:
-        if not skip and word.partition("=")[0] not in ("--output_dir", "--resume_from_checkpoint"):
-            kept.append(word)
-        skip = word in ("--output_dir", "--resume_from_checkpoint")
-    return kept

@@ -1,30 +1,28 @@
 """transformers' Trainer with augmentation on the device, exact resuming, averaged weights and a clock."""
 
 import json
-import os
 import shutil
-import signal
-import sys
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..conversion.exporting import open_to_others
 from ..data import Augmentation
-from ..data.augmentation import normalize, stateless_generator
-from ..data.splits import LazyImages, as_batch
+from ..data.augmentation import normalize
+from ..data.splits import as_batch
 from ..data.streaming import StreamedImages
 from ..evaluation import ImageClassificationMetrics
 from ..modeling_vit_scratch import image_classification_loss
 from . import checkpoints, lora
+from .callbacks import Clock, UpdateAverage, keep_workers
 from .optimization import Muon, WeightAverage, parameter_groups
+from .processes import RunLost, settle_sharding, what_is_kept
 from .progress import Progress
 
 # In a checkpoint of a run that averages weights: those that are trained; `model.safetensors` has the average.
@@ -46,11 +44,8 @@ class ImageTrainer(Trainer):
         self.adapter = adapter
         self.augmentation = augmentation
         self.run_facts = run_facts
+        settle_sharding(self)
         self.average = None if self.args.ema_decay is None else WeightAverage(self.model, self.args.ema_decay)
-        if self.average is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "ema_decay follows whole weights, which sharding (FSDP, DeepSpeed) takes apart: leave it out."
-            )
         self.clock = Clock(self.args.device)
         self.add_callback(self.clock)
         self.progress = Progress(self.clock)
@@ -193,7 +188,21 @@ class ImageTrainer(Trainer):
         (folder / "training_args.bin").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model, trial):
-        """As Trainer does, but aside; the folder takes its name once it is whole."""
+        """As Trainer does, but aside; the folder takes its name once it is whole.
+
+        Raises:
+            RunLost: A file cannot be written; what is kept, and how to go on.
+        """
+        try:
+            self._stage_and_publish(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            name = f"checkpoint-{self.state.global_step}"
+            raise RunLost(f"{name} could not be saved ({reason}). {what_is_kept(self.args)}") from error
+
+    def _stage_and_publish(self, model, trial):
         folder = Path(self.args.output_dir)
         staging, name = folder / checkpoints.STAGING, f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -231,12 +240,14 @@ class ImageTrainer(Trainer):
         if not isinstance(self.train_dataset, StreamedImages):
             return super().get_train_dataloader()
         # Each process already reads its own part of the stream; accelerate would divide that once more.
-        return torch.utils.data.DataLoader(
-            self.train_dataset,
-            batch_size=self.args.train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+        return keep_workers(
+            torch.utils.data.DataLoader(
+                self.train_dataset,
+                batch_size=self.args.train_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
         )
 
     def _get_dataloader(self, *args, is_training=False, **kwargs):
@@ -244,7 +255,7 @@ class ImageTrainer(Trainer):
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and is_training
         try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+            return keep_workers(super()._get_dataloader(*args, is_training=is_training, **kwargs))
         finally:
             self.args.dataloader_drop_last = drop_last
 
@@ -284,154 +295,3 @@ def training_loss(
             labels = (1 - label_smoothing) * labels + label_smoothing / K
         loss = image_classification_loss(labels, logits, config)
     return loss if num_items_in_batch is None else loss * B / num_items_in_batch
-
-
-class UpdateAverage(TrainerCallback):
-    """Takes the weights of each step into the average."""
-
-    def __init__(self, average: WeightAverage):
-        self.average = average
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.average.update(state.global_step)
-
-
-class Clock(TrainerCallback, ExportableState):
-    """Wall and CPU seconds of training, over all parts of a run that was resumed.
-
-    Everything from the first batch (of a resumed part, the first step) to the last step counts, the reading of batches
-    too; evaluation, saving and logging do not. CPU seconds are those of this process and of all that it started, such
-    as the workers that read images; what these read ahead during an evaluation is left out with it. A GPU is waited for
-    before each reading.
-
-    Args:
-        device: That the model is trained on.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.wall = self.cpu = 0.0
-        self._started = None
-
-    def _now(self) -> tuple[float, float]:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return time.perf_counter(), cpu_seconds()
-
-    def start(self):
-        """Go on counting, if the clock does not run yet."""
-        if self._started is None:
-            self._started = self._now()
-
-    def stop(self):
-        """Add what has passed since `start`, if the clock runs."""
-        if self._started is not None:
-            (wall, cpu), self._started = self._started, None
-            now = self._now()
-            self.wall, self.cpu = self.wall + now[0] - wall, self.cpu + now[1] - cpu
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # Trainer restores callbacks on request only. Other processes took about the CPU time of the main one.
-        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
-        self.wall, self.cpu = saved["wall"], saved["cpu"]
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.start()
-
-    def on_log(self, args, state, control, **kwargs):
-        state.log_history[-1] |= {"train_seconds": round(self.wall, 3), "train_cpu_seconds": round(self.cpu, 3)}
-
-    def state(self) -> dict:
-        return {"args": {}, "attributes": {"wall": self.wall, "cpu": self.cpu}}
-
-
-def cpu_seconds() -> float:
-    """CPU time that this process and all processes that it started have taken, those that have ended included."""
-    running = 0.0
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has just ended
-            running += sum(child.cpu_times()[:4])  # its own, and that of its children that have ended
-    ended = os.times()
-    return time.process_time() + ended.children_user + ended.children_system + running
-
-
-class OwnNoise(TrainerCallback):
-    """Another state of torch's generator in each process, so that no two draw the same dropout and drop-path masks.
-
-    The first process keeps the state that a run of one process has. What is the same everywhere (order of the images,
-    weights at the start) is settled before; augmentation draws nothing from this generator.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.process_index > 0:  # resumed, each process gets the state that it had
-            torch.manual_seed(stateless_generator(args.seed, args.process_index).initial_seed())
-
-
-class ResumeLoss(TrainerCallback):
-    """What Trainer leaves to itself on resuming: the loss since the last log entry, and when to log, measure and save.
-
-    A resumed run's history is that of one never stopped; other intervals that it is given are honoured.
-    """
-
-    def __init__(self, trainer: ImageTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if not args.resume_from_checkpoint:
-            return
-        self.trainer.resumed_at = state.global_step
-        state.compute_steps(args, state.max_steps)
-        path = Path(args.resume_from_checkpoint) / f"pending_loss_{args.process_index}.json"
-        if path.is_file():
-            pending = json.loads(path.read_text())
-            self.trainer._tr_loss += pending["loss"]
-            self.trainer._total_loss_scalar -= pending["loss"]  # whose mean is over the steps of this part alone
-            self.trainer._globalstep_last_logged = pending["last_logged"]
-
-
-class TellEpoch(TrainerCallback):
-    """Tells photos their epoch: accelerate forgets to after resuming in mid-epoch, and in several processes."""
-
-    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
-        if isinstance(train_dataloader.dataset, LazyImages):  # a stream counts its own
-            train_dataloader.dataset.set_epoch(int(state.epoch or 0))
-
-
-class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, and leave. A second Ctrl-C leaves at once."""
-
-    def __init__(self):
-        self.signal = None
-        self._previous = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-        print("\nStopping after this step and saving a checkpoint; once more to leave at once.", file=sys.stderr)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        stop = self.signal is not None
-        if args.world_size > 1:  # all processes have to leave at the same step
-            flag = torch.tensor(float(stop), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            stop = bool(flag.item())
-            self.signal = self.signal or (signal.SIGTERM if stop else None)
-        if stop:
-            control.should_training_stop = True
-            # At an epoch's end the evaluation comes first, as it does in a run that is not stopped.
-            control.should_save = control.should_save or not state.epoch.is_integer()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.signal is not None:
-            finished = state.epoch.is_integer()
-            control.should_save = finished
-            control.should_evaluate = control.should_evaluate and finished
-
-    def on_train_end(self, args, state, control, **kwargs):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -4,6 +4,7 @@ import collections
 import io
 import itertools
 import random
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import CIFAR10_COPY
-from transformers import Trainer, TrainingArguments, ViTImageProcessorPil
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil
 
 from modeling_vit_scratch.data import Augmentation, inspect_splits, load_splits, load_streaming, streaming
 from modeling_vit_scratch.data import sources as sources_module
@@ -63,6 +64,20 @@ def write(folder: Path, n: int, files: int, validation: int = 12, test: int = 9)
     for split, start, count in (("validation", 10_000, validation), ("test", 20_000, test)):
         if count:
             table(range(start, start + count)).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def write_shards(folder: Path, n: int, files: int) -> str:
+    """The same in WebDataset's layout: .tar files, in which an image and its class have the same name."""
+    folder.mkdir(parents=True)
+    parts = {f"train-{i:05}": part for i, part in enumerate(np.array_split(np.arange(n), files))}
+    for name, numbers in {**parts, "validation-00000": np.arange(10_000, 10_012)}.items():
+        with tarfile.open(folder / f"{name}.tar", "w") as shard:
+            for number in numbers.tolist():
+                for suffix, content in (("png", numbered(number)), ("cls", str(number % 3).encode())):
+                    member = tarfile.TarInfo(f"{number:06}.{suffix}")
+                    member.size = len(content)
+                    shard.addfile(member, io.BytesIO(content))
     return str(folder)
 
 
@@ -140,6 +155,22 @@ def test_a_worker_without_a_file_stops(tmp_path):
     for batch, _ in zip(loader, range(9), strict=False):
         counts.update(map(number_of, batch["pixel_values"]))
     assert set(counts.values()) == {3}
+
+
+def test_shards_of_webdataset_are_read_as_they_are(tmp_path):
+    """Without a name for their label column; over processes and workers each image once."""
+    folder = write_shards(tmp_path, 50, 5)
+    parts = [one_pass(folder, rank, 2, workers) for rank, workers in ((0, 2), (1, 0))]
+    assert sorted(itertools.chain(*parts)) == list(range(50)) and all(parts)
+    assert load_streaming(folder, PROCESSOR).class_names == ["0", "1", "2"]
+
+
+def test_a_process_without_an_image_is_an_error(tmp_path):
+    """Three processes and two images: it would leave the others waiting for it."""
+    streams = [load_streaming(write(tmp_path / str(n), 2, 1), PROCESSOR, rank=n, world_size=3).train for n in range(3)]
+    assert [number_of(next(iter(stream))["pixel_values"]) for stream in streams[:2]] == [0, 1]
+    with pytest.raises(ValueError, match="process 2 of 3 finds no image in its part of the stream"):
+        next(iter(streams[2]))
 
 
 @pytest.mark.skipif(not CIFAR10_COPY.exists(), reason=f"the JPEG copy of CIFAR-10 is not at {CIFAR10_COPY}")
@@ -382,8 +413,10 @@ class Model(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.linear = torch.nn.Linear(48, 3)
+        self.numbers = []  # of the images that it has seen
 
     def forward(self, pixel_values, labels=None):
+        self.numbers += map(number_of, pixel_values)
         logits = self.linear(pixel_values.flatten(1).float() / 255)
         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
@@ -400,30 +433,50 @@ class StreamTrainer(Trainer):
         )
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_trainer_resumes_in_mid_stream(tmp_path, monkeypatch, workers):
-    folder = write(tmp_path / "data", 50, 4)
+class Seen(TrainerCallback):
+    """Images of each step, which the model notes; and an end before the last step, if there is to be one."""
 
-    def train(output, resume=None, stop=None):
+    def __init__(self, stop: int | None):
+        self.steps, self.stop = {}, stop
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.steps[state.global_step], model.numbers = model.numbers, []
+        control.should_training_stop = state.global_step == self.stop
+
+
+@pytest.mark.parametrize(("layout", "workers"), [("parquet", 0), ("parquet", 2), ("webdataset", 2)])
+def test_a_run_that_is_resumed_twice_sees_each_image_once_per_epoch(tmp_path, monkeypatch, layout, workers):
+    """Twelve steps of two batches of four images, in three parts: two epochs of 48 images, in the order of one part."""
+    folder = write(tmp_path / "data", 48, 4) if layout == "parquet" else write_shards(tmp_path / "data", 48, 4)
+
+    def train(resume: int, stop: int | None = None):
         images = load_streaming(folder, PROCESSOR, buffer_size=9).train
         args = TrainingArguments(
-            output_dir=str(tmp_path / output), max_steps=12, per_device_train_batch_size=4, learning_rate=0.1,
-            gradient_accumulation_steps=2, save_steps=7, logging_steps=7, report_to="none", use_cpu=True,
+            output_dir=str(tmp_path / "run"), max_steps=12, per_device_train_batch_size=4, learning_rate=0.1,
+            gradient_accumulation_steps=2, save_steps=1, logging_steps=7, report_to="none", use_cpu=True,
             dataloader_num_workers=workers, disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip
-        trainer = StreamTrainer(Model(), args, train_dataset=images, data_collator=as_batch)
+        seen = Seen(stop)
+        trainer = StreamTrainer(Model(), args, train_dataset=images, data_collator=as_batch, callbacks=[seen])
         if resume:
-            images.skip_decoding(7 * 2, 4)
-        trainer.train(resume_from_checkpoint=resume)
-        assert trainer.state.global_step == 12
-        return trainer.model.linear.weight.detach()
+            images.skip_decoding(resume * 2, 4)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{resume}") if resume else None)
+        return seen.steps, trainer.model.linear.weight.detach()
 
-    whole = train("a")
+    whole, weight = train(0)
+    for epoch in (range(1, 7), range(7, 13)):
+        assert sorted(itertools.chain(*(whole[step] for step in epoch))) == list(range(48))
     decoded = []
     monkeypatch.setattr(streaming, "load_image", lambda *a: decoded.append(1) or sources_module.load_image(*a))
-    assert torch.equal(train("a", resume=str(tmp_path / "a" / "checkpoint-7")), whole)
+    parts = {}
+    for resume, stop in ((0, 3), (3, 8), (8, None)):
+        decoded.clear()
+        steps, resumed = train(resume, stop)
+        assert list(steps) == list(range(resume + 1, (stop or 12) + 1))
+        parts |= steps
+    assert parts == whole and torch.equal(resumed, weight)
     if workers == 0:
-        assert len(decoded) <= (12 - 7) * 2 * 4 + 8, "what was trained on before is not decoded again"
+        assert len(decoded) <= (12 - 8) * 2 * 4 + 8, "what was trained on before is not decoded again"
 
 
 # Errors

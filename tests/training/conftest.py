@@ -10,15 +10,15 @@ from modeling_vit_scratch.training import ImageTrainer
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Send a signal (Ctrl-C's, if no other is named) after a given step, once."""
+    """Send a signal (Ctrl-C's, if no other is named) after a given step, once; to one process, or to all."""
     step = {}
 
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == step.get("at"):
-                number = step.get("signal", signal.SIGINT)
+            if state.global_step == step.get("at") and step.get("process") in (None, args.process_index):
+                number, send = step.get("signal", signal.SIGINT), step.get("send", signal.raise_signal)
                 step.clear()
-                signal.raise_signal(number)
+                send(number)
 
     original = ImageTrainer.__init__
 

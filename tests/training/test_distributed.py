@@ -1,18 +1,22 @@
-"""Two processes (gloo, CPU) compute what one does; sharded training (FSDP2) too; a death is noticed."""
+"""Two processes (gloo, CPU) compute what one does; sharded training (FSDP2) too; a signal or a death is noticed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import CIFAR10_COPY, SCRIPTS, fork_run, history, options, wait_all, weights
+from made_data import write_image_folder
+from runs import CIFAR10_COPY, SCRIPTS, fork_run, history, load_script, options, wait_all, weights
 from small_models import CHOICES
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.data import Augmentation
-from modeling_vit_scratch.training import checkpoints
+from modeling_vit_scratch.training import ImageTrainer, checkpoints
 
 PLAIN = {
     "horizontal_flip": 0, "crop_padding": 0, "max_grad_norm": 0, "max_train_samples": 384, "num_train_epochs": 9,
@@ -169,24 +173,145 @@ def test_fsdp2_trains_to_the_same_weights_and_saves_the_same_folder(sharded, met
     assert (two / "config.json").read_text() == (one / "config.json").read_text()
 
 
+# --- started together, and apart --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "use_cpu", "words"),
+    [
+        ({}, None, "WORLD_SIZE is 2, but each process would train alone on its cpu: give --use_cpu True"),
+        ({"ACCELERATE_USE_FSDP": "true"}, None, "give --use_cpu True"),
+        ({"ACCELERATE_USE_FSDP": "true"}, True, "accelerate gives each process a whole model on a CPU"),
+    ],
+)
+def test_processes_that_would_train_apart_are_refused(environment, use_cpu, words, tmp_path, monkeypatch):
+    """Else both write into one folder; or each holds the model whole that was to be shared."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    codes = wait_all(fork_run(options(tmp_path / "out", use_cpu=use_cpu, num_train_epochs=1), 2, tmp_path / "log"))
+    assert 0 not in codes
+    for rank in (0, 1):
+        assert words in (tmp_path / f"log.{rank}").read_text()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "deepspeed is not supported"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM is not supported"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context and sequence parallelism) is not supported"),
+    ],
+)
+def test_engines_that_were_never_run_are_refused(variable, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(SystemExit) as left:
+        load_script("finetune").main(options(tmp_path))
+    text = capsys.readouterr().err
+    assert left.value.code == 2 and words in text and "fsdp2.yaml" in text and not list(tmp_path.iterdir())
+
+
+# --- signals and deaths -----------------------------------------------------------------------------------------------
+
+
+def whole(folder: Path) -> list[str]:
+    """Names of the checkpoints, all of which must be whole."""
+    found = checkpoints.list_checkpoints(folder)
+    assert [checkpoints.damage(path) for path in found] == [None] * len(found)
+    return [path.name for path in found]
+
+
+def test_a_signal_to_one_process_stops_both(tmp_path, interrupt):
+    """With one checkpoint, and the command that goes on as it was started, which does so."""
+    argv = options(tmp_path / "out", num_train_epochs=3)
+    interrupt |= {"at": 4, "signal": signal.SIGUSR1, "process": 1}
+    assert wait_all(fork_run(argv, 2, tmp_path / "log")) == [130, 130]
+    interrupt.clear()
+    assert whole(tmp_path / "out") == ["checkpoint-4", "checkpoint-3"]
+    first, second = ((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
+    assert "Stopped at step 4. To continue:\n  torchrun --nproc_per_node 2 " in first and "To continue" not in second
+    assert wait_all(fork_run([*argv, "--resume_from_checkpoint", "last"], 2, tmp_path / "log")) == [0, 0]
+    assert whole(tmp_path / "out")[0] == "checkpoint-9"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_spares_those_that_read_images(number, tmp_path, interrupt):
+    """As a batch system or a terminal sends it; a worker that ends by it would end the run before it is saved."""
+    write_image_folder(tmp_path / "photos", 40, size=(40, 36))
+
+    def from_outside(number: int):  # from its own run, a worker takes SIGTERM as the end of its work
+        subprocess.run(["kill", f"-{int(number)}", "--", f"-{os.getpgrp()}"], start_new_session=True)
+
+    interrupt |= {"at": 4, "signal": number, "send": from_outside}
+    argv = options(
+        tmp_path / "out", dataset_name=tmp_path / "photos", dataloader_num_workers=2, per_device_train_batch_size=8,
+        image_size=32, max_train_samples=None,
+    )  # fmt: skip
+    assert wait_all(fork_run(argv, 1, tmp_path / "log")) == [130]
+    assert whole(tmp_path / "out") == ["checkpoint-4"]
+    assert (tmp_path / "log.0").read_text().count("Stopping after this step") == 1
+
+
+def killed(trainer, *args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full(trainer, *args):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("rank", "method", "at", "happens", "codes"),
+    [
+        (1, "training_step", 7, killed, [1, -signal.SIGKILL]),
+        (1, "_save_rng_state", 6, killed, [1, -signal.SIGKILL]),
+        (0, "_save_rng_state", 6, full, [1, 1]),
+    ],
+    ids=["killed in a step", "killed while saving", "disk full"],
+)
+def test_a_process_that_ends_early_loses_no_whole_checkpoint(rank, method, at, happens, codes, tmp_path, monkeypatch):
+    """The other one notices within a minute, and says what is kept; torchrun is not needed for it."""
+    original = getattr(ImageTrainer, method)
+
+    def ends(self, *args, **kwargs):
+        if self.args.process_index == rank and self.state.global_step == at:
+            happens(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ImageTrainer, method, ends)
+    begun = time.monotonic()
+    argv = options(tmp_path / "out", num_train_epochs=4, save_total_limit=1)
+    assert wait_all(fork_run(argv, 2, tmp_path / "log")) == codes
+    assert time.monotonic() - begun < 60
+    kept = f"checkpoint-{3 * ((at - 1) // 3)}"
+    assert kept in whole(tmp_path / "out")
+    other = (tmp_path / f"log.{1 - rank}").read_text()
+    assert "finetune.py: another process of the run has ended or does not answer" in other
+    assert f"The last whole checkpoint is {tmp_path / 'out' / kept}. To continue:\n  torchrun" in other
+    if happens is full:
+        own = (tmp_path / f"log.{rank}").read_text()
+        assert "checkpoint-6 could not be saved (OSError: [Errno 28] No space left on device)" in own
+        assert "Traceback" not in own + other
+
+
 @pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_down(tmp_path):
     """Under torchrun, as a user starts it: the launcher must not wait for the survivors."""
     script = tmp_path / "dies.py"
     script.write_text(
-        "import os, sys\n"
+        "import os, signal, sys\n"
         f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
         "import finetune\n"
         "from modeling_vit_scratch.training import trainer\n"
         "step = trainer.ImageTrainer.training_step\n"
         "def dies(self, *args, **kwargs):\n"
         "    if self.state.global_step == 6 and self.args.process_index == 1:\n"
-        "        os._exit(3)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, *args, **kwargs)\n"
         "trainer.ImageTrainer.training_step = dies\n"
         "sys.exit(finetune.main())\n"
     )
     done = torchrun(script, *options(tmp_path / "out", num_train_epochs=4))
-    assert done.returncode != 0 and "exitcode  : 3" in done.stderr
+    assert done.returncode != 0 and "exitcode  : -9" in done.stderr
     good, notes = checkpoints.last_good_checkpoint(tmp_path / "out")
     assert good is not None and notes == []

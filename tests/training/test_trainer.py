@@ -17,10 +17,10 @@ from transformers import Trainer
 from modeling_vit_scratch import ViTScratchConfig
 from modeling_vit_scratch.hub.callback import take_snapshot
 from modeling_vit_scratch.plots.runs import read_history
-from modeling_vit_scratch.training import ImageTrainer, checkpoints
+from modeling_vit_scratch.training import ImageTrainer, callbacks, checkpoints
 from modeling_vit_scratch.training import output as output_module
-from modeling_vit_scratch.training import trainer as trainer_module
-from modeling_vit_scratch.training.trainer import TRAINED_WEIGHTS, OwnNoise, cpu_seconds, training_loss
+from modeling_vit_scratch.training.callbacks import OwnNoise, cpu_seconds
+from modeling_vit_scratch.training.trainer import TRAINED_WEIGHTS, training_loss
 
 finetune = load_script("finetune")
 
@@ -46,8 +46,8 @@ def test_the_clock_counts_batches_and_steps_but_no_evaluation_and_no_saving(tmp_
     takes("training_step", 100)
     for name in ("evaluate", "_save_checkpoint", "predict"):
         takes(name, 10_000)
-    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now["wall"])
-    monkeypatch.setattr(trainer_module, "cpu_seconds", lambda: now["cpu"])
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now["wall"])
+    monkeypatch.setattr(callbacks, "cpu_seconds", lambda: now["cpu"])
     assert finetune.main(options(tmp_path)) == 0  # two epochs of five steps
     recorded = json.loads((tmp_path / "metrics.json").read_text())["time"]
     assert recorded == {"train_seconds": 1010.0, "train_cpu_seconds": 2020.0}

@@ -1,0 +1,179 @@
+"""Several processes: whether they found each other, how they may share a model, and what is said when one is lost."""
+
+import os
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+from ..modeling_vit_scratch import ViTScratchLayer
+from . import checkpoints
+
+FSDP2 = "scripts/launch/fsdp2.yaml"
+# The weights of a sharded run, in its checkpoints.
+SHARDED_WEIGHTS = "pytorch_model_fsdp.bin"
+# Programs that start the processes of a run, and those of them that are modules.
+_LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")
+_LAUNCHER_MODULES = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch")
+# How gloo, NCCL and torch's stores say that another process no longer answers.
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "remote process exited", "NCCL")
+
+
+class RunLost(RuntimeError):
+    """Training cannot go on here; the text says why, what is kept, and how to go on."""
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def refuse_engines(args: TrainingArguments):
+    """Refuse what would share a model between processes in a way that was never run here.
+
+    Raises:
+        ValueError: Names it, and what there is in its place.
+    """
+    asked = {
+        "deepspeed": args.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"),
+        "Megatron-LM": _is_set("ACCELERATE_USE_MEGATRON_LM"),
+        "parallelism_config (tensor, context and sequence parallelism)": (
+            args.parallelism_config is not None or _is_set("ACCELERATE_USE_PARALLELISM_CONFIG")
+        ),
+    }
+    for name, holds in asked.items():
+        if holds:
+            raise ValueError(f"{name} is not supported: for a model that outgrows one GPU there is {FSDP2}.")
+
+
+def require_joined(args: TrainingArguments):
+    """Refuse processes that were started together, but of which each would train alone, into the same folder.
+
+    Raises:
+        ValueError: Names the option that joins them.
+    """
+    started = os.environ.get("WORLD_SIZE", "1")
+    if args.world_size == 1 and started.isdecimal() and int(started) > 1:
+        device = args.device.type
+        mend = (
+            "give --use_cpu True" if device in ("cpu", "mps") else "start them by torchrun, which sets LOCAL_RANK too"
+        )
+        raise ValueError(f"WORLD_SIZE is {started}, but each process would train alone on its {device}: {mend}.")
+
+
+def settle_sharding(trainer):
+    """Refuse what does not go with weights of which each process has a part (FSDP2, by accelerate); name the parts.
+
+    Args:
+        trainer: An `ImageTrainer`, made.
+
+    Raises:
+        ValueError: Names the option, and the mend.
+    """
+    args, plugin = trainer.args, getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()):
+        raise ValueError(
+            f"the model is sharded already (distributed_config): load it whole, and have accelerate shard it ({FSDP2})."
+        )
+    sharded = trainer.is_fsdp_enabled
+    if not sharded and (args.fsdp or _is_set("ACCELERATE_USE_FSDP")):
+        raise ValueError(
+            "sharding (FSDP) was asked for, but accelerate gives each process a whole model on a CPU: leave it out, or "
+            "train on GPUs."
+        )
+    resumed = args.resume_from_checkpoint
+    if resumed and sharded != (Path(resumed) / SHARDED_WEIGHTS).is_file():
+        how, other = ("without", "with") if sharded else ("with", "without")
+        raise ValueError(f"{resumed} was saved {how} sharding (FSDP), and cannot be resumed {other} it.")
+    if not sharded:
+        return
+    refused = {
+        "ema_decay follows whole weights": args.ema_decay is not None,
+        "lora_rank merges whole weights": trainer.adapter is not None,
+        "time_budget rehearses with a whole model": args.time_budget is not None,
+        "torch_compile was never tried": args.torch_compile,
+    }
+    for text, holds in refused.items():
+        if holds:
+            raise ValueError(f"{text}, and sharding (FSDP) takes weights apart: leave it out.")
+    if args.optim == "sgd" and args.save_strategy != "no":  # torch loads no empty state into shards
+        raise ValueError("optim (sgd) cannot be resumed with sharding (FSDP): take adamw_torch, or --save_strategy no.")
+    kind = getattr(plugin.state_dict_type, "name", str(plugin.state_dict_type))
+    by_blocks = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is transformer_auto_wrap_policy
+    policy = "TRANSFORMER_BASED_WRAP" if by_blocks else "another"
+    settings = {
+        "fsdp_version": (getattr(plugin, "fsdp_version", 1), 2),
+        "fsdp_state_dict_type": (kind, "FULL_STATE_DICT"),
+        "fsdp_auto_wrap_policy": (policy, "TRANSFORMER_BASED_WRAP"),
+        "fsdp_cpu_ram_efficient_loading": (bool(plugin.cpu_ram_efficient_loading), False),
+    }
+    for name, (value, supported) in settings.items():
+        if value != supported:
+            raise ValueError(f"{name} is {value}, but only {supported} is supported, as in {FSDP2}.")
+    # The model's own list has its embeddings too. accelerate shards the patches' projection in any case: twice then,
+    # which fails.
+    plugin.transformer_cls_names_to_wrap = [ViTScratchLayer.__name__]
+
+
+def launcher() -> list[str]:
+    """The words before the script in the command that started this process, as they were typed.
+
+    Without torchrun or accelerate it is python; where these started it, but cannot be asked, torchrun in general.
+    """
+    with suppress(psutil.Error, ValueError, AttributeError):
+        words = psutil.Process().parent().cmdline()
+        before = words[: words.index(sys.argv[0])]
+        names = [Path(word).name for word in before]
+        for position, (name, word) in enumerate(zip(names, before, strict=True)):
+            if name in _LAUNCHERS:
+                return [name, *before[position + 1 :]]
+            if word in _LAUNCHER_MODULES:
+                return ["python", "-m", *before[position:]]
+    return common_launcher()
+
+
+def common_launcher() -> list[str]:
+    """A launcher that starts as many processes as there are, without names of machines."""
+    processes, machines = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    if not torch.distributed.is_initialized():
+        return ["python"]
+    return ["torchrun", *(["--nnodes", machines] if machines != "1" else []), "--nproc_per_node", processes]
+
+
+def how_to_continue(args: TrainingArguments) -> str:
+    """The command that goes on from the last whole checkpoint, on a line of its own."""
+    options = ["--output_dir", args.output_dir, "--resume_from_checkpoint", "last"]
+    command = shlex.join([*launcher(), *_without_resuming(sys.argv), *options])
+    where = " (on each machine, with its own rank)" if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" else ""
+    return f"To continue{where}:\n  {command}"
+
+
+def _without_resuming(command: list[str]) -> list[str]:
+    """A command without the options that are about to be added to it."""
+    kept, skip = [], False
+    for word in command:
+        if not skip and word.partition("=")[0] not in ("--output_dir", "--resume_from_checkpoint"):
+            kept.append(word)
+        skip = word in ("--output_dir", "--resume_from_checkpoint")
+    return kept
+
+
+def what_is_kept(args: TrainingArguments) -> str:
+    """The last whole checkpoint, and how to go on from it, in words."""
+    good, _ = checkpoints.last_good_checkpoint(Path(args.output_dir))
+    if good is None:
+        return "There is no whole checkpoint yet: begin anew."
+    return f"The last whole checkpoint is {good}. {how_to_continue(args)}"
+
+
+def say_lost(error: RuntimeError, args: TrainingArguments) -> str | None:
+    """What to tell of an error by which a process notices that another one has ended; None of any other error."""
+    if args.world_size == 1 or not any(part in str(error) for part in _LOST):
+        return None
+    reason = str(error).strip().splitlines()[0]
+    return f"another process of the run has ended or does not answer ({reason}). {what_is_kept(args)}"
