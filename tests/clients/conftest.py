@@ -60,10 +60,11 @@ def place(tmp_path_factory):
     return folder
 
 
-# What is passed over: bars of progress, and what software says of its own installation, of Python's or of its own parts.
+# What is passed over: bars of progress, and what software says of its own installation, of Python's and of its parts.
 IDLE = re.compile(
     r"\d+%\||Failed to load .*torchao|Enum subclass and is now natively|cpuinfo_utils\.cpp|^\[torch\.onnx\]"
-    r"|torch/onnx/_internal|isinstance\(treespec, LeafSpec\)|return cls\.__new__\(cls|^ *warnings\.warn\($|^ *_warn_once\($"
+    r"|torch/onnx/_internal|isinstance\(treespec, LeafSpec\)|return cls\.__new__\(cls|^ *warnings\.warn\($"
+    r"|^ *_warn_once\($|^Generating \w+ split|does not have many workers"
 )
 
 

@@ -1,4 +1,4 @@
-"""transformers' dense heads on the backbone, by `backbone_config` and by a Hub id, on images of other sizes; and DETR."""
+"""transformers' dense heads on the backbone, by `backbone_config` and by a Hub id, at other sizes; and DETR."""
 
 import sys
 
@@ -51,7 +51,7 @@ models = {
             auxiliary_in_channels=32,
             auxiliary_channels=8,
             num_labels=3,
-        )  # fmt: skip
+        )
     ),
 }
 for name, model in models.items():
@@ -83,7 +83,7 @@ detr = DetrForObjectDetection(
         encoder_ffn_dim=16,
         decoder_ffn_dim=16,
         num_queries=5,
-    )  # fmt: skip
+    )
 ).eval()
 assert detr(torch.randn(1, 3, 60, 92)).pred_boxes.shape == (1, 5, 4)
 try:

@@ -1,4 +1,4 @@
-"""transformers' exporter to ExecuTorch, for images of any size, on its runtime: a classifier, and pixels hidden."""
+"""transformers' exporter to ExecuTorch, for images of any size, on its runtime: and masked image modelling."""
 
 import sys
 

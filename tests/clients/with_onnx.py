@@ -1,4 +1,4 @@
-"""transformers' exporter to ONNX, for images of any number and size, on ONNX Runtime: a classifier, and pixels hidden."""
+"""transformers' exporter to ONNX, for images of any number and size, on ONNX Runtime: and masks too."""
 
 import sys
 
