@@ -28,9 +28,7 @@ PAGE = (ROOT / "docs" / "clients.md").read_text()
 
 def blocks(*headings: str) -> str:
     """The Python of these sections of the page."""
-    sections = {
-        name: text for name, text in re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
-    }
+    sections = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
     return "\n".join("\n".join(re.findall(r"^```python\n(.*?)^```", sections[name], re.M | re.S)) for name in headings)
 
 
