@@ -176,7 +176,12 @@ class ViTScratchEmbeddings(nn.Module):
             raise ValueError(f"pixel_values are {pixel_values.dtype}, not floating point; use the image processor.")
         (B, _, H, W), (P, Q) = pixel_values.shape, self.patch_hw
         any_size = interpolate_pos_encoding or self.position_embeddings is None
-        if (H % P or W % Q) if any_size else (H, W) != self.image_hw:
+        if any_size and (H % P or W % Q):
+            raise ValueError(
+                f"pixel_values are {H}x{W}, which patches of {P}x{Q} do not divide; resize them, or pad them to "
+                f"{-(-H // P) * P}x{-(-W // Q) * Q}."
+            )
+        if not any_size and (H, W) != self.image_hw:
             raise ValueError(
                 f"pixel_values are {H}x{W}, but the model was made for {self.image_hw[0]}x{self.image_hw[1]}; resize "
                 f"them, or pass interpolate_pos_encoding=True for a size that patches of {P}x{Q} divide."

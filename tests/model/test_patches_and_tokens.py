@@ -59,8 +59,13 @@ def test_a_wrong_size_names_both_sizes_and_the_flag(cls):
         for part in (f"{size[0]}x{size[1]}", "16x24", "interpolate_pos_encoding=True"):
             assert part in str(error.value)
     for size in [(17, 24), (16, 22), (4, 24)]:  # no patch divides these
-        with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]}.*patches of 8x4"):
+        with pytest.raises(
+            ValueError, match=rf"{size[0]}x{size[1]}.*patches of 8x4 do not divide.*pad them to "
+        ) as error:
             model(torch.randn(1, 3, *size), interpolate_pos_encoding=True)
+        assert "interpolate_pos_encoding" not in str(error.value)  # it is on
+        fits = [int(side) for side in re.search(r"to (\d+)x(\d+)\.$", str(error.value)).groups()]
+        assert model(torch.randn(1, 3, *fits), interpolate_pos_encoding=True)
 
 
 @every_class

@@ -1,6 +1,7 @@
 """The model file itself: what it imports, its order, its shapes, its words."""
 
 import ast
+import hashlib
 import inspect
 import math
 import re
@@ -12,6 +13,7 @@ from transformers import AutoModel, AutoModelForImageClassification, ViTModel
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
 from modeling_vit_scratch import modeling_vit_scratch as modeling
+from modeling_vit_scratch.configuration_vit_scratch import MODEL_FILE_SHA256
 
 SOURCE = Path(modeling.__file__).read_text()
 
@@ -39,6 +41,11 @@ def test_the_configuration_imports_transformers_and_the_standard_library_alone()
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0
             assert node.module.split(".")[0] in {"transformers", *sys.stdlib_module_names}
+
+
+def test_the_configuration_names_the_model_file_that_it_goes_with():
+    """Else transformers runs one folder's model code for another of the same name; after each change, write it anew."""
+    assert MODEL_FILE_SHA256 == hashlib.sha256(Path(modeling.__file__).read_bytes()).hexdigest()
 
 
 def test_definitions_stand_in_reading_order():
