@@ -31,6 +31,7 @@ this file starts was started. Not run: on Hugging Face Jobs, on a GPU, or with a
 #     "psutil",
 #     "scipy",
 #     "tqdm",
+#     "packaging",
 # ]
 # ///
 
