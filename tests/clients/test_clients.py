@@ -154,6 +154,12 @@ def test_the_package_wins_where_it_is_installed(place, tmp_path):
 
 # --- transformers' example scripts ------------------------------------------------------------------------------------
 
+
+def test_calls_of_example_scripts(place, client):
+    """The scripts themselves want torchvision, and their text is not kept here."""
+    client("with_calls_of_examples.py", place / "runs" / "mine", says=DECODER_NEW)
+
+
 EXAMPLES = os.environ.get("TRANSFORMERS_EXAMPLES")
 LENGTH = ["--num_train_epochs", "1", "--per_device_train_batch_size", "8"]
 SCRIPTS = {
