@@ -159,8 +159,8 @@ def test_a_worker_without_a_file_stops(tmp_path):
 
 def test_shards_of_webdataset_are_read_as_they_are(tmp_path):
     """Without a name for their label column; over processes and workers each image once."""
-    folder = write_shards(tmp_path, 50, 5)
-    parts = [one_pass(folder, rank, 2, workers) for rank, workers in ((0, 2), (1, 0))]
+    folder = write_shards(tmp_path / "data", 50, 5)
+    parts = [one_pass(folder, rank, 2, 2) for rank in range(2)]
     assert sorted(itertools.chain(*parts)) == list(range(50)) and all(parts)
     assert load_streaming(folder, PROCESSOR).class_names == ["0", "1", "2"]
 
@@ -168,7 +168,7 @@ def test_shards_of_webdataset_are_read_as_they_are(tmp_path):
 def test_a_process_without_an_image_is_an_error(tmp_path):
     """Three processes and two images: it would leave the others waiting for it."""
     streams = [load_streaming(write(tmp_path / str(n), 2, 1), PROCESSOR, rank=n, world_size=3).train for n in range(3)]
-    assert [number_of(next(iter(stream))["pixel_values"]) for stream in streams[:2]] == [0, 1]
+    assert sorted(number_of(next(iter(stream))["pixel_values"]) for stream in streams[:2]) == [0, 1]
     with pytest.raises(ValueError, match="process 2 of 3 finds no image in its part of the stream"):
         next(iter(streams[2]))
 
@@ -441,7 +441,7 @@ class Seen(TrainerCallback):
 
     def on_step_end(self, args, state, control, model, **kwargs):
         self.steps[state.global_step], model.numbers = model.numbers, []
-        control.should_training_stop = state.global_step == self.stop
+        control.should_training_stop |= state.global_step == self.stop
 
 
 @pytest.mark.parametrize(("layout", "workers"), [("parquet", 0), ("parquet", 2), ("webdataset", 2)])

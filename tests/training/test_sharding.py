@@ -37,8 +37,8 @@ sys.exit(finetune.main())
 
 
 def settings(folder: Path, **changes) -> list[str]:
-    """Twelve steps by Muon and AdamW, with an epoch's smaller batch, clipping and validations."""
-    settings = {"muon_learning_rate": 0.02, "num_train_epochs": 4, "save_total_limit": 9, "use_cpu": None}
+    """Six steps by Muon and AdamW, with an epoch's smaller batch, clipping and validations."""
+    settings = {"muon_learning_rate": 0.02, "num_train_epochs": 2, "save_total_limit": 9, "use_cpu": None}
     return options(folder, **settings | changes)
 
 
@@ -80,12 +80,12 @@ def whole(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.slow
 def test_the_launch_file_shards_and_a_run_of_it_is_resumed(whole, sharding, tmp_path, interrupt):
-    """Stopped at step 7, and resumed: the weights, history and files of a run that is not sharded."""
-    interrupt |= {"at": 7, "process": 1}
+    """Stopped at step 4, and resumed: the weights, history and files of a run that is not sharded."""
+    interrupt |= {"at": 4, "process": 1}
     run(settings(tmp_path / "out"), codes=(130, 130))
     interrupt.clear()
     last, notes = checkpoints.last_good_checkpoint(tmp_path / "out")
-    assert last.name == "checkpoint-7" and notes == [] and (last / processes.SHARDED_WEIGHTS).is_file()
+    assert last.name == "checkpoint-4" and notes == [] and (last / processes.SHARDED_WEIGHTS).is_file()
     run([*settings(tmp_path / "out"), "--resume_from_checkpoint", "last"])
     assert same(whole["muon"], tmp_path / "out", ADAM)
     (files, rows), (their_files, their_rows) = (
@@ -139,7 +139,7 @@ def test_accelerate_launch_starts_it(whole, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("everything is in") == 1
-    assert (tmp_path / "out" / "checkpoint-12" / processes.SHARDED_WEIGHTS).is_file()
+    assert (tmp_path / "out" / "checkpoint-6" / processes.SHARDED_WEIGHTS).is_file()
     assert same(whole["muon"], tmp_path / "out", ADAM)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["environment"]["processes"] == 2
 
