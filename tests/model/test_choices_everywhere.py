@@ -59,7 +59,7 @@ def test_images_of_other_sizes(cls, choice):
                 model(x, interpolate_pos_encoding=False)
         else:
             equal(main_output(model(x, interpolate_pos_encoding=False)), outputs)
-            with pytest.raises(ValueError, match="a size that patches of 4x4 divide"):
+            with pytest.raises(ValueError, match="patches of 4x4 do not divide"):
                 model(torch.randn(2, 3, 24, 30))
 
 
