@@ -58,7 +58,7 @@ def require_joined(args: TrainingArguments):
         ValueError: Names the option that joins them.
     """
     started = os.environ.get("WORLD_SIZE", "1")
-    if args.world_size == 1 and started.isdecimal() and int(started) > 1:
+    if started.isdecimal() and int(started) > 1 and args.world_size == 1:
         device = args.device.type
         mend = (
             "give --use_cpu True" if device in ("cpu", "mps") else "start them by torchrun, which sets LOCAL_RANK too"

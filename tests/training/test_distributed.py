@@ -232,6 +232,8 @@ def test_a_signal_to_one_process_stops_both(tmp_path, interrupt):
     assert "Stopped at step 4. To continue:\n  torchrun --nproc_per_node 2 " in first and "To continue" not in second
     assert wait_all(fork_run([*argv, "--resume_from_checkpoint", "last"], 2, tmp_path / "log")) == [0, 0]
     assert whole(tmp_path / "out")[0] == "checkpoint-9"
+    command = json.loads((tmp_path / "out" / "metrics.json").read_text())["command"]
+    assert command.startswith("torchrun --nproc_per_node 2 ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
