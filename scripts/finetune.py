@@ -212,6 +212,14 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTraining
     return model, data, training
 
 
+def without_traceback(error: Exception) -> str:
+    """What an error says, also one that torch passes on from a process that reads images, with all that led there."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    return text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     sys.argv[1:] = mask_tokens(sys.argv[1:])  # W&B sends it
@@ -220,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(argv)
         result = (pretrain if arguments[0].task == MASKED else finetune)(*arguments)
     except (ValueError, ImportError) as error:  # ImportError: an option, e.g. --optim, needs a package
-        print(f"finetune.py: {error}", file=sys.stderr)
+        print(f"finetune.py: {without_traceback(error)}", file=sys.stderr)
         return 2
     except (FloatingPointError, HubError, RunLost) as error:
         print(f"finetune.py: {error}", file=sys.stderr)

@@ -25,6 +25,7 @@ from benchmarking import (
     race,
     scale,
     step,
+    streams,
     trainer,
 )
 from benchmarking.measuring import OURS, PEAK
@@ -52,6 +53,7 @@ def args(tmp_path, monkeypatch):
     for section in (model, scale):
         monkeypatch.setattr(section, "matrix_product", functools.partial(measuring.matrix_product, n=64))
     monkeypatch.setattr(data, "DATA_BATCH", 8)
+    monkeypatch.setattr(streams, "PHOTOS", 24)
     args = benchmark.parse(["--quick", "--device", "cpu", "--dataset_name", "digits", "--output", str(tmp_path / "o")])
     args.cases, args.rounds, args.least, args.steps, args.large = [TINY, TINY_TRAINING], 2, 1e-4, 8, "tiny"
     args.batch_sizes, args.image_sizes, args.depths, args.processes = [1, 2], [32, 48], [1, 2], 2
@@ -461,6 +463,11 @@ def test_data_paths(args):
     for row in result["rows"]:
         assert row["images_per_second"] == 8 / row["seconds"]
         assert 0 < row["share_of_step"] < 1
+    files, *streamed = result["streams"]
+    assert files["name"] == streams.FOLDER and files["of_the_folder"] == 1
+    assert [row["name"] for row in streamed] == ["streamed from .parquet files", "streamed from .tar files"]
+    for row in result["streams"]:
+        assert row["images_per_second"] == 24 / row["seconds"]
     look = result["inspection"]
     assert (look["dataset"], look["images"]) == ("digits", 1797)
     assert look["fingerprint_seconds"] > 0 and look["seconds"] > 0

@@ -29,6 +29,8 @@ STAGING = ".saving"
 DIGESTS = "digests.json"
 # Facts that older versions recorded only of the runs that they are true of.
 _SOMETIMES = ("task", "freeze_backbone", "lora")
+# Facts whose options have another name.
+_OPTIONS = {"stream_workers": "dataloader_num_workers"}
 # Appended to the name of a checkpoint that is about to be replaced.
 _OLD = ".old"
 
@@ -112,10 +114,10 @@ def last_good_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
-def changeable_option(checkpoint: Path, name: str):
-    """An option that a resumed run may change, as the checkpoint's own run had it; None where that is not known."""
+def fact(checkpoint: Path, name: str, default=None):
+    """What a checkpoint's own run noted of itself by a name; the default where that is not known."""
     path = checkpoint / RUN
-    return json.loads(path.read_text()).get("changeable", {}).get(name) if path.is_file() else None
+    return json.loads(path.read_text()).get(name, default) if path.is_file() else default
 
 
 def check_run(checkpoint: Path, run: dict, defaults: dict) -> list[dict]:
@@ -148,8 +150,9 @@ def check_run(checkpoint: Path, run: dict, defaults: dict) -> list[dict]:
     for name in {**saved, **now}:
         was, is_now = (facts.get(name, defaults.get(name)) for facts in (saved, now))
         if was != is_now:
+            shown = _OPTIONS.get(name, name)
             raise ValueError(
-                f"{checkpoint} was saved with {name} = {was!r}, but this run has {is_now!r}; "
+                f"{checkpoint} was saved with {shown} = {was!r}, but this run has {is_now!r}; "
                 "resume with the same settings, or start anew in another --output_dir."
             )
     if not any(checkpoint.glob("optimizer*")):  # Trainer would go on with a new one, and a new schedule

@@ -101,7 +101,7 @@ def settle_sharding(trainer):
     for text, holds in refused.items():
         if holds:
             raise ValueError(f"{text}, and sharding (FSDP) takes weights apart: leave it out.")
-    if args.optim == "sgd" and args.save_strategy != "no":  # torch loads no empty state into shards
+    if args.optim == "sgd" and (args.save_strategy != "no" or resumed):  # torch loads no empty state into shards
         raise ValueError("optim (sgd) cannot be resumed with sharding (FSDP): take adamw_torch, or --save_strategy no.")
     kind = getattr(plugin.state_dict_type, "name", str(plugin.state_dict_type))
     by_blocks = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is transformer_auto_wrap_policy

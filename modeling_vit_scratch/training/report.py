@@ -24,6 +24,7 @@ from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from .arguments import ImageTrainingArguments
 from .models import flops_per_image
 from .optimization import describe_groups, parameter_groups
+from .processes import common_launcher
 from .run import Run
 
 
@@ -159,7 +160,7 @@ def describe_machine(run: Run) -> dict:
             "transformers": transformers.__version__,
             "accelerate": accelerate.__version__,
         },
-        "command": public_command(shlex.join(["python", *sys.argv]), run.data_name),
+        "command": public_command(shlex.join([*common_launcher(), *sys.argv]), run.data_name),
     }
 
 

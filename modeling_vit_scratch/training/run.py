@@ -153,7 +153,7 @@ class Run:
         if args.resume_from_checkpoint:
             checkpoint = Path(args.resume_from_checkpoint)
             if args.torch_compile_is_open:  # a rehearsal settled it, where there is a compiler still
-                settled = checkpoints.changeable_option(checkpoint, "torch_compile")
+                settled = checkpoints.fact(checkpoint, "changeable", {}).get("torch_compile")
                 args.settle_compiling(bool(settled) and can_compile(args.device))
             fields = {name: field.default for name, field in ViTScratchConfig.__dataclass_fields__.items()}
             self.facts["changes"] = checkpoints.check_run(checkpoint, self.facts, {**fields, **default_options()})
@@ -274,12 +274,24 @@ def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, pr
 def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
     """Set what the options leave open as the device and the data want it."""
     if not isinstance(splits.train, DecodedImages) and args.dataloader_num_workers == 0:
-        args.dataloader_num_workers = max((os.cpu_count() or 1) - 1, 1)
+        args.dataloader_num_workers = settle_workers(args, isinstance(splits.train, StreamedImages))
     if args.device.type == "cpu":
         keep_freed_memory()
         args.dataloader_pin_memory = False
         if args.bf16:
             suit_attention(model)
+
+
+def settle_workers(args: ImageTrainingArguments, streamed: bool) -> int:
+    """Processes that read images for each that trains, where no number is given: one for each other core.
+
+    Of a stream they decide the order: then it is the number of the run that is resumed, and the same for all processes,
+    on whatever machine they are.
+    """
+    workers = max((os.cpu_count() or 1) - 1, 1)
+    if streamed and args.resume_from_checkpoint:
+        workers = checkpoints.fact(Path(args.resume_from_checkpoint), "stream_workers") or workers
+    return broadcast_object_list([workers])[0] if streamed and args.world_size > 1 else workers
 
 
 def suit_attention(model):

@@ -4,7 +4,8 @@
     peers      the other libraries, and their models with our weights
     cases      a model and what is done with it: inference or a training step
     model      that, against the peers
-    data       the data path, and a look at a whole data set
+    data       the data path, streams, and a look at a whole data set
+    streams    photos of a folder, of parquet files and of shards: a part of data
     photos     JPEGs from bytes to normalised floats, beside what a model takes
     trainer    what ImageTrainer adds to a bare training loop
     memory     loading a large model from disk, and training it

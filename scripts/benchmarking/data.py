@@ -1,4 +1,4 @@
-"""The data path, from bytes in memory to normalised floats, and a look at a whole data set."""
+"""The data path, from bytes in memory to normalised floats; streams; and a look at a whole data set."""
 
 import argparse
 import itertools
@@ -17,7 +17,7 @@ from modeling_vit_scratch.data.splits import DecodedImages, as_batch
 from modeling_vit_scratch.evaluation.tables import text_table
 from modeling_vit_scratch.training.models import make_processor
 
-from . import peers
+from . import peers, streams
 from .cases import SHOWCASE, Case, make_model, make_step
 from .measuring import OURS, compare, faster, interleave, number, one_thread, ratio, share, stopwatch, under_titles
 
@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace) -> dict:
                 row |= {"share_of_step": 1 / (1 + faster(samples, name, "step"))}
                 rows.append({"case": title, "name": name, **row})
         inspection = measure_inspection(args.dataset_name or DIGITS)
-    return {"rows": rows, "inspection": inspection}
+    return {"rows": rows, "streams": streams.measure(args), "inspection": inspection}
 
 
 def measure_inspection(dataset_name: str) -> dict:
@@ -126,7 +126,7 @@ def show(result: dict) -> str:
         [["", "images/s", "spread", "ours is", "of a training step"], *lines]
     )
     look = result["inspection"]
-    return text + (
+    return f"{text}\n\n{streams.show(result['streams'])}" + (
         f"\n\n{look['dataset']}, {look['images']:,} images: fingerprint {number(look['fingerprint_seconds'])} s, "
         f"inspection {number(look['seconds'])} s"
     )

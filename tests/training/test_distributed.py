@@ -16,6 +16,7 @@ from small_models import CHOICES
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.data import Augmentation
+from modeling_vit_scratch.data.streaming import StreamedImages
 from modeling_vit_scratch.training import ImageTrainer, checkpoints
 
 PLAIN = {
@@ -232,6 +233,8 @@ def test_a_signal_to_one_process_stops_both(tmp_path, interrupt):
     assert "Stopped at step 4. To continue:\n  torchrun --nproc_per_node 2 " in first and "To continue" not in second
     assert wait_all(fork_run([*argv, "--resume_from_checkpoint", "last"], 2, tmp_path / "log")) == [0, 0]
     assert whole(tmp_path / "out")[0] == "checkpoint-9"
+    command = json.loads((tmp_path / "out" / "metrics.json").read_text())["command"]
+    assert command.startswith("torchrun --nproc_per_node 2 ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -240,7 +243,8 @@ def test_a_signal_to_all_processes_spares_those_that_read_images(number, tmp_pat
     write_image_folder(tmp_path / "photos", 40, size=(40, 36))
 
     def from_outside(number: int):  # from its own run, a worker takes SIGTERM as the end of its work
-        subprocess.run(["kill", f"-{int(number)}", "--", f"-{os.getpgrp()}"], start_new_session=True)
+        for _ in range(2 if number == signal.SIGTERM else 1):  # a second Ctrl-C means to leave at once
+            subprocess.run(["kill", f"-{int(number)}", "--", f"-{os.getpgrp()}"], start_new_session=True)
 
     interrupt |= {"at": 4, "signal": number, "send": from_outside}
     argv = options(
@@ -292,6 +296,25 @@ def test_a_process_that_ends_early_loses_no_whole_checkpoint(rank, method, at, h
         own = (tmp_path / f"log.{rank}").read_text()
         assert "checkpoint-6 could not be saved (OSError: [Errno 28] No space left on device)" in own
         assert "Traceback" not in own + other
+
+
+def test_a_stream_keeps_two_processes_together(tmp_path, monkeypatch):
+    """Whose parts are of different sizes, three passes; where one has no image at all, both end, and say why."""
+    write_image_folder(tmp_path / "photos", 11)
+    changes = {
+        "dataset_name": tmp_path / "photos", "streaming": True, "max_train_samples": None, "max_steps": 12,
+        "per_device_train_batch_size": 4, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 6,
+        "save_steps": 6, "image_size": 32,
+    }  # fmt: skip
+    assert wait_all(fork_run(options(tmp_path / "out", **changes), 2, tmp_path / "log")) == [0, 0]
+    assert whole(tmp_path / "out") == ["checkpoint-12", "checkpoint-6"]
+    examples = StreamedImages._examples
+    monkeypatch.setattr(StreamedImages, "_examples", lambda self, epoch: () if self.rank else examples(self, epoch))
+    assert wait_all(fork_run(options(tmp_path / "empty", **changes), 2, tmp_path / "second")) == [1, 2]
+    first, second = ((tmp_path / f"second.{rank}").read_text() for rank in (0, 1))
+    assert "another process of the run has ended" in first
+    assert "finetune.py: process 1 of 2 finds no image in its part of the stream" in second
+    assert "Traceback" not in first + second
 
 
 @pytest.mark.slow

@@ -181,6 +181,12 @@ def test_what_does_not_go_with_sharding_is_refused(changes, words):
         processes.settle_sharding(trainer(**changes))
 
 
+def test_a_model_that_is_sharded_already_is_refused(monkeypatch):
+    monkeypatch.setattr(processes, "DTensor", torch.nn.Parameter)
+    with pytest.raises(ValueError, match="sharded already"):
+        processes.settle_sharding(trainer(sharded=False))
+
+
 def test_a_checkpoint_is_resumed_as_it_was_saved(tmp_path):
     with pytest.raises(ValueError, match=r"was saved without sharding .* cannot be resumed with it"):
         processes.settle_sharding(trainer(resume=str(tmp_path)))

@@ -1,6 +1,7 @@
 """A whole run as a user starts it, its options and recipes, and what it refuses."""
 
 import json
+import os
 import platform
 import shutil
 import signal
@@ -396,8 +397,8 @@ def test_a_head_on_two_tokens_goes_on_learning(tmp_path, caplog, name):
     assert model.classifier.weight.shape == (10, 32) and model.classifier.weight.abs().max() > 0.01
 
 
-def test_streaming_stops_and_resumes_as_if_it_had_not(tmp_path, interrupt, capsys):
-    """Images of a folder, read while they are trained on; twelve steps, stopped after seven."""
+def test_streaming_stops_and_resumes_as_if_it_had_not(tmp_path, interrupt, capsys, monkeypatch):
+    """Images of a folder, read while they are trained on; twelve steps, stopped after three and after seven."""
     from modeling_vit_scratch.data.records import load_records
     from modeling_vit_scratch.data.sources import load_raw
 
@@ -413,8 +414,14 @@ def test_streaming_stops_and_resumes_as_if_it_had_not(tmp_path, interrupt, capsy
     }  # fmt: skip
     whole, parts = (options(tmp_path / name, **changes) for name in ("whole", "parts"))
     assert finetune.main(whole) == 0
-    interrupt["at"] = 7
+    interrupt["at"] = 3
     assert finetune.main(parts) == 130
+    other = [*parts, "--resume_from_checkpoint", "last", "--dataloader_num_workers", str(os.cpu_count() + 1)]
+    assert finetune.main(other) == 2  # which would read in another order
+    assert f"dataloader_num_workers = {max(os.cpu_count() - 1, 1)}, but" in capsys.readouterr().err
+    interrupt["at"] = 7
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # of another machine: without the option, nothing changes
+    assert finetune.main([*parts, "--resume_from_checkpoint", "last"]) == 130
     assert finetune.main([*parts, "--resume_from_checkpoint", "last"]) == 0
     assert history(tmp_path / "parts") == history(tmp_path / "whole")
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
