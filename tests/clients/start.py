@@ -6,6 +6,7 @@ FOLDERS are where other software is found, joined as those of PATH are.
 import os
 import runpy
 import sys
+from pathlib import Path
 
 
 class Blocked:
@@ -26,6 +27,9 @@ def main():
         sys.exit(f"{name} can be imported: this proves nothing")
     _, folders, *sys.argv = sys.argv
     sys.path += filter(None, folders.split(os.pathsep))
+    if any(Path(folder, "torchvision").is_dir() for folder in sys.path):
+        sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+        from benchmarking import peers  # noqa: F401  torchvision does not import beside a CPU build of torch without it
     runpy.run_path(sys.argv[0], run_name="__main__")
     assert "modeling_vit_scratch" not in sys.modules
 
