@@ -33,14 +33,7 @@ OTHER_TOKEN = "hf_" + "aTokenOfSomebodyElse" + "0123456789abcd"
 WRONG_TOKEN = "hf_" + "aTokenThatNobodyHas" + "0123456789abcde"
 LFS_SUFFIXES = (".safetensors", ".parquet", ".bin", ".arrow")
 
-BLOCK_PACKAGE = """
-import sys
-class _Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "modeling_vit_scratch":
-            raise ImportError(name + " is blocked in this process")
-sys.meta_path.insert(0, _Blocked())
-"""
+WITHOUT_PACKAGE = Path(__file__).parent / "without_package.py"
 
 
 @dataclass
@@ -188,7 +181,7 @@ class HubServer:
         if without_package:
             variables.pop("PYTHONPATH", None)
         done = subprocess.run(
-            [sys.executable, "-c", (BLOCK_PACKAGE if without_package else "") + code],
+            [sys.executable, "-c", (WITHOUT_PACKAGE.read_text() if without_package else "") + code],
             cwd=folder,
             env=variables,
             capture_output=True,

@@ -5,6 +5,7 @@ import time
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import has_length
 
 # Name and width of each column, so that a line fits into 80 characters.
 COLUMNS = {"epoch": 6, "step": 9, "train loss": 10, "validation loss": 15, "accuracy": 9, "best": 10, "seconds": 8}
@@ -68,7 +69,7 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero or not _has_terminal(args):
             return
         self.measured += 1
-        total = _length(eval_dataloader)
+        total = len(eval_dataloader) if has_length(eval_dataloader) else None
         if self.bar is None:
             if self.measuring is None:
                 shown = {"desc": "measuring", "total": total, "unit": " batches"}
@@ -129,14 +130,6 @@ class Progress(TrainerCallback):
 
 def _has_terminal(args: TrainingArguments) -> bool:
     return sys.stderr.isatty() and not args.disable_tqdm
-
-
-def _length(dataloader) -> int | None:
-    """Batches, where it is known."""
-    try:
-        return len(dataloader)
-    except TypeError:
-        return None
 
 
 def _number(value: float | None) -> str:

@@ -54,10 +54,15 @@ def _write_parquet(folder: Path, name: str, images: dict[int, bytes]):
 
 
 def _write_shard(folder: Path, name: str, images: dict[int, bytes]):
-    with tarfile.open(folder / f"{name}.tar", "w") as shard:
-        for index, image in images.items():
-            for suffix, content in (("jpg", image), ("cls", str(index % 2).encode())):
-                member = tarfile.TarInfo(f"{index:06}.{suffix}")
+    write_shard(folder / f"{name}.tar", {i: {"jpg": image, "cls": str(i % 2).encode()} for i, image in images.items()})
+
+
+def write_shard(path: Path, examples: dict[int, dict[str, bytes]]):
+    """A .tar file in WebDataset's layout: the parts of an example have one name, and each its own suffix."""
+    with tarfile.open(path, "w") as shard:
+        for number, parts in examples.items():
+            for suffix, content in parts.items():
+                member = tarfile.TarInfo(f"{number:06}.{suffix}")
                 member.size = len(content)
                 shard.addfile(member, io.BytesIO(content))
 

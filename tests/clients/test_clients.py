@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import WITHOUT_PACKAGE
 from runs import ROOT
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
@@ -182,10 +183,10 @@ def test_example_scripts_of_transformers(script, place, client):
 
 def test_a_process_that_can_import_the_package_is_noticed(tmp_path):
     """Else these tests prove nothing."""
-    start = (Path(__file__).parent / "start.py").read_text().replace("sys.meta_path.insert(0, Blocked())", "")
+    start = WITHOUT_PACKAGE.read_text().replace("sys.meta_path.insert(0, Blocked())", "")
     (tmp_path / "start.py").write_text(start)
     (tmp_path / "modeling_vit_scratch").mkdir()
     for name in ("__init__.py", "configuration_vit_scratch.py"):
         (tmp_path / "modeling_vit_scratch" / name).touch()
-    done = subprocess.run([sys.executable, "start.py", "", ""], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "start.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "can be imported: this proves nothing" in done.stderr

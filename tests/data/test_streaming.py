@@ -4,7 +4,6 @@ import collections
 import io
 import itertools
 import random
-import tarfile
 import warnings
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from benchmarking.streams import write_shard
 from PIL import Image
 from runs import CIFAR10_COPY
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil
@@ -72,12 +72,8 @@ def write_shards(folder: Path, n: int, files: int) -> str:
     folder.mkdir(parents=True)
     parts = {f"train-{i:05}": part for i, part in enumerate(np.array_split(np.arange(n), files))}
     for name, numbers in {**parts, "validation-00000": np.arange(10_000, 10_012)}.items():
-        with tarfile.open(folder / f"{name}.tar", "w") as shard:
-            for number in numbers.tolist():
-                for suffix, content in (("png", numbered(number)), ("cls", str(number % 3).encode())):
-                    member = tarfile.TarInfo(f"{number:06}.{suffix}")
-                    member.size = len(content)
-                    shard.addfile(member, io.BytesIO(content))
+        examples = {number: {"png": numbered(number), "cls": str(number % 3).encode()} for number in numbers.tolist()}
+        write_shard(folder / f"{name}.tar", examples)
     return str(folder)
 
 
