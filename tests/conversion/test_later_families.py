@@ -33,7 +33,7 @@ def test_later_classes_are_proved_block_by_block(case, tmp_path):
     _, theirs = of_later_classes(case)
     theirs.save_pretrained(tmp_path)
     proof = verify_checkpoint(tmp_path)
-    assert proof.passed and 0 < proof.largest < 1e-5 and proof.reference.startswith("transformers'")
+    assert proof.passed and proof.largest < 1e-5 and proof.reference.startswith("transformers'")
     assert list(proof.differences)[:4] == ["embeddings", "block 1", "block 2", "block 3"]
     assert ("logits" in proof.differences) == ("classifier" in case or "heads" in case)
     assert ("attention pooling" in proof.differences) == (case in ("siglip", "siglip, two towers"))
