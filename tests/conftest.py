@@ -1,5 +1,6 @@
 """Fixtures that several test files use, and what has to be imported first."""
 
+import functools
 import gc
 import os
 import sys
@@ -30,6 +31,7 @@ from benchmarking import peers  # noqa: E402  beside a torchvision that does not
 from hub_folders import folder, made, no_waiting  # noqa: E402, F401
 from hub_server import hub  # noqa: E402, F401
 
+from modeling_vit_scratch.data import sources  # noqa: E402
 from modeling_vit_scratch.evaluation import devices  # noqa: E402
 
 
@@ -48,6 +50,14 @@ def pytest_collection_finish():
 def a_cpu_without_units(monkeypatch):
     """Float32 is the default on every machine, one with units for bfloat16 too; tests of those say what there is."""
     monkeypatch.setattr(devices, "cpu_capabilities", dict)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_drawn_once():
+    """The bundled digits, drawn at a size, are kept for the next test that asks for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_digits", functools.cache(sources._digits))
+        yield
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def pytest_runtest_setup(item):
         places = [*sys.path, *FOLDERS, *PEERS]
         missing = [name for name in marker.args if PathFinder.find_spec(name, places) is None]
         if missing and not FOLDERS:
-            pytest.skip(f"pip install 'modeling_vit_scratch[clients]' brings {', '.join(missing)}")
+            pytest.skip(f"{', '.join(missing)} is not installed: pip install -e '.[clients]'")
         assert not missing, f"VIT_SCRATCH_CLIENTS={FOLDERS}, but {missing} is in none of these"
 
 
@@ -60,7 +60,7 @@ def place(tmp_path_factory):
     return folder
 
 
-# What is passed over: bars of progress, and what software says of its own installation, of Python's and of its parts.
+# Lines that are not compared: progress bars, and what libraries warn of in themselves or in their installation.
 IDLE = re.compile(
     r"\d+%\||Failed to load .*torchao|Enum subclass and is now natively|cpuinfo_utils\.cpp|^\[torch\.onnx\]"
     r"|torch/onnx/_internal|isinstance\(treespec, LeafSpec\)|return cls\.__new__\(cls|^ *warnings\.warn\($"

@@ -19,12 +19,14 @@ ways = {
 
 @torch.no_grad()
 def check(name, model):
-    """The logits, which are the same of the folder that it saves."""
+    """The logits; they and the features are the same of the folder that it saves."""
     assert "torchao" in type(model.vit.layers[0].mlp.fc1.weight).__module__
-    logits = model(pixels).logits
+    logits, features = model(pixels).logits, model.vit(pixels).pooler_output
+    assert features.std() > 0.1
     model.save_pretrained(name)
     loaded = AutoModelForImageClassification.from_pretrained(name, **trust)
     assert torch.equal(loaded(pixels).logits, logits), name
+    assert torch.equal(loaded.vit(pixels).pooler_output, features), name
     return logits
 
 

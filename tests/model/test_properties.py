@@ -134,7 +134,7 @@ def test_random_configs_are_refused_or_work(tmp_path):
     seen = {"refused": 0, "worked": 0}
 
     @settings(
-        max_examples=1200, deadline=None, derandomize=True, database=None,
+        max_examples=600, deadline=None, derandomize=True, database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
     @given(st.fixed_dictionaries(FIELDS))
@@ -168,4 +168,4 @@ def test_random_configs_are_refused_or_work(tmp_path):
         seen["worked"] += 1
 
     check()
-    assert min(seen.values()) > 150, seen
+    assert min(seen.values()) > 75, seen

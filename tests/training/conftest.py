@@ -1,11 +1,21 @@
 """Fixtures that several of these files use."""
 
 import signal
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
 from modeling_vit_scratch.training import ImageTrainer
+
+
+@pytest.fixture(scope="package", autouse=True)
+def unpainted():
+    """Plots of runs are made and written, but not painted, which takes longer than so small a run; other tests do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **kwargs: Path(path).touch())
+        yield
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def outcome(folder: Path) -> tuple:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twelve_kills_twelve_identical(tmp_path, monkeypatch):
+def test_six_kills_six_identical(tmp_path, monkeypatch):
     marker = tmp_path / "evaluations"
     evaluate = ImageTrainer.evaluate
 
@@ -75,14 +75,13 @@ def test_twelve_kills_twelve_identical(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ImageTrainer, "evaluate", marked)
     totals = [0, 0]
-    decaying = "warmup_stable_decay"
-    for workers, processes, schedule in ((0, 1, decaying), (2, 1, "linear"), (0, 2, "cosine"), (2, 2, decaying)):
+    for workers, processes, schedule in ((0, 1, "linear"), (2, 2, "warmup_stable_decay")):
         folder = tmp_path / f"workers{workers}-processes{processes}"
         folder.mkdir()
         for position, count in enumerate(kills_and_identical(folder, marker, workers, processes, schedule)):
             totals[position] += count
     print("{} kills, {} identical".format(*totals))
-    assert totals == [12, 12]
+    assert totals == [6, 6]
 
 
 def kills_and_identical(tmp_path: Path, marker: Path, workers: int, processes: int, schedule: str) -> tuple[int, int]:
