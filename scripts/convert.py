@@ -144,8 +144,8 @@ def convert(arguments: argparse.Namespace) -> int:
     if Path(checkpoint).exists() and out.resolve() in (Path(checkpoint).resolve(), Path(checkpoint).resolve().parent):
         raise ValueError(f"OUT {out} holds the checkpoint itself; name another folder.")
     written = "model.npz" if arguments.to == "jax" else "model.safetensors"
-    others = {*WEIGHT_FILES, *(["preprocessor_config.json"] if arguments.to == "timm" else [])} - {written}
-    others = sorted(name for name in others if (out / name).exists())  # which would be read beside the new config
+    others = {*WEIGHT_FILES, "preprocessor_config.json" if arguments.to == "timm" else "metrics.json"} - {written}
+    others = sorted(name for name in others if (out / name).exists())  # which would be read beside the new weights
     if others:
         raise ValueError(f"OUT {out} holds {' and '.join(others)} of another model; name another folder.")
     if arguments.num_images < 1:
@@ -199,7 +199,10 @@ def convert(arguments: argparse.Namespace) -> int:
         open_to_others(out)
         if processor is not None:
             processor.save_pretrained(out)
-        write_model_card(out, base_model=public_name(checkpoint))
+        if (out / "README.md").exists():
+            print(f"{out / 'README.md'} was there and is kept; no model card was written.", file=sys.stderr)
+        else:
+            write_model_card(out, base_model=public_name(checkpoint))
     print(f"Wrote {out}.", file=sys.stderr)
     return 0
 

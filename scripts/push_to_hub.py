@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.space:
             space = hub.push_space(PAGE, args.space, pushed.repo_id, examples, args.private)
             say_what_was_pushed(space)
-            if args.private:
+            if space.needs_token:
                 print(
                     "The page needs a token that may read the model: add it as the Space's secret HF_TOKEN.",
                     file=sys.stderr,

@@ -39,6 +39,7 @@ class HubPushCallback(TrainerCallback):
         private: As in `push_folder`, like `revision` and `token`.
         wait_seconds: How long the end of training waits for a push that is under way.
         retry_seconds: Pauses between the tries of `push_final`.
+        base_model: Hub id or name of the model that is fine-tuned, for the cards of checkpoints.
         report: Takes each line that is shown; None prints it to standard error.
     """
 
@@ -51,10 +52,12 @@ class HubPushCallback(TrainerCallback):
         wait_seconds: float = 600.0,
         retry_seconds: tuple[float, ...] = (5.0, 30.0),
         report: Callable[[str], None] | None = None,
+        base_model: str | None = None,
     ):
         self.repo_id, self.private, self.revision, self.token = repo_id, private, revision, token
         self.wait_seconds, self.retry_seconds = wait_seconds, retry_seconds
         self.report = report or functools.partial(print, file=sys.stderr, flush=True)
+        self.base_model = base_model
         self.errors: list[str] = []
         self._lock = threading.Lock()
         self._waiting: tuple[Path, str] | None = None  # the newest snapshot that nobody pushes yet, with its message
@@ -73,7 +76,7 @@ class HubPushCallback(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         steps = f"step {state.global_step}" + (f" of {state.max_steps}" if state.max_steps > 0 else "")
         try:
-            snapshot = take_snapshot(checkpoint, f"Training is still going on: this is {steps}.")
+            snapshot = take_snapshot(checkpoint, f"Training is still going on: this is {steps}.", self.base_model)
         except (OSError, ValueError) as error:
             self._show(f"{checkpoint.name} was not pushed: {error}")
             return
@@ -165,12 +168,13 @@ class HubPushCallback(TrainerCallback):
         self.report(text)
 
 
-def take_snapshot(checkpoint: Path, status: str) -> Path:
+def take_snapshot(checkpoint: Path, status: str, base_model: str | None = None) -> Path:
     """A checkpoint's model files and a card, linked aside: the checkpoint may be deleted before they are pushed.
 
     Args:
         checkpoint: A folder that Trainer wrote.
         status: A sentence for the card.
+        base_model: As in `write_model_card`.
 
     Returns:
         A new folder beside the checkpoint.
@@ -187,7 +191,7 @@ def take_snapshot(checkpoint: Path, status: str) -> Path:
                 os.link(path, snapshot / path.name)
             except OSError:
                 shutil.copy2(path, snapshot / path.name)
-        write_model_card(snapshot, status)
+        write_model_card(snapshot, status, base_model)
     except BaseException:
         shutil.rmtree(snapshot, ignore_errors=True)
         raise

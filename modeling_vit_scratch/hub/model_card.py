@@ -21,10 +21,10 @@ CHOICES = (
 _PLOTS_FIRST = ("reconstructions", "training_curves", "per_class_accuracy", "confusion_matrix")
 
 
-def with_examples(card: str, sources: dict[str, str]) -> str:
-    """The card with images for the Hub's widget: title -> address."""
+def with_examples(card: str, sources: list[tuple[str, str]]) -> str:
+    """The card with images for the Hub's widget, each a title and an address."""
     card = ModelCard(card)
-    card.data["widget"] = [{"src": address, "example_title": title} for title, address in sources.items()]
+    card.data["widget"] = [{"src": address, "example_title": title} for title, address in sources]
     return str(card)
 
 
@@ -38,7 +38,7 @@ def write_model_card(folder: str | Path, status: str | None = None, base_model: 
         folder: A classifier or a model pre-trained without labels, as `save_pretrained` and the training write it;
             `metrics.json` may be missing.
         status: A sentence to stand above the results, e.g. that training is still going on.
-        base_model: Hub id or name of the model that the weights were converted from; None for what `metrics.json` says.
+        base_model: Hub id or name of the model that the weights come from, where no `metrics.json` says it.
 
     Returns:
         The path of the card.

@@ -9,10 +9,12 @@ import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import _http
+from PIL import Image
 
 from .folder import FolderError, check_folder
 from .masking import redact
@@ -23,7 +25,7 @@ TIMEOUT_SECONDS = 120.0
 # Files of a run that describe its weights: those of an earlier push go when they are not in the new one.
 OWNED = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "metrics.json", "history.csv", "predictions*",
-    "plots/*", "examples/*",
+    "plots/*", "widget/*",
 )  # fmt: skip
 
 
@@ -33,7 +35,11 @@ class HubError(RuntimeError):
 
 @dataclass(frozen=True)
 class Pushed:
-    """A finished push: `commit` is the full hash, `changed` is False if the repository was up to date already."""
+    """A finished push.
+
+    `commit` is the full hash; `changed` is False if the repository was up to date already; `needs_token` says that a
+    Space's model is private, so that it needs a token to read it.
+    """
 
     repo_id: str
     commit: str
@@ -42,6 +48,7 @@ class Pushed:
     pr_url: str | None = None
     files: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    needs_token: bool = False
 
 
 def prepare_repo(repo_id: str, private: bool = False, token: str | None = None) -> str:
@@ -85,8 +92,9 @@ def push_folder(
 ) -> Pushed:
     """Push a folder to the Hub in one commit, or not at all; without changes no commit is made.
 
-    The repository and, if named, the branch are created if there are none. Weights, metrics and plots of an earlier
-    push that are not in this folder go in the same commit. In the pushed card the repository's id takes its place.
+    The repository and, if named, the branch are created if there are none. Weights, metrics, plots and images of the
+    widget that an earlier push brought and this one does not go in the same commit. In the pushed card the repository's
+    id takes its place.
 
     Args:
         folder: A folder that `check_folder` accepts.
@@ -97,7 +105,7 @@ def push_folder(
         token: None for the saved login.
         commit_message: First line of the commit.
         wanted: Asked when all is uploaded; if the answer is no, nothing is committed.
-        examples: Images for the card's widget; they are pushed into `examples/`, where anybody sees them.
+        examples: Images for the card's widget; they are pushed into `widget/`, where anybody sees them.
 
     Raises:
         FolderError: The folder would not load; nothing was sent.
@@ -110,11 +118,11 @@ def push_folder(
         api = HfApi(token=token)
         repo_id = create_repo(api, repo_id, private)
 
-        files = {name: folder / name for name in contents.files} | example_files(examples)
+        files = {name: folder / name for name in contents.files} | example_files("widget", examples)
         card = (folder / "README.md").read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo_id)
         if examples:
-            places = {image.stem: f"{api.endpoint}/{repo_id}/resolve/main/examples/{image.name}" for image in examples}
-            card = with_examples(card, places)
+            place = f"{api.endpoint}/{repo_id}/resolve/{quote(revision or 'main', safe='')}/widget"
+            card = with_examples(card, [(image.stem, f"{place}/{quote(image.name)}") for image in examples])
         files["README.md"] = card.encode()
         options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
         commit, changed = commit_files(api, repo_id, files, OWNED, wanted=wanted, **options)
@@ -180,11 +188,17 @@ def _head(api: HfApi, repo_id: str, repo_type: str, revision: str | None, create
     return api.repo_info(repo_id, repo_type=repo_type, revision=revision)
 
 
-def example_files(images: Sequence[Path]) -> dict[str, Path]:
-    """Where images go in a repository; refused if two have one name."""
-    files = {f"examples/{image.name}": image for image in images}
+def example_files(folder: str, images: Sequence[Path]) -> dict[str, Path]:
+    """Where images go in a folder of a repository; refused if two have one name, or one is no image."""
+    files = {f"{folder}/{image.name}": image for image in images}
     if len(files) < len(images):
         raise HubError(f"{len(images)} examples have only {len(files)} different file names; rename some.")
+    for path in images:
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except Exception as error:  # Pillow's readers raise many kinds
+            raise HubError(f"{path} cannot be read as an image: {_one_line(error)}.") from None
     return files
 
 

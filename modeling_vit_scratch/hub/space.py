@@ -62,7 +62,9 @@ def push_space(
         files = _files(Path(page), model_id, f"{api.endpoint}/{model_id}", examples)
         space_id = create_repo(api, space_id, private, repo_type="space")
         commit, changed = commit_files(api, space_id, files, OWNED, repo_type="space", commit_message=commit_message)
-    return Pushed(space_id, commit.oid, changed, f"{api.endpoint}/spaces/{space_id}", files=[*files])
+        needs_token = api.model_info(model_id).private
+    url = f"{api.endpoint}/spaces/{space_id}"
+    return Pushed(space_id, commit.oid, changed, url, files=[*files], needs_token=needs_token)
 
 
 def _files(page: Path, model_id: str, url: str, examples: Sequence[Path]) -> dict[str, bytes | Path]:
@@ -71,7 +73,7 @@ def _files(page: Path, model_id: str, url: str, examples: Sequence[Path]) -> dic
     arguments += ["--examples", "examples"] if examples else []
     package = {f"{PACKAGE.name}/{file.relative_to(PACKAGE).as_posix()}": file for file in PACKAGE.rglob("*.py")}
     return (
-        example_files(examples)
+        example_files("examples", examples)
         | package
         | {
             "README.md": str(_card(model_id, url)).encode(),
@@ -112,4 +114,6 @@ def requirements(extra: str) -> list[str]:
     except importlib.metadata.PackageNotFoundError:
         raise HubError(f"{PACKAGE.name} is not installed, so what it needs is unknown: pip install -e .") from None
     needed = [each for each in stated if each.marker is None or each.marker.evaluate({"extra": extra})]
-    return [f"{each.name}{each.specifier}" for each in needed]
+    for each in needed:
+        each.marker = None
+    return [*map(str, needed)]

@@ -62,8 +62,8 @@ def set_up(
         if model.config.pooling == "attention":  # of the head, and as new as it after masked image modelling
             model.vit.attention_pooling.requires_grad_(True)
     adapter, facts = None, {}
+    base = None if trained is None else public_name(model_args.model_name_or_path)
     if model_args.lora_rank is not None:
-        base = public_name(model_args.model_name_or_path)
         adapter = lora.add_adapter(model, model_args.lora_rank, base)
         facts = {"lora": [model_args.lora_rank, base]}  # a checkpoint has the adapter alone, not the base
     run.settle_model(model, processor, **facts)
@@ -71,7 +71,8 @@ def set_up(
     if args.push_to_hub:  # by hub/, which sends everything in one commit, code files included
         args.push_to_hub = False
         repo_id = args.hub_model_id or run.folder.name
-        pushes = hub.HubPushCallback(repo_id, bool(args.hub_private_repo), args.hub_revision, args.hub_token)
+        options = {"revision": args.hub_revision, "token": args.hub_token, "base_model": base}
+        pushes = hub.HubPushCallback(repo_id, bool(args.hub_private_repo), **options)
         if run.is_main:
             hub.prepare_repo(pushes.repo_id, pushes.private, pushes.token)
     run.make_trainer(adapter=adapter, callbacks=[pushes] if pushes and args.hub_strategy.value != "end" else [])

@@ -135,6 +135,12 @@ def test_convert_script_leaves_no_two_models_in_a_folder(script, vit_folder, tmp
         assert script.main([folder, str(out), "--to", target]) == 2
         assert f"holds {left} of another model; name another folder" in capsys.readouterr().err
     assert sorted(out.iterdir()) == before
+    (out / "README.md").write_text("mine")
+    assert script.main([folder, str(out)]) == 0
+    assert "README.md was there and is kept" in capsys.readouterr().err and (out / "README.md").read_text() == "mine"
+    (out / "metrics.json").write_text("{}")  # of a run
+    assert script.main([folder, str(out)]) == 2
+    assert "holds metrics.json of another model; name another folder" in capsys.readouterr().err
 
 
 def test_convert_script_help_begins_with_an_example(script, capsys):

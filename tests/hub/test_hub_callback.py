@@ -41,7 +41,7 @@ def train(folder: Path, callback: TrainerCallback, steps: int = 2, **options) ->
 
 
 def test_every_checkpoint_is_pushed_whole_and_the_end_once_more(made, tmp_path, hub):
-    callback = HubPushCallback("me/t", private=True, report=lambda line: None)
+    callback = HubPushCallback("me/t", private=True, report=lambda line: None, base_model="some/base")
     folder = tmp_path / "out"
     train(folder, callback, save_total_limit=1)
     assert hub.commits("me/t") == ["Training in progress, step 1 of 2", "Training in progress, step 2 of 2"]
@@ -50,7 +50,9 @@ def test_every_checkpoint_is_pushed_whole_and_the_end_once_more(made, tmp_path, 
     weights = []
     for _ in range(2):
         assert set(commit.files) - {".gitattributes"} == MODEL_FILES | {"README.md"}
-        assert b"Training is still going on: this is step" in commit.files["README.md"]
+        card = commit.files["README.md"]
+        assert b"Training is still going on: this is step" in card
+        assert b"base_model: some/base" in card and b"license" not in card.partition(b"\n---")[0]
         weights.append(commit.files["model.safetensors"])
         commit = hub.repos["model", "me/t"].commits[commit.parent]
     assert weights[0] != weights[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import TOKEN
-from huggingface_hub import ModelCard, SpaceCard, snapshot_download
+from huggingface_hub import HfApi, ModelCard, SpaceCard, snapshot_download
 from packaging.requirements import Requirement
 from PIL import Image
 from runs import ROOT, free_port, load_script
@@ -64,14 +64,15 @@ def test_a_model_and_its_page(script, hub, folder, photo, capsys):
     names = {Requirement(line).name for line in lines[1:-1]}
     assert {"torch", "transformers", "gradio", "matplotlib"} <= names and "pytest" not in names
 
-    widget = [{"src": f"{hub.url}/me/x/resolve/main/examples/a red one.png", "example_title": "a red one"}]
+    assert hub.files("me/x")["widget/a red one.png"] == photo.read_bytes()
+    widget = [{"src": f"{hub.url}/me/x/resolve/main/widget/a%20red%20one.png", "example_title": "a red one"}]
     assert ModelCard(hub.files("me/x")["README.md"].decode()).data["widget"] == widget
 
     assert script.main([*command, "--examples", str(photo)]) == 0
     assert "me/page is up to date" in capsys.readouterr().err
     assert script.main(command) == 0
     assert not [name for name in hub.files("me/page", repo_type="space") if name.startswith("examples/")]
-    assert not [name for name in hub.files("me/x") if name.startswith("examples/")]
+    assert not [name for name in hub.files("me/x") if name.startswith("widget/")]
     assert "widget" not in hub.files("me/x")["README.md"].decode()
     assert hub.commits("me/page", repo_type="space") == ["Upload page"] * 2
 
@@ -131,3 +132,31 @@ def test_two_examples_of_one_name(hub, folder, photo, tmp_path):
     with pytest.raises(RuntimeError, match="2 examples have only 1 different file names"):
         push_folder(folder, "me/x", examples=[photo, twin], token=TOKEN)
     assert hub.commits("me/x") == []
+
+
+def test_examples_are_images_and_stand_on_their_branch(hub, folder, photo, tmp_path):
+    text = tmp_path / "notes.png"
+    text.write_text("no image")
+    with pytest.raises(RuntimeError, match=r"notes\.png cannot be read as an image"):
+        push_folder(folder, "me/x", examples=[photo, text], token=TOKEN)
+    twin = photo.with_suffix(".jpg")
+    Image.open(photo).save(twin)
+    push_folder(folder, "me/x", examples=[photo, twin], token=TOKEN, revision="try/1")
+    card = ModelCard(hub.files("me/x", "try/1")["README.md"].decode())
+    place = f"{hub.url}/me/x/resolve/try%2F1/widget"
+    addresses = [image["src"] for image in card.data["widget"]]
+    assert addresses == [f"{place}/a%20red%20one.png", f"{place}/a%20red%20one.jpg"]
+
+
+def test_files_of_the_owner_stay(hub, folder, photo):
+    """Of a repository, a push removes what pushes write, and nothing else."""
+    push_folder(folder, "me/x", examples=[photo], token=TOKEN)
+    HfApi(token=TOKEN).upload_file(path_or_fileobj=b"{}", path_in_repo="examples/mine.ipynb", repo_id="me/x")
+    push_folder(folder, "me/x", token=TOKEN)
+    assert "examples/mine.ipynb" in hub.files("me/x") and "widget/a red one.png" not in hub.files("me/x")
+
+
+def test_a_page_of_a_model_that_is_private_already(script, hub, folder, capsys):
+    push_folder(folder, "me/x", private=True, token=TOKEN)
+    assert script.main([str(folder), "me/x", "--space", "me/page"]) == 0
+    assert "secret HF_TOKEN" in capsys.readouterr().err
