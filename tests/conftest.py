@@ -14,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 # Behind all else, so that a script named like a package would be found out (tests/test_house.py).
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+sys.path.append(str(Path(__file__).parent.parent / "notebooks"))  # what the notebook imports
 
 # The folder into which CI installs the other libraries (.ci/run). It is no part of the environment, since the processes
 # that tests start would see it there, and a torchvision that does not import stops transformers.

@@ -77,6 +77,7 @@ def test_a_model_and_its_page(script, hub, folder, photo, capsys):
     assert hub.commits("me/page", repo_type="space") == ["Upload page"] * 2
 
 
+@pytest.mark.slow
 def test_it_starts_without_the_checkout(script, hub, folder, photo, tmp_path):
     """What the Hub does: the Space's files in a folder, and `python app.py` there."""
     pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")

@@ -226,7 +226,7 @@ class OfEachInterpolation(torch.nn.Module):
         return torch.stack([program(pixel_values) for program in self.programs])
 
 
-@pytest.mark.parametrize("exporter", ["export", "trace", "onnx"])
+@pytest.mark.parametrize("exporter", ["export", "trace", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_every_interpolation_can_be_exported_with_dynamic_sizes(exporter, tmp_path):
     """Of models for 16 x 16 pixels, whose positions stay as they are where the size is that."""
     h, w = (torch.export.Dim(name, min=2, max=32) for name in "hw")
