@@ -136,15 +136,20 @@ class StopOnSignal(TrainerCallback):
 
     Batch systems send SIGUSR1 where they are asked to warn of the end of a job's time, and SIGTERM at its end, often to
     every process of the job and more than once: neither those that read images nor a second one may spoil the saving.
+    One that comes after the last step changes nothing: the run goes on to its end.
+
+    Attributes:
+        stopping: Whether the run is left early. All processes agree on it, at the end of a step: each saves, measures
+            and leaves where the others do.
     """
 
     def __init__(self):
-        self.signal = None
+        self.stopping = False
         self._previous = {}
-        self._process, self._noted = os.getpid(), False
+        self._process, self._noted, self._state = os.getpid(), False, None  # a signal to this process alone
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._process = os.getpid()
+        self._process, self._state = os.getpid(), state
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             number = getattr(signal, name, None)  # Windows has no SIGUSR1
             if number is not None:
@@ -157,23 +162,24 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         if self._noted:
             return
-        self.signal, self._noted = number, True  # `signal` alone may be another process's
-        print("\nStopping after this step and saving a checkpoint; Ctrl-C leaves at once.", file=sys.stderr)
+        self._noted = True
+        last = self._state.global_step >= self._state.max_steps
+        what = "The last step is done: going on to the end" if last else "Stopping after this step, with a checkpoint"
+        print(f"\n{what}; Ctrl-C leaves at once.", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
-        stop = self.signal is not None
-        if args.world_size > 1:  # all processes have to leave at the same step
-            flag = torch.tensor(float(stop), device=args.device)
+        self.stopping = self._noted
+        if args.world_size > 1:
+            flag = torch.tensor(float(self._noted), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            stop = bool(flag.item())
-            self.signal = self.signal or (signal.SIGTERM if stop else None)
-        if stop:
+            self.stopping = bool(flag.item())
+        if self.stopping:
             control.should_training_stop = True
             # At an epoch's end the evaluation comes first, as it does in a run that is not stopped.
             control.should_save = control.should_save or not state.epoch.is_integer()
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.signal is not None:
+        if self.stopping:  # not what this process noted since: it would save alone, and wait for the others
             finished = state.epoch.is_integer()
             control.should_save = finished
             control.should_evaluate = control.should_evaluate and finished

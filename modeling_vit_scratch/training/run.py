@@ -232,7 +232,7 @@ class Run:
             move_small_data(self.parts, self.args)
         replace_run(self.args)
         self.trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-        if self.stop.signal is None:
+        if not self.stop.stopping:
             self.trainer.save_model()
             return True
         if self.is_main:

@@ -223,16 +223,22 @@ def whole(folder: Path) -> list[str]:
 
 
 def test_a_signal_to_one_process_stops_both(tmp_path, interrupt):
-    """With one checkpoint, and the command that goes on as it was started, which does so."""
-    argv = options(tmp_path / "out", num_train_epochs=3)
-    interrupt |= {"at": 4, "signal": signal.SIGUSR1, "process": 1}
+    """With one checkpoint, and the command that goes on as it was started, which does so; at whatever moment it comes.
+
+    At the end of an epoch, where the processes have just agreed that none stops, and again after the last step.
+    """
+    changes = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 100, "save_steps": 100}
+    argv = options(tmp_path / "out", num_train_epochs=3, **changes)
+    interrupt |= {"at": 3, "late": True, "signal": signal.SIGUSR1, "process": 1}
     assert wait_all(fork_run(argv, 2, tmp_path / "log")) == [130, 130]
-    interrupt.clear()
-    assert whole(tmp_path / "out") == ["checkpoint-4", "checkpoint-3"]
+    assert whole(tmp_path / "out") == ["checkpoint-4"]
     first, second = ((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
     assert "Stopped at step 4. To continue:\n  torchrun --nproc_per_node 2 " in first and "To continue" not in second
+    assert "Stopping after this step" in second
+    interrupt["at"] = 9
     assert wait_all(fork_run([*argv, "--resume_from_checkpoint", "last"], 2, tmp_path / "log")) == [0, 0]
     assert whole(tmp_path / "out")[0] == "checkpoint-9"
+    assert "The last step is done" in (tmp_path / "log.1").read_text()
     command = json.loads((tmp_path / "out" / "metrics.json").read_text())["command"]
     assert command.startswith("torchrun --nproc_per_node 2 ")
 
