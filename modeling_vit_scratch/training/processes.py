@@ -3,11 +3,13 @@
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
@@ -21,8 +23,12 @@ SHARDED_WEIGHTS = "pytorch_model_fsdp.bin"
 # Programs that start the processes of a run, and those of them that are modules.
 _LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")
 _LAUNCHER_MODULES = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch")
-# How gloo, NCCL and torch's stores say that another process no longer answers.
-_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "remote process exited", "NCCL")
+# How gloo, NCCL and torch's stores say that another process no longer answers: what each says of other things has none
+# of these phrases.
+_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Wait timeout",
+    "Connection was likely closed", "remote process exit",
+)  # fmt: skip
 
 
 class RunLost(RuntimeError):
@@ -64,6 +70,29 @@ def require_joined(args: TrainingArguments):
             "give --use_cpu True" if device in ("cpu", "mps") else "start them by torchrun, which sets LOCAL_RANK too"
         )
         raise ValueError(f"WORLD_SIZE is {started}, but each process would train alone on its {device}: {mend}.")
+
+
+def found_by_main(args: TrainingArguments, find: Callable):
+    """What the main process finds, in all processes; so too its error, if what the options name is wrong.
+
+    Args:
+        args: Of the run.
+        find: Called without arguments, in the main process alone.
+
+    Raises:
+        ValueError: Of `find`; likewise OSError.
+    """
+    found = error = None
+    if args.process_index == 0:
+        try:
+            found = find()
+        except (ValueError, OSError) as caught:
+            error = caught
+    if args.world_size > 1:
+        found, error = broadcast_object_list([found, error])
+    if error is not None:
+        raise error
+    return found
 
 
 def settle_sharding(trainer):
@@ -173,7 +202,8 @@ def what_is_kept(args: TrainingArguments) -> str:
 
 def say_lost(error: RuntimeError, args: TrainingArguments) -> str | None:
     """What to tell of an error by which a process notices that another one has ended; None of any other error."""
-    if args.world_size == 1 or not any(part in str(error) for part in _LOST):
+    text = str(error).lower()
+    reason = next((phrase for phrase in _LOST if phrase.lower() in text), None)
+    if args.world_size == 1 or reason is None or "dataloader" in text:  # which has processes of its own
         return None
-    reason = str(error).strip().splitlines()[0]
     return f"another process of the run has ended or does not answer ({reason}). {what_is_kept(args)}"

@@ -38,7 +38,7 @@ from .arguments import (
 from .budget import steps_in_budget
 from .callbacks import OwnNoise, ResumeLoss, StopOnSignal, TellEpoch
 from .output import check_space, replace_run, settle_output
-from .processes import how_to_continue
+from .processes import found_by_main, how_to_continue
 from .schedule import settle_crops, settle_schedule
 from .trainer import ImageTrainer
 
@@ -76,12 +76,9 @@ class Run:
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.is_main = args.process_index == 0
         self.data_name = data_args.dataset_name or data_args.train_dir
-        if self.is_main:
-            settle_output(args, model_args, self.data_name)
-        if args.world_size > 1:  # one process decides, before any of them makes a folder
-            args.output_dir, args.resume_from_checkpoint = broadcast_object_list(
-                [args.output_dir, args.resume_from_checkpoint]
-            )
+        args.output_dir, args.resume_from_checkpoint = found_by_main(
+            args, lambda: settle_output(args, model_args, self.data_name)
+        )
         set_seed(args.seed)
         transformers.utils.logging.disable_progress_bar()  # of reading and writing files; training keeps its own
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.data import Augmentation
 from modeling_vit_scratch.data.streaming import StreamedImages
 from modeling_vit_scratch.training import ImageTrainer, checkpoints
+from modeling_vit_scratch.training.processes import say_lost
 
 PLAIN = {
     "horizontal_flip": 0, "crop_padding": 0, "max_grad_norm": 0, "max_train_samples": 384, "num_train_epochs": 9,
@@ -97,10 +99,16 @@ def test_each_rank_draws_other_augmentations():
 
 @pytest.mark.slow
 def test_only_the_first_process_writes(tmp_path):
+    """And what is wrong with its folder, which the first alone looks at, each says: none is lost."""
     train(tmp_path / "run", 2, num_train_epochs=1)
     texts = [Path(f"{tmp_path / 'run.log'}.{rank}").read_text() for rank in (0, 1)]
     assert "everything is in" in texts[0] and "parameters" in texts[0]
     assert "everything is in" not in texts[1] and "parameters" not in texts[1]
+    assert wait_all(fork_run(options(tmp_path / "run"), 2, tmp_path / "taken")) == [2, 2]
+    for rank in (0, 1):
+        said = (tmp_path / f"taken.{rank}").read_text()
+        assert f"finetune.py: {tmp_path / 'run'} already holds a run" in said
+        assert "another process" not in said and "Traceback" not in said
 
 
 def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -302,6 +310,36 @@ def test_a_process_that_ends_early_loses_no_whole_checkpoint(rank, method, at, h
         own = (tmp_path / f"log.{rank}").read_text()
         assert "checkpoint-6 could not be saved (OSError: [Errno 28] No space left on device)" in own
         assert "Traceback" not in own + other
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3", "Connection closed by peer"),
+        ("[/x/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete", "Timed out waiting"),
+        ("NCCL error in: X.cpp, remote process exited or there was a network error", "remote process exit"),
+        ("NCCL Error 6: a network error or a remote process exiting prematurely", "remote process exit"),
+        ("failed to recv, got 0 bytes. Connection was likely closed.", "Connection was likely closed"),
+        ("wait timeout after 60000ms, keys: /worker_info", "Wait timeout"),
+        ("NCCL Error 5: invalid usage", None),
+        ("NCCL Error 1: unhandled cuda error", None),
+        ("CUDA out of memory. NCCL holds 2 GiB of it", None),
+        ("DataLoader timed out after 5 seconds", None),
+        ("Caught RuntimeError in DataLoader worker process 0.\n... Broken pipe", None),
+    ],
+)
+def test_what_tells_that_a_process_is_lost(text, reason, tmp_path):
+    """By a phrase, without the paths of a library's build; every other error is shown as it is."""
+    one, two = (SimpleNamespace(world_size=n, output_dir=str(tmp_path)) for n in (1, 2))
+    assert say_lost(RuntimeError(text), one) is None
+    said = say_lost(RuntimeError(text), two)
+    assert (
+        (said is None)
+        if reason is None
+        else said.startswith(
+            f"another process of the run has ended or does not answer ({reason}). There is no whole checkpoint yet"
+        )
+    )
 
 
 def test_a_stream_keeps_two_processes_together(tmp_path, monkeypatch):
