@@ -102,7 +102,8 @@ class OwnNoise(TrainerCallback):
 
 
 class ResumeLoss(TrainerCallback):
-    """What Trainer leaves to itself on resuming: the loss since the last log entry, and when to log, measure and save.
+    """What Trainer leaves to itself on resuming: the loss since the last log entry, and since the last evaluation; and
+    when to log, measure and save.
 
     A resumed run's history is that of one never stopped; other intervals that it is given are honoured.
     """
@@ -121,6 +122,8 @@ class ResumeLoss(TrainerCallback):
             self.trainer._tr_loss += pending["loss"]
             self.trainer._total_loss_scalar -= pending["loss"]  # whose mean is over the steps of this part alone
             self.trainer._globalstep_last_logged = pending["last_logged"]
+            if "since" in pending:  # a version before 0.2.0 does not know it
+                self.trainer.progress.since, self.trainer.progress.before = pending["since"], -pending["loss_since"]
 
 
 class TellEpoch(TrainerCallback):
