@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list
 from transformers import ViTImageProcessorPil, set_seed
 
 from ..configuration_vit_scratch import ViTScratchConfig
@@ -22,7 +21,7 @@ from ..data import Augmentation, ImageSplits, load_splits, load_streaming
 from ..data.augmentation import check_padding, parse_until
 from ..data.doctor import fingerprint
 from ..data.sources import DIGITS, public_name
-from ..data.splits import DecodedImages
+from ..data.splits import DecodedImages, LazyImages
 from ..data.streaming import StreamedImages
 from ..evaluation.devices import can_compile
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
@@ -270,8 +269,8 @@ def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, pr
 
 def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
     """Set what the options leave open as the device and the data want it."""
-    if not isinstance(splits.train, DecodedImages) and args.dataloader_num_workers == 0:
-        args.dataloader_num_workers = settle_workers(args, isinstance(splits.train, StreamedImages))
+    if args.workers_are_open and not isinstance(splits.train, DecodedImages):
+        args.dataloader_num_workers = settle_workers(args, splits.train)
     if args.device.type == "cpu":
         keep_freed_memory()
         args.dataloader_pin_memory = False
@@ -279,16 +278,26 @@ def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
             suit_attention(model)
 
 
-def settle_workers(args: ImageTrainingArguments, streamed: bool) -> int:
-    """Processes that read images for each that trains, where no number is given: one for each other core.
+def settle_workers(args: ImageTrainingArguments, images: LazyImages | StreamedImages) -> int:
+    """Processes that read images for each that trains, where no number is given: one for each other core of its share.
 
     Of a stream they decide the order: then it is the number of the run that is resumed, and the same for all processes,
-    on whatever machine they are.
+    on whatever machine they are; and no more than there are files for.
     """
-    workers = max((os.cpu_count() or 1) - 1, 1)
-    if streamed and args.resume_from_checkpoint:
-        workers = checkpoints.fact(Path(args.resume_from_checkpoint), "stream_workers") or workers
-    return broadcast_object_list([workers])[0] if streamed and args.world_size > 1 else workers
+    workers = max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 1)
+    if not isinstance(images, StreamedImages):
+        return workers
+    workers = min(workers, images.num_shards)
+    if args.resume_from_checkpoint:
+        workers = checkpoints.fact(Path(args.resume_from_checkpoint), "stream_workers", workers)
+    return found_by_main(args, lambda: workers)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; a cluster gives a job some of its machine's, where the system can tell."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def suit_attention(model):

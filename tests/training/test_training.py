@@ -260,7 +260,7 @@ def test_a_cpu_with_units_for_bfloat16_trains_in_it(tmp_path, monkeypatch, capsy
 def test_attention_maps_are_kept_only_of_few_patches(side, expected, tmp_path, monkeypatch):
     """Eager attention is the faster one in bfloat16 on a CPU, and needs memory by the square of the patches."""
     model = ViTScratchForImageClassification(ViTScratchConfig.preset("showcase", image_size=side))
-    args = SimpleNamespace(device=torch.device("cpu"), bf16=True, dataloader_num_workers=1)
+    args = SimpleNamespace(device=torch.device("cpu"), bf16=True, workers_are_open=False)
     run_module.suit_device(args, model, SimpleNamespace(train=None))
     assert model.config._attn_implementation == expected
 
@@ -413,14 +413,15 @@ def test_streaming_stops_and_resumes_as_if_it_had_not(tmp_path, interrupt, capsy
         "save_steps": 6, "config_overrides": RANDOM,
     }  # fmt: skip
     whole, parts = (options(tmp_path / name, **changes) for name in ("whole", "parts"))
+    monkeypatch.setattr(run_module, "usable_cores", lambda: 3)
     assert finetune.main(whole) == 0
     interrupt["at"] = 3
     assert finetune.main(parts) == 130
-    other = [*parts, "--resume_from_checkpoint", "last", "--dataloader_num_workers", str(os.cpu_count() + 1)]
+    other = [*parts, "--resume_from_checkpoint", "last", "--dataloader_num_workers", "0"]
     assert finetune.main(other) == 2  # which would read in another order
-    assert f"dataloader_num_workers = {max(os.cpu_count() - 1, 1)}, but" in capsys.readouterr().err
+    assert "dataloader_num_workers = 2, but this run has 0" in capsys.readouterr().err
     interrupt["at"] = 7
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # of another machine: without the option, nothing changes
+    monkeypatch.setattr(run_module, "usable_cores", lambda: 64)  # of another machine: without the option, no change
     assert finetune.main([*parts, "--resume_from_checkpoint", "last"]) == 130
     assert finetune.main([*parts, "--resume_from_checkpoint", "last"]) == 0
     assert history(tmp_path / "parts") == history(tmp_path / "whole")
@@ -441,6 +442,25 @@ def test_resuming_after_the_last_step_trains_no_more(tmp_path):
     assert finetune.main([*argv, "--resume_from_checkpoint", "last"]) == 0
     assert history(tmp_path) == rows and rows[-1]["step"] == "3"
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_processes_that_read_are_for_the_cores_that_there_are(monkeypatch):
+    """Shared with the other processes of a machine; a number that is given holds, 0 too."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(33)), raising=False)
+    photos, stream = object.__new__(run_module.LazyImages), object.__new__(run_module.StreamedImages)
+    monkeypatch.setattr(run_module.StreamedImages, "num_shards", 5)
+    counts = []
+    for given, images in ((None, photos), (None, stream), (0, photos), (0, stream), (3, stream)):
+        args = ImageTrainingArguments("unused", use_cpu=True, bf16=False, dataloader_num_workers=given)
+        for processes in ("1", "4", "64"):
+            args.workers_are_open = given is None
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+            run_module.suit_device(args, None, SimpleNamespace(train=images))
+            counts.append(args.dataloader_num_workers)
+    assert counts == [32, 7, 1, 5, 5, 1, *[0] * 6, 3, 3, 3]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert run_module.usable_cores() == 6
 
 
 def test_streaming_needs_max_steps(tmp_path, capsys):
