@@ -159,7 +159,7 @@ class StopOnSignal(TrainerCallback):
                 self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        if os.getpid() != self._process:  # a process that reads images, forked from this one
+        if os.getpid() != self._process:  # one that reads images, forked from this one, before it has begun
             return
         if self._noted and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -193,24 +193,30 @@ class StopOnSignal(TrainerCallback):
 
 
 def keep_workers(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
-    """A data loader whose workers outlive a SIGTERM that was sent to all processes of the run.
+    """A data loader whose workers outlive a signal that was sent to all processes of the run, however they are started.
 
     Such a worker ends at once, and the run with it, before it has saved a checkpoint.
 
     Args:
-        loader: Changed in place; accelerate's holds another, which makes the workers.
+        loader: Of this process, which the workers end with. Changed in place; accelerate's holds another, which makes
+            the workers.
     """
     makes_workers = getattr(loader, "base_dataloader", loader)
     if makes_workers.num_workers > 0:
-        makes_workers.worker_init_fn = functools.partial(_begin_worker, makes_workers.worker_init_fn)
+        makes_workers.worker_init_fn = functools.partial(_begin_worker, makes_workers.worker_init_fn, os.getpid())
     return loader
 
 
-def _begin_worker(begin, worker: int):
-    """What a worker does first: take SIGTERM from the run's process alone, which ends a worker so."""
+def _begin_worker(begin, run: int, worker: int):
+    """What a worker does first: leave SIGINT and SIGUSR1 to the run, whose handler it has only where it was forked, and
+    take SIGTERM from the run's process alone, which ends a worker so.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_leave_with_the_run, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_leave_with_the_run, args=(run,), daemon=True).start()
     if begin is not None:
         begin(worker)
 

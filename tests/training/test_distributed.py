@@ -19,6 +19,7 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.data import Augmentation
 from modeling_vit_scratch.data.streaming import StreamedImages
 from modeling_vit_scratch.training import ImageTrainer, checkpoints
+from modeling_vit_scratch.training.callbacks import keep_workers
 from modeling_vit_scratch.training.processes import say_lost
 
 PLAIN = {
@@ -268,6 +269,32 @@ def test_a_signal_to_all_processes_spares_those_that_read_images(number, tmp_pat
     assert wait_all(fork_run(argv, 1, tmp_path / "log")) == [130]
     assert whole(tmp_path / "out") == ["checkpoint-4"]
     assert (tmp_path / "log.0").read_text().count("Stopping after this step") == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system cannot tell who sent a signal")
+def test_a_reader_listens_to_its_run_alone():
+    """Also where another process starts it (forkserver), from which it has no handlers, and which is not the run."""
+    loader = keep_workers(torch.utils.data.DataLoader([0], num_workers=1))
+    ours, theirs = os.pipe()
+    server = os.fork()
+    if server == 0:
+        reader = os.fork()
+        if reader == 0:
+            for number in (signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            loader.worker_init_fn(0)
+            os.write(theirs, b"%d" % os.getpid())
+            time.sleep(20)
+            os._exit(70)
+        os._exit(abs(os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1])))
+    reader = int(os.read(ours, 20))
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        os.kill(reader, number)
+    subprocess.run(["kill", "-TERM", str(reader)], check=True)
+    time.sleep(0.1)
+    assert os.waitpid(server, os.WNOHANG) == (0, 0)  # it waits for its reader
+    os.kill(reader, signal.SIGTERM)
+    assert wait_all([server], 10) == [0]
 
 
 def killed(trainer, *args):
