@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, broadcast_object_list
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
@@ -95,6 +95,11 @@ def found_by_main(args: TrainingArguments, find: Callable):
     return found
 
 
+def is_compiled(trainer) -> bool:
+    """Whether the steps of the run will be compiled: because of an option, or of what accelerate was launched with."""
+    return trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
+
 def settle_sharding(trainer):
     """Refuse what does not go with weights of which each process has a part (FSDP2, by accelerate); name the parts.
 
@@ -125,7 +130,7 @@ def settle_sharding(trainer):
         "ema_decay follows whole weights": args.ema_decay is not None,
         "lora_rank merges whole weights": trainer.adapter is not None,
         "time_budget rehearses with a whole model": args.time_budget is not None,
-        "torch_compile was never tried": args.torch_compile,
+        "torch_compile (accelerate's dynamo_backend) was never tried": args.torch_compile or is_compiled(trainer),
     }
     for text, holds in refused.items():
         if holds:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from runs import ROOT, SCRIPTS, fork_run, free_port, history, options, wait_all, weights
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -153,9 +153,10 @@ def trainer(sharded=True, adapter=None, resume=None, plugin=(), **arguments):
     arguments = {"optim": "adamw_torch", "save_strategy": "epoch"} | arguments
     settings = {"state_dict_type": "FULL_STATE_DICT", "fsdp_version": 2, "cpu_ram_efficient_loading": False}
     settings |= {"auto_wrap_policy": transformer_auto_wrap_policy}
+    state = {"fsdp_plugin": SimpleNamespace(**settings | dict(plugin)), "dynamo_plugin": TorchDynamoPlugin()}
     return SimpleNamespace(
         args=SimpleNamespace(resume_from_checkpoint=resume, **arguments),
-        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**settings | dict(plugin)))),
+        accelerator=SimpleNamespace(state=SimpleNamespace(**state)),
         model=torch.nn.Linear(2, 2), is_fsdp_enabled=sharded, adapter=adapter,
     )  # fmt: skip
 
@@ -166,7 +167,7 @@ def trainer(sharded=True, adapter=None, resume=None, plugin=(), **arguments):
         ({"ema_decay": 0.9}, "ema_decay follows whole weights"),
         ({"adapter": "adapter"}, "lora_rank merges whole weights"),
         ({"time_budget": "10m"}, "time_budget rehearses with a whole model"),
-        ({"torch_compile": True}, "torch_compile was never tried"),
+        ({"torch_compile": True}, "was never tried"),
         ({"optim": "sgd"}, "cannot be resumed with sharding"),
         ({"plugin": {"fsdp_version": 1}}, "fsdp_version is 1, but only 2 is supported"),
         ({"plugin": {"state_dict_type": "SHARDED_STATE_DICT"}}, "only FULL_STATE_DICT is supported"),
@@ -179,6 +180,12 @@ def test_what_does_not_go_with_sharding_is_refused(changes, words):
     processes.settle_sharding(trainer())
     with pytest.raises(ValueError, match=words):
         processes.settle_sharding(trainer(**changes))
+
+
+def test_compiling_that_accelerate_was_launched_with_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with pytest.raises(ValueError, match=r"dynamo_backend.* was never tried, and sharding"):
+        processes.settle_sharding(trainer())
 
 
 def test_a_model_that_is_sharded_already_is_refused(monkeypatch):
