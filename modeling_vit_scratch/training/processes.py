@@ -22,7 +22,10 @@ FSDP2 = "scripts/launch/fsdp2.yaml"
 SHARDED_WEIGHTS = "pytorch_model_fsdp.bin"
 # Programs that start the processes of a run, and those of them that are modules.
 _LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")
-_LAUNCHER_MODULES = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch")
+_LAUNCHER_MODULES = (
+    "torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch",
+    "accelerate.commands.accelerate_cli",
+)  # fmt: skip
 # How gloo, NCCL and torch's stores say that another process no longer answers: what each says of other things has none
 # of these phrases.
 _LOST = (
@@ -157,7 +160,7 @@ def settle_sharding(trainer):
 def launcher() -> list[str]:
     """The words before the script in the command that started this process, as they were typed.
 
-    Without torchrun or accelerate it is python; where these started it, but cannot be asked, torchrun in general.
+    Without torchrun or accelerate it is python; where these started it, but cannot be asked, `common_launcher`.
     """
     with suppress(psutil.Error, ValueError, AttributeError):
         words = psutil.Process().parent().cmdline()
@@ -172,11 +175,17 @@ def launcher() -> list[str]:
 
 
 def common_launcher() -> list[str]:
-    """A launcher that starts as many processes as there are, without names of machines."""
-    processes, machines = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    """A launcher that starts as many processes as there are, sharded if they are, without names of machines."""
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    several = [] if machines == 1 else [str(machines)]
+    if _is_set("ACCELERATE_USE_FSDP"):
+        several = [word for count in several for word in ("--num_machines", count)]
+        return ["accelerate", "launch", "--config_file", FSDP2, *several, "--num_processes", str(processes)]
     if not torch.distributed.is_initialized():
         return ["python"]
-    return ["torchrun", *(["--nnodes", machines] if machines != "1" else []), "--nproc_per_node", processes]
+    several = [word for count in several for word in ("--nnodes", count)]
+    return ["torchrun", *several, "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(processes // machines))]
 
 
 def how_to_continue(args: TrainingArguments) -> str:

@@ -141,7 +141,9 @@ def test_accelerate_launch_starts_it(whole, tmp_path):
     assert done.stdout.count("everything is in") == 1
     assert (tmp_path / "out" / "checkpoint-6" / processes.SHARDED_WEIGHTS).is_file()
     assert same(whole["muon"], tmp_path / "out", ADAM)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["environment"]["processes"] == 2
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["environment"]["processes"] == 2
+    assert metrics["command"].startswith("accelerate launch --config_file scripts/launch/fsdp2.yaml --num_processes 2 ")
 
 
 # --- what does not go with it -----------------------------------------------------------------------------------------
