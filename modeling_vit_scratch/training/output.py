@@ -7,6 +7,7 @@ from pathlib import Path
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import checkpoints, lora
 from .arguments import ImageTrainingArguments, ModelArguments
+from .processes import asks_for_sharding
 
 
 def settle_output(arguments: ImageTrainingArguments, model: ModelArguments, dataset: str) -> tuple[str, str | None]:
@@ -81,8 +82,11 @@ def remove_run(folder: Path):
 
 
 def check_space(model: ViTScratchForImageClassification, args: ImageTrainingArguments):
-    """Refuse a disk that the checkpoints would fill: weights and two moments each, one more than are kept."""
-    needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) * ((args.save_total_limit or 2) + 2)
+    """Refuse a disk that the checkpoints would fill: weights and two moments each, one more than are kept; a sharded
+    run's have the weights once for others and once to go on with.
+    """
+    copies = 4 if asks_for_sharding(args) else 3
+    needed = copies * sum(p.numel() * p.element_size() for p in model.parameters()) * ((args.save_total_limit or 2) + 2)
     free = shutil.disk_usage(args.output_dir).free
     if args.save_strategy.value != "no" and free < needed:
         raise ValueError(

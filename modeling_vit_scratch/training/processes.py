@@ -20,6 +20,8 @@ from . import checkpoints
 FSDP2 = "scripts/launch/fsdp2.yaml"
 # The weights of a sharded run, in its checkpoints.
 SHARDED_WEIGHTS = "pytorch_model_fsdp.bin"
+# Set by `accelerate launch` where its configuration shards.
+_USE_FSDP = "ACCELERATE_USE_FSDP"
 # Programs that start the processes of a run, and those of them that are modules.
 _LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")
 _LAUNCHER_MODULES = (
@@ -40,6 +42,11 @@ class RunLost(RuntimeError):
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def asks_for_sharding(args: TrainingArguments) -> bool:
+    """Whether the options, or accelerate's environment, ask for weights of which each process has a part (FSDP)."""
+    return bool(args.fsdp) or _is_set(_USE_FSDP)
 
 
 def refuse_engines(args: TrainingArguments):
@@ -118,7 +125,7 @@ def settle_sharding(trainer):
             f"the model is sharded already (distributed_config): load it whole, and have accelerate shard it ({FSDP2})."
         )
     sharded = trainer.is_fsdp_enabled
-    if not sharded and (args.fsdp or _is_set("ACCELERATE_USE_FSDP")):
+    if not sharded and asks_for_sharding(args):
         raise ValueError(
             "sharding (FSDP) was asked for, but accelerate gives each process a whole model on a CPU: leave it out, or "
             "train on GPUs."
@@ -179,7 +186,7 @@ def common_launcher() -> list[str]:
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     several = [] if machines == 1 else [str(machines)]
-    if _is_set("ACCELERATE_USE_FSDP"):
+    if _is_set(_USE_FSDP):
         several = [word for count in several for word in ("--num_machines", count)]
         return ["accelerate", "launch", "--config_file", FSDP2, *several, "--num_processes", str(processes)]
     if not torch.distributed.is_initialized():
