@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -147,10 +148,18 @@ def test_a_disk_that_is_full_leaves_no_visible_checkpoint(tmp_path, monkeypatch,
 
 
 def test_a_disk_too_small_is_noticed_before_training(tmp_path, monkeypatch, capsys):
+    """Of a sharded run too, whose checkpoints have the weights twice."""
     monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert finetune.main(options(tmp_path)) == 2
     assert "0.00 GB free" in capsys.readouterr().err
     assert checkpoints.list_checkpoints(tmp_path) == []
+    model = torch.nn.Linear(10, 10, bias=False)  # 400 bytes, in three checkpoints
+    args = ImageTrainingArguments(str(tmp_path), use_cpu=True, bf16=False, save_total_limit=1)
+    for free, sharded, enough in ((3600, "", True), (3599, "", False), (3600, "true", False), (4800, "true", True)):
+        monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+        with nullcontext() if enough else pytest.raises(ValueError, match="GB free"):
+            output_module.check_space(model, args)
 
 
 @pytest.mark.parametrize(
@@ -637,6 +646,19 @@ def test_an_optimizer_that_is_not_installed_is_refused(tmp_path, monkeypatch, ca
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     assert finetune.main(options(tmp_path, optim="adamw_bnb_8bit")) == 2
     assert "finetune.py: You need to install `bitsandbytes`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["", "some.module."])
+def test_an_error_of_a_reader_keeps_all_its_lines(module):
+    """As torch passes it on: what led there is cut off, and what it says is whole."""
+    said = "two files are bad:\n  a.png: not an image\n  b.png: empty"
+    passed_on = (
+        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "worker.py", line 1, in _worker_loop\nValueError: what came first\n\nDuring handling of the above '
+        f"exception, another exception occurred:\n\n  raise error\n{module}ValueError: {said}\n"
+    )
+    for text in (said, passed_on):
+        assert finetune.without_traceback(ValueError(text)) == said
 
 
 def test_the_command_line_that_reports_send_has_no_token(tmp_path, monkeypatch):
