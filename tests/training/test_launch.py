@@ -96,13 +96,13 @@ def cluster(tmp_path) -> dict:
     """An environment with stand-ins for what a cluster brings; `scontrol` notes what it is told."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    write_script(programs / "srun", 'exec "$@"')
+    write_script(programs / "srun", 'test "$SRUN_CPUS_PER_TASK" = 32 && exec "$@"')
     write_script(programs / "hostname", "echo localhost")
     write_script(programs / "scontrol", f'echo "$@" >> {shlex.quote(str(tmp_path / "told"))}')
     write_script(programs / "torchrun", f'exec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"')
     return os.environ | {
         "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7",
-        "PORT": str(free_port()), "OMP_NUM_THREADS": "1",
+        "PORT": str(free_port()), "OMP_NUM_THREADS": "1", "SLURM_CPUS_PER_TASK": "32",
     }  # fmt: skip
 
 
