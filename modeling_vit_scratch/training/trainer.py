@@ -197,7 +197,7 @@ class ImageTrainer(Trainer):
         """As Trainer does, but aside; the folder takes its name once it is whole.
 
         Raises:
-            RunLost: A file cannot be written; what is kept, and how to go on.
+            RunLost: A file cannot be written, or an older checkpoint not removed; what is kept, and how to go on.
         """
         try:
             self._stage_and_publish(model, trial)
@@ -235,7 +235,12 @@ class ImageTrainer(Trainer):
             (staging / name / checkpoints.RUN).write_text(json.dumps(self.run_facts, indent=1) + "\n")
             checkpoints.publish(staging / name, folder / name)
             shutil.rmtree(staging, ignore_errors=True)
-            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+            try:
+                rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+            except OSError as error:  # the checkpoint itself is whole
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                kept = what_is_kept(self.args)
+                raise RunLost(f"a checkpoint before {name} could not be removed ({reason}). {kept}") from error
         self.accelerator.wait_for_everyone()
 
     def _determine_best_metric(self, metrics, trial):

@@ -34,6 +34,7 @@ from modeling_vit_scratch.training import models as models_module
 from modeling_vit_scratch.training import optimization as optimization_module
 from modeling_vit_scratch.training import output as output_module
 from modeling_vit_scratch.training import run as run_module
+from modeling_vit_scratch.training import trainer as trainer_module
 
 finetune = load_script("finetune")
 IN_FOLDER = {
@@ -145,6 +146,16 @@ def test_a_disk_that_is_full_leaves_no_visible_checkpoint(tmp_path, monkeypatch,
         "checkpoint-5 could not be saved (OSError: [Errno 28] No space left). There is no whole checkpoint yet" in text
     )
     assert checkpoints.list_checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_not_taken_for_one_that_is_not_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        trainer_module, "rotate_checkpoints", lambda *args: (_ for _ in ()).throw(OSError(13, "Denied"))
+    )
+    assert finetune.main(options(tmp_path, num_train_epochs=1)) == 1
+    text = capsys.readouterr().err
+    assert "a checkpoint before checkpoint-5 could not be removed (PermissionError: [Errno 13] Denied)." in text
+    assert f"The last whole checkpoint is {tmp_path / 'checkpoint-5'}. To continue:" in text and "saved" not in text
 
 
 def test_a_disk_too_small_is_noticed_before_training(tmp_path, monkeypatch, capsys):
