@@ -137,14 +137,14 @@ class StreamedImages(torch.utils.data.IterableDataset):
             if not self.endless:
                 return
             if empty == EMPTY_EPOCHS:  # it would end early, and the other processes wait for it
-                mends = {
+                advice = {
                     "train in fewer processes": self.world_size > 1,
                     "give fewer --dataloader_num_workers": workers > 1,
                     "lower --train_val_split": self.held_out > 0,
                 }
                 raise ValueError(
                     f"process {self.rank} of {self.world_size} finds no image in its part of the stream (worker "
-                    f"{worker} of {workers}); {', or '.join(text for text, helps in mends.items() if helps)}."
+                    f"{worker} of {workers}); {', or '.join(text for text, helps in advice.items() if helps)}."
                 )
 
     def _examples(self, epoch: int) -> Iterator[dict]:

@@ -1,4 +1,4 @@
-"""Several processes: whether they found each other, how they may share a model, and what is said when one is lost."""
+"""Several processes: whether they found each other, how they may share a model, and what is said when one dies."""
 
 import os
 import shlex
@@ -28,6 +28,9 @@ _LAUNCHER_MODULES = (
     "torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch",
     "accelerate.commands.accelerate_cli",
 )  # fmt: skip
+# What torchrun or accelerate, srun, and mpirun (Open MPI's; MPICH's and Intel's) tell each process of their number. A
+# job of many tasks can have a step of one, or none yet: SLURM_NTASKS is not the step's.
+_STARTED_TOGETHER = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # How gloo, NCCL and torch's stores say that another process no longer answers: what each says of other things has none
 # of these phrases.
 _LOST = (
@@ -71,15 +74,20 @@ def require_joined(args: TrainingArguments):
     """Refuse processes that were started together, but of which each would train alone, into the same folder.
 
     Raises:
-        ValueError: Names the option that joins them.
+        ValueError: Names what joins them.
     """
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started.isdecimal() and int(started) > 1 and args.world_size == 1:
+    for variable in _STARTED_TOGETHER:
+        started = os.environ.get(variable, "1")
+        if not started.isdecimal() or int(started) == 1 or args.world_size > 1:
+            continue
         device = args.device.type
-        mend = (
-            "give --use_cpu True" if device in ("cpu", "mps") else "start them by torchrun, which sets LOCAL_RANK too"
-        )
-        raise ValueError(f"WORLD_SIZE is {started}, but each process would train alone on its {device}: {mend}.")
+        if variable != "WORLD_SIZE":
+            advice = f"start them by torchrun or accelerate, or, if they are runs of their own, unset {variable}"
+        elif device in ("cpu", "mps"):
+            advice = "give --use_cpu True"
+        else:
+            advice = "start them by torchrun, which sets LOCAL_RANK too"
+        raise ValueError(f"{variable} is {started}, but each process would train alone on its {device}: {advice}.")
 
 
 def found_by_main(args: TrainingArguments, find: Callable):
@@ -117,7 +125,7 @@ def settle_sharding(trainer):
         trainer: An `ImageTrainer`, made.
 
     Raises:
-        ValueError: Names the option, and the mend.
+        ValueError: Names the option, and what to do.
     """
     args, plugin = trainer.args, getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()):

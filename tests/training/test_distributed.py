@@ -20,7 +20,7 @@ from modeling_vit_scratch.data import Augmentation
 from modeling_vit_scratch.data.streaming import StreamedImages
 from modeling_vit_scratch.training import ImageTrainer, checkpoints
 from modeling_vit_scratch.training.callbacks import keep_workers
-from modeling_vit_scratch.training.processes import say_lost
+from modeling_vit_scratch.training.processes import require_joined, say_lost
 
 PLAIN = {
     "horizontal_flip": 0, "crop_padding": 0, "max_grad_norm": 0, "max_train_samples": 384, "num_train_epochs": 9,
@@ -203,6 +203,20 @@ def test_processes_that_would_train_apart_are_refused(environment, use_cpu, word
     for rank in (0, 1):
         assert words in (tmp_path / f"log.{rank}").read_text()
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_of_a_cluster_that_would_train_apart_are_refused(variable, monkeypatch):
+    """Of srun or mpirun alone; a step of one task, also of a larger job, goes on, and so do processes that joined."""
+    args = SimpleNamespace(world_size=1, device=torch.device("cpu"))
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv(variable, "1")
+    require_joined(args)
+    monkeypatch.setenv(variable, "4")
+    require_joined(SimpleNamespace(world_size=4, device=torch.device("cpu")))
+    with pytest.raises(ValueError, match=f"{variable} is 4, .* start them by torchrun or accelerate, or, .* unset"):
+        require_joined(args)
 
 
 @pytest.mark.parametrize(
