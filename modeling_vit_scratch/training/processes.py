@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -170,6 +171,9 @@ def settle_sharding(trainer):
     # The model's own list has its embeddings too. accelerate shards the patches' projection in any case: twice then,
     # which fails.
     plugin.transformer_cls_names_to_wrap = [ViTScratchLayer.__name__]
+    # Patches are a view, and torch warns of it in each run; nothing is done to them in place.
+    view = r"FSDP2-wrapped module \(FSDPViTScratch\w*PatchEmbeddings\) returned a view"
+    warnings.filterwarnings("ignore", message=view, category=UserWarning)
 
 
 def launcher() -> list[str]:

@@ -20,6 +20,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from runs import ROOT, SCRIPTS, fork_run, free_port, history, options, wait_all, weights
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+from modeling_vit_scratch import ViTScratchConfig
+from modeling_vit_scratch.modeling_vit_scratch import ViTScratchLayer
 from modeling_vit_scratch.training import checkpoints, processes
 
 # Adam amplifies the rounding of gradients that are truly zero.
@@ -99,11 +101,23 @@ def test_the_launch_file_shards_and_a_run_of_it_is_resumed(whole, sharding, tmp_
 
 @pytest.mark.slow
 def test_checkpointed_activations(whole, sharding, tmp_path):
-    """By the option, and in accelerate's own way."""
-    run(settings(tmp_path / "out", gradient_checkpointing=True))
+    """By the option, and in accelerate's own way: each block is computed once more in a step, with the same weights."""
+    forward, count = ViTScratchLayer.forward, tmp_path / "count"
+
+    def counted(self, *args, **kwargs):
+        if self.training:
+            with open(count, "a") as file:
+                file.write("1")
+        return forward(self, *args, **kwargs)
+
+    sharding.setattr(ViTScratchLayer, "forward", counted)
+    blocks = 2 * 6 * ViTScratchConfig.preset("showcase").num_hidden_layers  # in two processes, and as many steps
+    for name, changes in (("out", {"gradient_checkpointing": True}), ("wrapped", SGD)):
+        sharding.setenv("FSDP_ACTIVATION_CHECKPOINTING", str(name == "wrapped").lower())
+        run(settings(tmp_path / name, **changes))
+        assert len(count.read_text()) == 2 * blocks
+        count.unlink()
     assert same(whole["muon"], tmp_path / "out", ADAM)
-    sharding.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    run(settings(tmp_path / "wrapped", **SGD))
     assert same(whole["sgd"], tmp_path / "wrapped")
 
 
@@ -138,7 +152,7 @@ def test_accelerate_launch_starts_it(whole, tmp_path):
         cwd=ROOT, env=os.environ | {"ACCELERATE_TORCH_DEVICE": "cpu"}, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("everything is in") == 1
+    assert done.stdout.count("everything is in") == 1 and "returned a view" not in done.stderr
     assert (tmp_path / "out" / "checkpoint-6" / processes.SHARDED_WEIGHTS).is_file()
     assert same(whole["muon"], tmp_path / "out", ADAM)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
