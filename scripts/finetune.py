@@ -22,6 +22,7 @@ wrong; 130 after Ctrl-C, SIGTERM or SIGUSR1, which save a checkpoint.
 
 import argparse
 import difflib
+import re
 import sys
 from pathlib import Path
 
@@ -217,7 +218,8 @@ def without_traceback(error: Exception) -> str:
     text = str(error)
     if "Original Traceback" not in text:
         return text
-    return text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    beginnings = list(re.finditer(rf"^(\w+\.)*{type(error).__name__}: ", text, re.MULTILINE))
+    return text[beginnings[-1].end() :].strip() if beginnings else text.strip().splitlines()[-1]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,8 +3,10 @@
 import csv
 import importlib.util
 import os
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -90,6 +92,18 @@ def fork_run(argv: list[str], processes: int = 1, log: Path | None = None) -> li
     return ids
 
 
-def wait_all(ids: list[int]) -> list[int]:
-    """Exit status of each process, negative for a signal."""
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ids]
+def wait_all(ids: list[int], seconds: float = 240) -> list[int]:
+    """Exit status of each process, negative for a signal.
+
+    After so many seconds they are killed: two that wait for each other do so for longer than a test may take.
+    """
+    ends, codes = time.monotonic() + seconds, {}
+    while len(codes) < len(ids):
+        for child in set(ids) - codes.keys():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > ends:
+                os.killpg(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[child] for child in ids]

@@ -32,6 +32,9 @@ MAX_HELD_OUT = 5_000
 FIRST_LABELS = 16
 # Files for each process below which files are split further, so that worker processes share them.
 MIN_SHARDS = 8
+# Epochs without an image after which a worker gives up. Files change hands with each: of a few that are all held out,
+# it has others in the next.
+EMPTY_EPOCHS = 10
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
@@ -102,24 +105,29 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """
         self._cropped.copy_(torch.tensor([batches, batch_size]))
 
+    @property
+    def num_shards(self) -> int:
+        """Files, or parts of files, that this process reads of: more workers would have none."""
+        return split_dataset_by_node(self.stream, self.rank, self.world_size).num_shards
+
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         worker, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # Those without a file end at once, and leave their turns to the others.
-        workers = min(workers, split_dataset_by_node(self.stream, self.rank, self.world_size).num_shards)
+        workers = min(workers, self.num_shards)
         if worker >= workers:
             return
         batches, batch_size = self._blank.tolist()
         blanks = max(-(-(batches - worker) // workers), 0) * batch_size  # workers take turns, batch by batch
         batches, batch_size = self._cropped.tolist()
         uncropped_from = max(-(-(batches - worker) // workers), 0) * batch_size  # likewise
-        given = 0
+        given = empty = 0
         size = self.num_channels, self.processor.size["height"], self.processor.size["width"]
         blank = {"pixel_values": torch.zeros(size, dtype=torch.uint8), "labels": torch.tensor(-100)}
         for epoch in itertools.count(int(self._first_epoch)):
-            empty = True
+            empty += 1
             for position, example in enumerate(self._examples(epoch)):
-                empty = False
+                empty = 0
                 if given < blanks:
                     yield blank
                 else:
@@ -128,10 +136,15 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 given += 1
             if not self.endless:
                 return
-            if empty:  # it would end early, and the other processes wait for it
+            if empty == EMPTY_EPOCHS:  # it would end early, and the other processes wait for it
+                advice = {
+                    "train in fewer processes": self.world_size > 1,
+                    "give fewer --dataloader_num_workers": workers > 1,
+                    "lower --train_val_split": self.held_out > 0,
+                }
                 raise ValueError(
                     f"process {self.rank} of {self.world_size} finds no image in its part of the stream (worker "
-                    f"{worker} of {workers}); train in fewer processes, or with a lower dataloader_num_workers."
+                    f"{worker} of {workers}); {', or '.join(text for text, helps in advice.items() if helps)}."
                 )
 
     def _examples(self, epoch: int) -> Iterator[dict]:

@@ -253,6 +253,14 @@ class ImageTrainingArguments(TrainingArguments):
             "that more steps fit in; else not."
         },
     )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that read images, for each that trains; 0: it reads them itself. Default: 0 for images "
+            "decoded before training; else one for each other core that it may use, its share of the machine's, but of "
+            "a stream no more than there are files for."
+        },
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: 'no', 'steps' or 'epoch'."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: 'no', 'steps', 'epoch' or 'best'."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the best one besides."})
@@ -273,6 +281,8 @@ class ImageTrainingArguments(TrainingArguments):
             raise ValueError(f"time_budget ({self.time_budget}) chooses the number of steps itself: leave out {given}.")
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0
+        self.workers_are_open = self.dataloader_num_workers is None  # the data settle them
+        self.dataloader_num_workers = self.dataloader_num_workers or 0
         on_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             fast = has_fast_bfloat16(torch.device("cpu" if on_cpu else torch.accelerator.current_accelerator()))

@@ -11,10 +11,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, broadcast_object_list, gather_object
+from accelerate.utils import TorchDynamoPlugin, broadcast_object_list, gather_object
 
 from ..evaluation.devices import can_compile
 from .arguments import ImageTrainingArguments
+from .processes import is_compiled
 from .trainer import ImageTrainer
 
 # What saving a checkpoint, and plots and the card at the end, take at most on a slow machine.
@@ -82,11 +83,6 @@ def rehearse(trainer: ImageTrainer, seconds: float) -> Rehearsal:
             first += 2 * compiling  # as measured: sizes are free then
     step = statistics.mean(duration for _, duration in times[2:]) * args.gradient_accumulation_steps
     return Rehearsal(step, first, compiling)
-
-
-def is_compiled(trainer: ImageTrainer) -> bool:
-    """Whether the steps of the run will be compiled: because of an option, or of what accelerate was launched with."""
-    return trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
 
 def _time_steps(trainer: ImageTrainer, seconds: float, fewest: int) -> list[tuple[int, float]]:

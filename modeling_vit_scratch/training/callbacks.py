@@ -102,7 +102,8 @@ class OwnNoise(TrainerCallback):
 
 
 class ResumeLoss(TrainerCallback):
-    """What Trainer leaves to itself on resuming: the loss since the last log entry, and when to log, measure and save.
+    """What Trainer leaves to itself on resuming: the loss since the last log entry, and since the last evaluation; and
+    when to log, measure and save.
 
     A resumed run's history is that of one never stopped; other intervals that it is given are honoured.
     """
@@ -121,6 +122,8 @@ class ResumeLoss(TrainerCallback):
             self.trainer._tr_loss += pending["loss"]
             self.trainer._total_loss_scalar -= pending["loss"]  # whose mean is over the steps of this part alone
             self.trainer._globalstep_last_logged = pending["last_logged"]
+            if "since" in pending:  # a version before 0.2.0 does not know it
+                self.trainer.progress.since, self.trainer.progress.before = pending["since"], -pending["loss_since"]
 
 
 class TellEpoch(TrainerCallback):
@@ -136,44 +139,50 @@ class StopOnSignal(TrainerCallback):
 
     Batch systems send SIGUSR1 where they are asked to warn of the end of a job's time, and SIGTERM at its end, often to
     every process of the job and more than once: neither those that read images nor a second one may spoil the saving.
+    One that comes after the last step changes nothing: the run goes on to its end.
+
+    Attributes:
+        stopping: Whether the run is left early. All processes agree on it, at the end of a step: each saves, measures
+            and leaves where the others do.
     """
 
     def __init__(self):
-        self.signal = None
+        self.stopping = False
         self._previous = {}
-        self._process, self._noted = os.getpid(), False
+        self._process, self._noted, self._state = os.getpid(), False, None  # a signal to this process alone
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._process = os.getpid()
+        self._process, self._state = os.getpid(), state
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             number = getattr(signal, name, None)  # Windows has no SIGUSR1
             if number is not None:
                 self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        if os.getpid() != self._process:  # a process that reads images, forked from this one
+        if os.getpid() != self._process:  # one that reads images, forked from this one, before it has begun
             return
         if self._noted and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._noted:
             return
-        self.signal, self._noted = number, True  # `signal` alone may be another process's
-        print("\nStopping after this step and saving a checkpoint; Ctrl-C leaves at once.", file=sys.stderr)
+        self._noted = True
+        last = self._state.global_step >= self._state.max_steps
+        what = "The last step is done: going on to the end" if last else "Stopping after this step, with a checkpoint"
+        print(f"\n{what}; Ctrl-C leaves at once.", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
-        stop = self.signal is not None
-        if args.world_size > 1:  # all processes have to leave at the same step
-            flag = torch.tensor(float(stop), device=args.device)
+        self.stopping = self._noted
+        if args.world_size > 1:
+            flag = torch.tensor(float(self._noted), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            stop = bool(flag.item())
-            self.signal = self.signal or (signal.SIGTERM if stop else None)
-        if stop:
+            self.stopping = bool(flag.item())
+        if self.stopping:
             control.should_training_stop = True
             # At an epoch's end the evaluation comes first, as it does in a run that is not stopped.
             control.should_save = control.should_save or not state.epoch.is_integer()
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.signal is not None:
+        if self.stopping:  # not what this process noted since: it would save alone, and wait for the others
             finished = state.epoch.is_integer()
             control.should_save = finished
             control.should_evaluate = control.should_evaluate and finished
@@ -184,24 +193,30 @@ class StopOnSignal(TrainerCallback):
 
 
 def keep_workers(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
-    """A data loader whose workers outlive a SIGTERM that was sent to all processes of the run.
+    """A data loader whose workers outlive a signal that was sent to all processes of the run, however they are started.
 
     Such a worker ends at once, and the run with it, before it has saved a checkpoint.
 
     Args:
-        loader: Changed in place; accelerate's holds another, which makes the workers.
+        loader: Of this process, which the workers end with. Changed in place; accelerate's holds another, which makes
+            the workers.
     """
     makes_workers = getattr(loader, "base_dataloader", loader)
     if makes_workers.num_workers > 0:
-        makes_workers.worker_init_fn = functools.partial(_begin_worker, makes_workers.worker_init_fn)
+        makes_workers.worker_init_fn = functools.partial(_begin_worker, makes_workers.worker_init_fn, os.getpid())
     return loader
 
 
-def _begin_worker(begin, worker: int):
-    """What a worker does first: take SIGTERM from the run's process alone, which ends a worker so."""
+def _begin_worker(begin, run: int, worker: int):
+    """What a worker does first: leave SIGINT and SIGUSR1 to the run, whose handler it has only where it was forked, and
+    take SIGTERM from the run's process alone, which ends a worker so.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_leave_with_the_run, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_leave_with_the_run, args=(run,), daemon=True).start()
     if begin is not None:
         begin(worker)
 

@@ -8,7 +8,7 @@ always complete, whenever the process was killed. `DIGESTS` lists the SHA-256 of
     adapter/                        LoRA's matrices, by PEFT
     optimizer.pt, scheduler.pt, rng_state*.pth, scaler.pt               state of the training
     trainer_state.json              Trainer's: steps, history, the best checkpoint, the clock
-    pending_loss_N.json             of each process, the loss since the last log entry
+    pending_loss_N.json             of each process, the loss since the last log entry, and since the last evaluation
     run.json                        what a run must share to continue it (`check_run`)
     digests.json                    written last
 """

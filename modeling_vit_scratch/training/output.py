@@ -7,15 +7,21 @@ from pathlib import Path
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import checkpoints, lora
 from .arguments import ImageTrainingArguments, ModelArguments
+from .processes import asks_for_sharding
 
 
-def settle_output(arguments: ImageTrainingArguments, model: ModelArguments, dataset: str):
-    """Name the output folder and the checkpoint to resume; refuse a folder that is taken, or not writable."""
+def settle_output(arguments: ImageTrainingArguments, model: ModelArguments, dataset: str) -> tuple[str, str | None]:
+    """Name the output folder and the checkpoint to resume; refuse a folder that is taken, or not writable.
+
+    Returns:
+        The folder, which is there then, and the checkpoint, if there is one to resume.
+    """
+    folder, resume = arguments.output_dir, arguments.resume_from_checkpoint
     if arguments.output_dir_is_default:
         stem = f"{Path(model.model_name_or_path or model.preset or 'vit').name}-{Path(dataset).name}"
         candidates = (Path("runs") / f"{stem}{f'-{n}' if n > 1 else ''}" for n in range(1, 10_000))
-        arguments.output_dir = str(next(folder for folder in candidates if not folder.exists()))
-    folder, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
+        folder = next(folder for folder in candidates if not folder.exists())
+    folder = Path(folder)
     checkpoints.recover(folder)
     if resume is not None and resume.lower() in ("true", "last", "latest"):
         last, notes = checkpoints.last_good_checkpoint(folder)
@@ -23,7 +29,7 @@ def settle_output(arguments: ImageTrainingArguments, model: ModelArguments, data
             print(note, file=sys.stderr)
         if last is None:
             raise ValueError(f"there is no good checkpoint in {folder}; name one with --resume_from_checkpoint FOLDER.")
-        arguments.resume_from_checkpoint = str(last)
+        resume = str(last)
     elif resume is not None:
         wrong = checkpoints.damage(Path(resume)) if Path(resume).is_dir() else "there is no such folder"
         if wrong is not None:
@@ -48,6 +54,7 @@ def settle_output(arguments: ImageTrainingArguments, model: ModelArguments, data
         probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir.") from error
+    return str(folder), resume
 
 
 # What a run writes into its output folder. Logs of `--report_to` carry the time of their run, and stay.
@@ -75,8 +82,11 @@ def remove_run(folder: Path):
 
 
 def check_space(model: ViTScratchForImageClassification, args: ImageTrainingArguments):
-    """Refuse a disk that the checkpoints would fill: weights and two moments each, one more than are kept."""
-    needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) * ((args.save_total_limit or 2) + 2)
+    """Refuse a disk that the checkpoints would fill: weights and two moments each, one more than are kept; a sharded
+    run's have the weights once for others and once to go on with.
+    """
+    copies = 4 if asks_for_sharding(args) else 3
+    needed = copies * sum(p.numel() * p.element_size() for p in model.parameters()) * ((args.save_total_limit or 2) + 2)
     free = shutil.disk_usage(args.output_dir).free
     if args.save_strategy.value != "no" and free < needed:
         raise ValueError(

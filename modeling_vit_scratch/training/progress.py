@@ -3,6 +3,7 @@
 import sys
 import time
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -20,21 +21,27 @@ class Progress(TrainerCallback):
     """Shows how far a run is, in place of Trainer's bars and dictionaries.
 
     Where the standard error is a terminal, a bar counts steps there; `disable_tqdm` leaves it out. Lines go to the
-    standard output: the mean training loss since the last evaluation, the validation's loss and accuracy, and the best
-    so far of what the arguments choose the model by. A file gets no control characters.
+    standard output: the mean training loss of the steps since the last evaluation, the validation's loss and accuracy,
+    and the best so far of what the arguments choose the model by. A file gets no control characters.
 
     Args:
         clock: Of the trainer; its seconds of training are those of `history.csv`.
+        summed_loss: Gives the sum of the training losses of this process's steps up to now, of which differences count
+            alone. It may wait for a GPU: it is asked where a line is due.
+
+    Attributes:
+        since: Steps before the last evaluation, or, where there was none, before the training.
+        before: What `summed_loss` gave then; less the losses since, after resuming.
     """
 
-    def __init__(self, clock):
-        self.clock = clock
+    def __init__(self, clock, summed_loss):
+        self.clock, self.summed_loss = clock, summed_loss
         self.bar = self.measuring = None
         self.headed = self.training = False
         self.measured = 0  # batches of the evaluation that goes on
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.training, self.losses, self.logged = True, [], state.global_step
+        self.training, self.since, self.before = True, state.global_step, self.summed_loss()
         self.said = self.drawn = time.monotonic()
         if state.is_world_process_zero and _has_terminal(args):
             shown = {"total": state.max_steps, "initial": state.global_step, "unit": " steps", "bar_format": BAR}
@@ -43,22 +50,23 @@ class Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+        elif state.is_world_process_zero and time.monotonic() - self.said > SILENCE:
+            self._say(args, state, {}, self._mean_loss(state))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in (logs or {}) or not self.training:
-            return
-        self.losses.append((logs["loss"], state.global_step - self.logged))
-        self.logged = state.global_step
-        if self.bar is not None:
+        if self.bar is not None and "loss" in (logs or {}):
             self.bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
-        elif time.monotonic() - self.said > SILENCE:
-            self._say(args, state, {})
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self._end_measuring()
         if self.training and "eval_loss" in (metrics or {}):
-            self._say(args, state, metrics)
-            self.losses = []
+            loss = self._mean_loss(state)
+            if args.world_size > 1 and loss is not None:  # each has measured, and is here
+                shared = torch.tensor(loss, device=args.device)
+                torch.distributed.all_reduce(shared)
+                loss = shared.item() / args.world_size
+            self._say(args, state, metrics, loss)
+            self.since, self.before = state.global_step, self.summed_loss()
             if self.bar is not None:
                 self.bar.set_postfix_str("", refresh=False)
 
@@ -94,7 +102,11 @@ class Progress(TrainerCallback):
             self.measuring.close()
         self.measuring, self.measured = None, 0
 
-    def _say(self, args: TrainingArguments, state, metrics: dict):
+    def _mean_loss(self, state) -> float | None:
+        steps = state.global_step - self.since
+        return (self.summed_loss() - self.before) / steps if steps else None
+
+    def _say(self, args: TrainingArguments, state, metrics: dict, loss: float | None):
         """One line: of an evaluation, or, without metrics, of where the training is."""
         if not state.is_world_process_zero:
             return
@@ -103,8 +115,6 @@ class Progress(TrainerCallback):
         if f"eval_{chosen}" in metrics:  # Trainer takes it into its state only after this
             now = metrics[f"eval_{chosen}"]
             best = now if best is None else (max if args.greater_is_better else min)(best, now)
-        steps = sum(count for _, count in self.losses)
-        loss = sum(value * count for value, count in self.losses) / steps if steps else None
         cells = {
             "epoch": f"{state.epoch:.2f}",
             "step": f"{state.global_step:,}",

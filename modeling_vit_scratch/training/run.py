@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list
 from transformers import ViTImageProcessorPil, set_seed
 
 from ..configuration_vit_scratch import ViTScratchConfig
@@ -22,7 +21,7 @@ from ..data import Augmentation, ImageSplits, load_splits, load_streaming
 from ..data.augmentation import check_padding, parse_until
 from ..data.doctor import fingerprint
 from ..data.sources import DIGITS, public_name
-from ..data.splits import DecodedImages
+from ..data.splits import DecodedImages, LazyImages
 from ..data.streaming import StreamedImages
 from ..evaluation.devices import can_compile
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
@@ -38,7 +37,7 @@ from .arguments import (
 from .budget import steps_in_budget
 from .callbacks import OwnNoise, ResumeLoss, StopOnSignal, TellEpoch
 from .output import check_space, replace_run, settle_output
-from .processes import how_to_continue
+from .processes import found_by_main, how_to_continue
 from .schedule import settle_crops, settle_schedule
 from .trainer import ImageTrainer
 
@@ -76,12 +75,9 @@ class Run:
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.is_main = args.process_index == 0
         self.data_name = data_args.dataset_name or data_args.train_dir
-        if self.is_main:
-            settle_output(args, model_args, self.data_name)
-        if args.world_size > 1:  # one process decides, before any of them makes a folder
-            args.output_dir, args.resume_from_checkpoint = broadcast_object_list(
-                [args.output_dir, args.resume_from_checkpoint]
-            )
+        args.output_dir, args.resume_from_checkpoint = found_by_main(
+            args, lambda: settle_output(args, model_args, self.data_name)
+        )
         set_seed(args.seed)
         transformers.utils.logging.disable_progress_bar()  # of reading and writing files; training keeps its own
 
@@ -232,7 +228,7 @@ class Run:
             move_small_data(self.parts, self.args)
         replace_run(self.args)
         self.trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-        if self.stop.signal is None:
+        if not self.stop.stopping:
             self.trainer.save_model()
             return True
         if self.is_main:
@@ -273,8 +269,8 @@ def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, pr
 
 def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
     """Set what the options leave open as the device and the data want it."""
-    if not isinstance(splits.train, DecodedImages) and args.dataloader_num_workers == 0:
-        args.dataloader_num_workers = settle_workers(args, isinstance(splits.train, StreamedImages))
+    if args.workers_are_open and not isinstance(splits.train, DecodedImages):
+        args.dataloader_num_workers = settle_workers(args, splits.train)
     if args.device.type == "cpu":
         keep_freed_memory()
         args.dataloader_pin_memory = False
@@ -282,16 +278,26 @@ def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
             suit_attention(model)
 
 
-def settle_workers(args: ImageTrainingArguments, streamed: bool) -> int:
-    """Processes that read images for each that trains, where no number is given: one for each other core.
+def settle_workers(args: ImageTrainingArguments, images: LazyImages | StreamedImages) -> int:
+    """Processes that read images for each that trains, where no number is given: one for each other core of its share.
 
     Of a stream they decide the order: then it is the number of the run that is resumed, and the same for all processes,
-    on whatever machine they are.
+    on whatever machine they are; and no more than there are files for.
     """
-    workers = max((os.cpu_count() or 1) - 1, 1)
-    if streamed and args.resume_from_checkpoint:
-        workers = checkpoints.fact(Path(args.resume_from_checkpoint), "stream_workers") or workers
-    return broadcast_object_list([workers])[0] if streamed and args.world_size > 1 else workers
+    workers = max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 1)
+    if not isinstance(images, StreamedImages):
+        return workers
+    workers = min(workers, images.num_shards)
+    if args.resume_from_checkpoint:
+        workers = checkpoints.fact(Path(args.resume_from_checkpoint), "stream_workers", workers)
+    return found_by_main(args, lambda: workers)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; a cluster gives a job some of its machine's, where the system can tell."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def suit_attention(model):

@@ -48,7 +48,7 @@ class ImageTrainer(Trainer):
         self.average = None if self.args.ema_decay is None else WeightAverage(self.model, self.args.ema_decay)
         self.clock = Clock(self.args.device)
         self.add_callback(self.clock)
-        self.progress = Progress(self.clock)
+        self.progress = Progress(self.clock, self._summed_loss)
         if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):  # a notebook keeps its table
             self.add_callback(self.progress)
         self.mirrored = False  # whether predictions are made of the images' mirror images
@@ -105,6 +105,12 @@ class ImageTrainer(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, *args, learning_rate=learning_rate, **kwargs)
         if asked and not self.control.should_training_stop:
             self.clock.start()
+
+    def _summed_loss(self) -> float:
+        """Of the steps since the run was begun or resumed, in this process: those logged, whose loss is that of all
+        processes, and those that are not yet.
+        """
+        return self._total_loss_scalar + self._tr_loss.item()
 
     def log(self, logs, *args, **kwargs):
         if "train_loss" in logs:  # of this part of a run; Trainer counts its steps otherwise in each version
@@ -191,7 +197,7 @@ class ImageTrainer(Trainer):
         """As Trainer does, but aside; the folder takes its name once it is whole.
 
         Raises:
-            RunLost: A file cannot be written; what is kept, and how to go on.
+            RunLost: A file cannot be written, or an older checkpoint not removed; what is kept, and how to go on.
         """
         try:
             self._stage_and_publish(model, trial)
@@ -218,6 +224,8 @@ class ImageTrainer(Trainer):
             save_file(self.average.trained(), staging / name / TRAINED_WEIGHTS)
             open_to_others(staging / name)
         pending = {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
+        if self.progress.training:
+            pending |= {"since": self.progress.since, "loss_since": self._summed_loss() - self.progress.before}
         (staging / name / f"pending_loss_{self.args.process_index}.json").write_text(json.dumps(pending))
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
@@ -227,7 +235,12 @@ class ImageTrainer(Trainer):
             (staging / name / checkpoints.RUN).write_text(json.dumps(self.run_facts, indent=1) + "\n")
             checkpoints.publish(staging / name, folder / name)
             shutil.rmtree(staging, ignore_errors=True)
-            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+            try:
+                rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+            except OSError as error:  # the checkpoint itself is whole
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                kept = what_is_kept(self.args)
+                raise RunLost(f"a checkpoint before {name} could not be removed ({reason}). {kept}") from error
         self.accelerator.wait_for_everyone()
 
     def _determine_best_metric(self, metrics, trial):

@@ -2,7 +2,7 @@
 # sbatch scripts/launch/slurm.sh runs/mine --dataset_name path/to/folder
 #
 # A run in as many jobs as it needs: five minutes before a job's time is over it saves a checkpoint and ends, and the
-# job goes back into the queue, to go on from there. So it does after a preemption, or when a machine fails. The first
+# job goes back into the queue, to go on from there. It does the same after a preemption, or when a machine fails. The first
 # argument is the output folder, which all machines see; all others are options of scripts/finetune.py. Submit it from
 # the repository's root, in the environment that the package is installed in.
 #
@@ -32,6 +32,7 @@ fi
 # itself, and kills them.
 requeue=false
 trap 'requeue=true; kill -USR1 "$step"' USR1
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # since Slurm 22.05, srun does not take it over from sbatch
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240  # seconds for the step and its checkpoint, in place of 30
 
 srun torchrun \

@@ -222,7 +222,7 @@ def test_photos_are_cropped_anew_in_each_epoch(tmp_path, monkeypatch, processes,
     monkeypatch.setattr(splits_module, "crop_box", noted)
     argv = runs.options(
         tmp_path / "run", dataset_name=tmp_path / "photos", num_train_epochs=3, per_device_train_batch_size=4,
-        max_train_samples=None, max_eval_samples=None, train_val_split=0.2, dataloader_num_workers=0,
+        max_train_samples=None, max_eval_samples=None, train_val_split=0.2, dataloader_num_workers=1,
         save_strategy="steps", save_steps=2, eval_strategy="no", load_best_model_at_end=False, save_total_limit=20,
         **changes,
     )  # fmt: skip

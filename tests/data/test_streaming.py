@@ -6,6 +6,7 @@ import itertools
 import random
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -165,8 +166,27 @@ def test_a_process_without_an_image_is_an_error(tmp_path):
     """Three processes and two images: it would leave the others waiting for it."""
     streams = [load_streaming(write(tmp_path / str(n), 2, 1), PROCESSOR, rank=n, world_size=3).train for n in range(3)]
     assert sorted(number_of(next(iter(stream))["pixel_values"]) for stream in streams[:2]) == [0, 1]
-    with pytest.raises(ValueError, match="process 2 of 3 finds no image in its part of the stream"):
+    words = r"process 2 of 3 finds no image in its part of the stream \(worker 0 of 1\); train in fewer processes.$"
+    with pytest.raises(ValueError, match=words):
         next(iter(streams[2]))
+
+
+def test_a_worker_whose_files_are_all_held_out_goes_on(tmp_path, monkeypatch):
+    """With other files in the next epoch, and still each image once per epoch; one that never has any says so."""
+    images = load_streaming(write(tmp_path, 12, 4), PROCESSOR).train
+    number = {numbered(n): n for n in range(12)}
+    first_held_out = 9  # those of the last file
+    monkeypatch.setattr(streaming, "is_held_out", lambda encoded, share: number[encoded] >= first_held_out)
+    monkeypatch.setattr(images, "_sample", lambda example, key, *_: (key[1], number[example["image"]["bytes"]]))
+    images.held_out, seen = 0.25, collections.Counter()
+    for worker in range(4):
+        info = SimpleNamespace(id=worker, num_workers=4, seed=0)
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda info=info: info)
+        seen.update(itertools.takewhile(lambda sample: sample[0] < 6, images))
+    assert seen == collections.Counter(itertools.product(range(6), range(9)))
+    first_held_out = 0
+    with pytest.raises(ValueError, match=r"; give fewer --dataloader_num_workers, or lower --train_val_split.$"):
+        next(iter(images))
 
 
 @pytest.mark.skipif(not CIFAR10_COPY.exists(), reason=f"the JPEG copy of CIFAR-10 is not at {CIFAR10_COPY}")

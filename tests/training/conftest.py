@@ -20,15 +20,22 @@ def unpainted():
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Send a signal (Ctrl-C's, if no other is named) after a given step, once; to one process, or to all."""
+    """Send a signal (Ctrl-C's, if no other is named) after a given step, once; to one process, or to all.
+
+    With "late", not until the epoch that this step ends does so.
+    """
     step = {}
 
     class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == step.get("at") and step.get("process") in (None, args.process_index):
+        def on_step_end(self, args, state, control, late=False, **kwargs):
+            now = late == step.get("late", False) and state.global_step == step.get("at")
+            if now and step.get("process") in (None, args.process_index):
                 number, send = step.get("signal", signal.SIGINT), step.get("send", signal.raise_signal)
                 step.clear()
                 send(number)
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            self.on_step_end(args, state, control, late=True)
 
     original = ImageTrainer.__init__
 

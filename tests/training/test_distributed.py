@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.data import Augmentation
 from modeling_vit_scratch.data.streaming import StreamedImages
 from modeling_vit_scratch.training import ImageTrainer, checkpoints
+from modeling_vit_scratch.training.callbacks import keep_workers
+from modeling_vit_scratch.training.processes import require_joined, say_lost
 
 PLAIN = {
     "horizontal_flip": 0, "crop_padding": 0, "max_grad_norm": 0, "max_train_samples": 384, "num_train_epochs": 9,
@@ -97,10 +100,16 @@ def test_each_rank_draws_other_augmentations():
 
 @pytest.mark.slow
 def test_only_the_first_process_writes(tmp_path):
+    """And what is wrong with its folder, which the first alone looks at, each says: none is lost."""
     train(tmp_path / "run", 2, num_train_epochs=1)
     texts = [Path(f"{tmp_path / 'run.log'}.{rank}").read_text() for rank in (0, 1)]
     assert "everything is in" in texts[0] and "parameters" in texts[0]
     assert "everything is in" not in texts[1] and "parameters" not in texts[1]
+    assert wait_all(fork_run(options(tmp_path / "run"), 2, tmp_path / "taken")) == [2, 2]
+    for rank in (0, 1):
+        said = (tmp_path / f"taken.{rank}").read_text()
+        assert f"finetune.py: {tmp_path / 'run'} already holds a run" in said
+        assert "another process" not in said and "Traceback" not in said
 
 
 def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -196,6 +205,20 @@ def test_processes_that_would_train_apart_are_refused(environment, use_cpu, word
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_of_a_cluster_that_would_train_apart_are_refused(variable, monkeypatch):
+    """Of srun or mpirun alone; a step of one task, also of a larger job, goes on, and so do processes that joined."""
+    args = SimpleNamespace(world_size=1, device=torch.device("cpu"))
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv(variable, "1")
+    require_joined(args)
+    monkeypatch.setenv(variable, "4")
+    require_joined(SimpleNamespace(world_size=4, device=torch.device("cpu")))
+    with pytest.raises(ValueError, match=f"{variable} is 4, .* start them by torchrun or accelerate, or, .* unset"):
+        require_joined(args)
+
+
 @pytest.mark.parametrize(
     ("variable", "words"),
     [
@@ -223,16 +246,22 @@ def whole(folder: Path) -> list[str]:
 
 
 def test_a_signal_to_one_process_stops_both(tmp_path, interrupt):
-    """With one checkpoint, and the command that goes on as it was started, which does so."""
-    argv = options(tmp_path / "out", num_train_epochs=3)
-    interrupt |= {"at": 4, "signal": signal.SIGUSR1, "process": 1}
+    """With one checkpoint, and the command that goes on as it was started, which does so; at whatever moment it comes.
+
+    At the end of an epoch, where the processes have just agreed that none stops, and again after the last step.
+    """
+    changes = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 100, "save_steps": 100}
+    argv = options(tmp_path / "out", num_train_epochs=3, **changes)
+    interrupt |= {"at": 3, "late": True, "signal": signal.SIGUSR1, "process": 1}
     assert wait_all(fork_run(argv, 2, tmp_path / "log")) == [130, 130]
-    interrupt.clear()
-    assert whole(tmp_path / "out") == ["checkpoint-4", "checkpoint-3"]
+    assert whole(tmp_path / "out") == ["checkpoint-4"]
     first, second = ((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
     assert "Stopped at step 4. To continue:\n  torchrun --nproc_per_node 2 " in first and "To continue" not in second
+    assert "Stopping after this step" in second
+    interrupt["at"] = 9
     assert wait_all(fork_run([*argv, "--resume_from_checkpoint", "last"], 2, tmp_path / "log")) == [0, 0]
     assert whole(tmp_path / "out")[0] == "checkpoint-9"
+    assert "The last step is done" in (tmp_path / "log.1").read_text()
     command = json.loads((tmp_path / "out" / "metrics.json").read_text())["command"]
     assert command.startswith("torchrun --nproc_per_node 2 ")
 
@@ -254,6 +283,32 @@ def test_a_signal_to_all_processes_spares_those_that_read_images(number, tmp_pat
     assert wait_all(fork_run(argv, 1, tmp_path / "log")) == [130]
     assert whole(tmp_path / "out") == ["checkpoint-4"]
     assert (tmp_path / "log.0").read_text().count("Stopping after this step") == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system cannot tell who sent a signal")
+def test_a_reader_listens_to_its_run_alone():
+    """Also where another process starts it (forkserver), from which it has no handlers, and which is not the run."""
+    loader = keep_workers(torch.utils.data.DataLoader([0], num_workers=1))
+    ours, theirs = os.pipe()
+    server = os.fork()
+    if server == 0:
+        reader = os.fork()
+        if reader == 0:
+            for number in (signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            loader.worker_init_fn(0)
+            os.write(theirs, b"%d" % os.getpid())
+            time.sleep(20)
+            os._exit(70)
+        os._exit(abs(os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1])))
+    reader = int(os.read(ours, 20))
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        os.kill(reader, number)
+    subprocess.run(["kill", "-TERM", str(reader)], check=True)
+    time.sleep(0.1)
+    assert os.waitpid(server, os.WNOHANG) == (0, 0)  # it waits for its reader
+    os.kill(reader, signal.SIGTERM)
+    assert wait_all([server], 10) == [0]
 
 
 def killed(trainer, *args):
@@ -296,6 +351,36 @@ def test_a_process_that_ends_early_loses_no_whole_checkpoint(rank, method, at, h
         own = (tmp_path / f"log.{rank}").read_text()
         assert "checkpoint-6 could not be saved (OSError: [Errno 28] No space left on device)" in own
         assert "Traceback" not in own + other
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3", "Connection closed by peer"),
+        ("[/x/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete", "Timed out waiting"),
+        ("NCCL error in: X.cpp, remote process exited or there was a network error", "remote process exit"),
+        ("NCCL Error 6: a network error or a remote process exiting prematurely", "remote process exit"),
+        ("failed to recv, got 0 bytes. Connection was likely closed.", "Connection was likely closed"),
+        ("wait timeout after 60000ms, keys: /worker_info", "Wait timeout"),
+        ("NCCL Error 5: invalid usage", None),
+        ("NCCL Error 1: unhandled cuda error", None),
+        ("CUDA out of memory. NCCL holds 2 GiB of it", None),
+        ("DataLoader timed out after 5 seconds", None),
+        ("Caught RuntimeError in DataLoader worker process 0.\n... Broken pipe", None),
+    ],
+)
+def test_what_tells_that_a_process_is_lost(text, reason, tmp_path):
+    """By a phrase, without the paths of a library's build; every other error is shown as it is."""
+    one, two = (SimpleNamespace(world_size=n, output_dir=str(tmp_path)) for n in (1, 2))
+    assert say_lost(RuntimeError(text), one) is None
+    said = say_lost(RuntimeError(text), two)
+    assert (
+        (said is None)
+        if reason is None
+        else said.startswith(
+            f"another process of the run has ended or does not answer ({reason}). There is no whole checkpoint yet"
+        )
+    )
 
 
 def test_a_stream_keeps_two_processes_together(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from runs import ROOT, SCRIPTS, free_port, load_script, options
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from modeling_vit_scratch.training import checkpoints
+from modeling_vit_scratch.training import checkpoints, processes
 
 LAUNCH = SCRIPTS / "launch"
 FILES = sorted(path.name for path in LAUNCH.iterdir() if path.is_file())
@@ -68,18 +68,41 @@ def test_accelerate_reads_its_configurations(name, monkeypatch):
     parse_as_finetune([*words[words.index("scripts/finetune.py") + 1 : folder], "digits"])
 
 
+def test_the_launcher_of_a_command_starts_the_same_processes(monkeypatch):
+    """As it was typed, where it can be asked; else in general, sharded where the run is."""
+    for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.common_launcher() == ["python"]
+    monkeypatch.setattr(processes.torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.torch.distributed, "get_world_size", lambda: 8)
+    assert processes.common_launcher() == ["torchrun", "--nproc_per_node", "8"]
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert processes.common_launcher() == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    sharded = "accelerate launch --config_file scripts/launch/fsdp2.yaml --num_machines 2 --num_processes 8"
+    sharded = sharded.split(" ")
+    assert processes.common_launcher() == sharded == processes.launcher()
+    launched, _, _ = _validate_launch_command(launch_command_parser().parse_args([*sharded[2:], "finetune.py"]))
+    assert launched.use_fsdp and (launched.num_machines, launched.num_processes) == (2, 8)
+    for typed in ("/bin/accelerate launch --cpu", "/bin/python -m accelerate.commands.accelerate_cli launch --cpu"):
+        words = [*typed.split(), sys.argv[0], "--option"]
+        monkeypatch.setattr(processes.psutil.Process, "parent", lambda self, words=words: self)
+        monkeypatch.setattr(processes.psutil.Process, "cmdline", lambda self, words=words: words)
+        assert processes.launcher() == typed.replace("/bin/", "").split()
+
+
 @pytest.fixture
 def cluster(tmp_path) -> dict:
     """An environment with stand-ins for what a cluster brings; `scontrol` notes what it is told."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    write_script(programs / "srun", 'exec "$@"')
+    write_script(programs / "srun", 'test "$SRUN_CPUS_PER_TASK" = 32 && exec "$@"')
     write_script(programs / "hostname", "echo localhost")
     write_script(programs / "scontrol", f'echo "$@" >> {shlex.quote(str(tmp_path / "told"))}')
     write_script(programs / "torchrun", f'exec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"')
     return os.environ | {
         "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7",
-        "PORT": str(free_port()), "OMP_NUM_THREADS": "1",
+        "PORT": str(free_port()), "OMP_NUM_THREADS": "1", "SLURM_CPUS_PER_TASK": "32",
     }  # fmt: skip
 
 

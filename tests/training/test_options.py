@@ -221,6 +221,7 @@ NOT_HERE = {
     "overwrite_output_dir": "test_replacing_a_run_leaves_nothing_of_it",
     "per_device_eval_batch_size": "how fast, not what",
     "torch_compile": "how fast, not what: test_budget.py",
+    "dataloader_num_workers": "how fast, not what; the order of a stream: test_training.py",
     "ddp_find_unused_parameters": "of several processes: how fast, not what",
 }
 MODES = ("decoded", "photos", "stream", "pre-training", "LoRA")

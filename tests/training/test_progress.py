@@ -11,7 +11,7 @@ import termios
 from types import SimpleNamespace
 
 import pytest
-from runs import ROOT, load_script, options
+from runs import ROOT, history, load_script, options
 
 from modeling_vit_scratch.training import progress
 from modeling_vit_scratch.training.progress import COLUMNS, Progress
@@ -27,9 +27,13 @@ def lines_of(text: str) -> list[str]:
     return lines[start:end]
 
 
-def test_one_line_for_each_evaluation(tmp_path, capsys):
-    """In a file (pytest's) no control characters, none of Trainer's dictionaries, and numbers that agree."""
-    assert load_script("finetune").main(options(tmp_path / "run", num_train_epochs=3, disable_tqdm=False)) == 0
+def test_one_line_for_each_evaluation(tmp_path, capsys, interrupt):
+    """In a file (pytest's) no control characters, none of Trainer's dictionaries, and numbers that agree.
+
+    The training loss is that of the five steps of an epoch, whenever it is logged, and resumed or not.
+    """
+    finetune, changes = load_script("finetune"), {"num_train_epochs": 3, "disable_tqdm": False, "learning_rate": 0.01}
+    assert finetune.main(options(tmp_path / "run", logging_steps=1, **changes)) == 0
     out, err = capsys.readouterr()
     header, *rows = lines_of(out)
     assert header.strip() == HEADER and len(rows) == 3
@@ -41,6 +45,16 @@ def test_one_line_for_each_evaluation(tmp_path, capsys):
     assert best == [max(accuracies[: i + 1]) for i in range(3)]
     validation = re.search(r"validation accuracy +([\d.]+)%", out)[1]
     assert float(validation) == pytest.approx(best[-1])
+    losses = [float(row["loss"]) for row in history(tmp_path / "run") if row["loss"]]
+    for i, cell in enumerate(cells):
+        assert float(cell[2]) == pytest.approx(sum(losses[5 * i : 5 * i + 5]) / 5, abs=1e-4)
+    interrupt["at"] = 8
+    parts = options(tmp_path / "parts", logging_steps=7, **changes)
+    assert finetune.main(parts) == 130 and finetune.main([*parts, "--resume_from_checkpoint", "last"]) == 0
+    said = re.findall(r"^ +\d\.00 +\d+ .*", capsys.readouterr().out, re.MULTILINE)
+    for cell, line in zip(cells, said, strict=True):  # all but the seconds
+        numbers = [float(word) for word in line.replace("%", "").split()[:-1]]
+        assert numbers == pytest.approx([float(word) for word in cell[:-1]], abs=2e-4)
 
 
 def test_pre_training_has_a_loss_to_choose_by(tmp_path, capsys):
@@ -53,8 +67,7 @@ def test_pre_training_has_a_loss_to_choose_by(tmp_path, capsys):
     assert losses[1][4] == min(losses[0][3], losses[1][3])
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-def test_in_a_terminal(tmp_path, columns):
+def test_in_a_terminal(tmp_path, columns=80):
     """The bar never wraps, is gone at the end, and lines stand above it."""
     command = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *options(tmp_path / "run", disable_tqdm=False)]
     ours, theirs = pty.openpty()
@@ -74,25 +87,36 @@ def test_in_a_terminal(tmp_path, columns):
     assert re.search(r"\d+%\|.*\| \d+/10 steps, [\d.?]+ steps/s, [\d:?]+ left", text)
     rows = [line for line in re.split(r"[\r\n]+", text) if re.fullmatch(r" +\d\.00 +\d+  .*", line)]
     assert len(rows) == 2 and "{'" not in text
+    last = text.index("everything is in")  # after it, nothing of the bar; before it, the bar's line was wiped
+    assert not re.search("steps/s|batches|█", text[last:])
+    assert re.search(r"\r +\r", text[text.rindex(" steps/s", 0, last) : last])
 
 
 def test_silence_is_broken(capsys, monkeypatch):
     """Where no evaluation comes for long, and there is no bar, a line says where the training is."""
-    clock = SimpleNamespace(wall=61.7)
+    clock, losses = SimpleNamespace(wall=61.7), []
     args = SimpleNamespace(disable_tqdm=True, metric_for_best_model="accuracy", greater_is_better=True)
     state = SimpleNamespace(global_step=0, max_steps=100, epoch=0.0, is_world_process_zero=True, best_metric=None)
-    shown = Progress(clock)
+    shown = Progress(clock, lambda: sum(losses))
     shown.on_train_begin(args, state, None)
-    for step, loss in ((10, 2.0), (40, 1.0)):
-        state.global_step = step
-        shown.on_log(args, state, None, logs={"loss": loss})
+
+    def step(loss: float):
+        losses.append(loss)
+        state.global_step += 1
+        shown.on_step_end(args, state, None)
+
+    step(2.0)
+    step(1.0)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(progress, "SILENCE", -1.0)
-    state.global_step, state.epoch = 50, 0.5
-    shown.on_log(args, state, None, logs={"loss": 1.0})
+    state.epoch = 0.5
+    step(1.5)
     header, row = capsys.readouterr().out.splitlines()
-    assert row.split() == ["0.50", "50", "1.2000", "62"]  # (10 * 2.0 + 30 * 1.0 + 10 * 1.0) / 50
-    assert header.index("train loss") + len("train loss") == row.index("1.2000") + 6
+    assert row.split() == ["0.50", "3", "1.5000", "62"]
+    assert header.index("train loss") + len("train loss") == row.index("1.5000") + 6
+    state.is_world_process_zero = False  # another process asks no GPU
+    losses.append("not a number")
+    shown.on_step_end(args, state, None)
 
 
 def test_a_line_has_room():

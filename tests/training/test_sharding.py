@@ -15,11 +15,13 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, TorchDynamoPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from runs import ROOT, SCRIPTS, fork_run, free_port, history, options, wait_all, weights
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+from modeling_vit_scratch import ViTScratchConfig
+from modeling_vit_scratch.modeling_vit_scratch import ViTScratchLayer
 from modeling_vit_scratch.training import checkpoints, processes
 
 # Adam amplifies the rounding of gradients that are truly zero.
@@ -99,11 +101,23 @@ def test_the_launch_file_shards_and_a_run_of_it_is_resumed(whole, sharding, tmp_
 
 @pytest.mark.slow
 def test_checkpointed_activations(whole, sharding, tmp_path):
-    """By the option, and in accelerate's own way."""
-    run(settings(tmp_path / "out", gradient_checkpointing=True))
+    """By the option, and in accelerate's own way: each block is computed once more in a step, with the same weights."""
+    forward, count = ViTScratchLayer.forward, tmp_path / "count"
+
+    def counted(self, *args, **kwargs):
+        if self.training:
+            with open(count, "a") as file:
+                file.write("1")
+        return forward(self, *args, **kwargs)
+
+    sharding.setattr(ViTScratchLayer, "forward", counted)
+    blocks = 2 * 6 * ViTScratchConfig.preset("showcase").num_hidden_layers  # in two processes, and as many steps
+    for name, changes in (("out", {"gradient_checkpointing": True}), ("wrapped", SGD)):
+        sharding.setenv("FSDP_ACTIVATION_CHECKPOINTING", str(name == "wrapped").lower())
+        run(settings(tmp_path / name, **changes))
+        assert len(count.read_text()) == 2 * blocks
+        count.unlink()
     assert same(whole["muon"], tmp_path / "out", ADAM)
-    sharding.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    run(settings(tmp_path / "wrapped", **SGD))
     assert same(whole["sgd"], tmp_path / "wrapped")
 
 
@@ -138,10 +152,12 @@ def test_accelerate_launch_starts_it(whole, tmp_path):
         cwd=ROOT, env=os.environ | {"ACCELERATE_TORCH_DEVICE": "cpu"}, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("everything is in") == 1
+    assert done.stdout.count("everything is in") == 1 and "returned a view" not in done.stderr
     assert (tmp_path / "out" / "checkpoint-6" / processes.SHARDED_WEIGHTS).is_file()
     assert same(whole["muon"], tmp_path / "out", ADAM)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["environment"]["processes"] == 2
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["environment"]["processes"] == 2
+    assert metrics["command"].startswith("accelerate launch --config_file scripts/launch/fsdp2.yaml --num_processes 2 ")
 
 
 # --- what does not go with it -----------------------------------------------------------------------------------------
@@ -153,9 +169,10 @@ def trainer(sharded=True, adapter=None, resume=None, plugin=(), **arguments):
     arguments = {"optim": "adamw_torch", "save_strategy": "epoch"} | arguments
     settings = {"state_dict_type": "FULL_STATE_DICT", "fsdp_version": 2, "cpu_ram_efficient_loading": False}
     settings |= {"auto_wrap_policy": transformer_auto_wrap_policy}
+    state = {"fsdp_plugin": SimpleNamespace(**settings | dict(plugin)), "dynamo_plugin": TorchDynamoPlugin()}
     return SimpleNamespace(
         args=SimpleNamespace(resume_from_checkpoint=resume, **arguments),
-        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**settings | dict(plugin)))),
+        accelerator=SimpleNamespace(state=SimpleNamespace(**state)),
         model=torch.nn.Linear(2, 2), is_fsdp_enabled=sharded, adapter=adapter,
     )  # fmt: skip
 
@@ -166,7 +183,7 @@ def trainer(sharded=True, adapter=None, resume=None, plugin=(), **arguments):
         ({"ema_decay": 0.9}, "ema_decay follows whole weights"),
         ({"adapter": "adapter"}, "lora_rank merges whole weights"),
         ({"time_budget": "10m"}, "time_budget rehearses with a whole model"),
-        ({"torch_compile": True}, "torch_compile was never tried"),
+        ({"torch_compile": True}, "was never tried"),
         ({"optim": "sgd"}, "cannot be resumed with sharding"),
         ({"plugin": {"fsdp_version": 1}}, "fsdp_version is 1, but only 2 is supported"),
         ({"plugin": {"state_dict_type": "SHARDED_STATE_DICT"}}, "only FULL_STATE_DICT is supported"),
@@ -179,6 +196,12 @@ def test_what_does_not_go_with_sharding_is_refused(changes, words):
     processes.settle_sharding(trainer())
     with pytest.raises(ValueError, match=words):
         processes.settle_sharding(trainer(**changes))
+
+
+def test_compiling_that_accelerate_was_launched_with_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with pytest.raises(ValueError, match=r"dynamo_backend.* was never tried, and sharding"):
+        processes.settle_sharding(trainer())
 
 
 def test_a_model_that_is_sharded_already_is_refused(monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,7 @@ from modeling_vit_scratch.training import models as models_module
 from modeling_vit_scratch.training import optimization as optimization_module
 from modeling_vit_scratch.training import output as output_module
 from modeling_vit_scratch.training import run as run_module
+from modeling_vit_scratch.training import trainer as trainer_module
 
 finetune = load_script("finetune")
 IN_FOLDER = {
@@ -146,11 +148,29 @@ def test_a_disk_that_is_full_leaves_no_visible_checkpoint(tmp_path, monkeypatch,
     assert checkpoints.list_checkpoints(tmp_path) == []
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_not_taken_for_one_that_is_not_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        trainer_module, "rotate_checkpoints", lambda *args: (_ for _ in ()).throw(OSError(13, "Denied"))
+    )
+    assert finetune.main(options(tmp_path, num_train_epochs=1)) == 1
+    text = capsys.readouterr().err
+    assert "a checkpoint before checkpoint-5 could not be removed (PermissionError: [Errno 13] Denied)." in text
+    assert f"The last whole checkpoint is {tmp_path / 'checkpoint-5'}. To continue:" in text and "saved" not in text
+
+
 def test_a_disk_too_small_is_noticed_before_training(tmp_path, monkeypatch, capsys):
+    """Of a sharded run too, whose checkpoints have the weights twice."""
     monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert finetune.main(options(tmp_path)) == 2
     assert "0.00 GB free" in capsys.readouterr().err
     assert checkpoints.list_checkpoints(tmp_path) == []
+    model = torch.nn.Linear(10, 10, bias=False)  # 400 bytes, in three checkpoints
+    args = ImageTrainingArguments(str(tmp_path), use_cpu=True, bf16=False, save_total_limit=1)
+    for free, sharded, enough in ((3600, "", True), (3599, "", False), (3600, "true", False), (4800, "true", True)):
+        monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+        with nullcontext() if enough else pytest.raises(ValueError, match="GB free"):
+            output_module.check_space(model, args)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +280,7 @@ def test_a_cpu_with_units_for_bfloat16_trains_in_it(tmp_path, monkeypatch, capsy
 def test_attention_maps_are_kept_only_of_few_patches(side, expected, tmp_path, monkeypatch):
     """Eager attention is the faster one in bfloat16 on a CPU, and needs memory by the square of the patches."""
     model = ViTScratchForImageClassification(ViTScratchConfig.preset("showcase", image_size=side))
-    args = SimpleNamespace(device=torch.device("cpu"), bf16=True, dataloader_num_workers=1)
+    args = SimpleNamespace(device=torch.device("cpu"), bf16=True, workers_are_open=False)
     run_module.suit_device(args, model, SimpleNamespace(train=None))
     assert model.config._attn_implementation == expected
 
@@ -413,14 +433,15 @@ def test_streaming_stops_and_resumes_as_if_it_had_not(tmp_path, interrupt, capsy
         "save_steps": 6, "config_overrides": RANDOM,
     }  # fmt: skip
     whole, parts = (options(tmp_path / name, **changes) for name in ("whole", "parts"))
+    monkeypatch.setattr(run_module, "usable_cores", lambda: 3)
     assert finetune.main(whole) == 0
     interrupt["at"] = 3
     assert finetune.main(parts) == 130
-    other = [*parts, "--resume_from_checkpoint", "last", "--dataloader_num_workers", str(os.cpu_count() + 1)]
+    other = [*parts, "--resume_from_checkpoint", "last", "--dataloader_num_workers", "0"]
     assert finetune.main(other) == 2  # which would read in another order
-    assert f"dataloader_num_workers = {max(os.cpu_count() - 1, 1)}, but" in capsys.readouterr().err
+    assert "dataloader_num_workers = 2, but this run has 0" in capsys.readouterr().err
     interrupt["at"] = 7
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # of another machine: without the option, nothing changes
+    monkeypatch.setattr(run_module, "usable_cores", lambda: 64)  # of another machine: without the option, no change
     assert finetune.main([*parts, "--resume_from_checkpoint", "last"]) == 130
     assert finetune.main([*parts, "--resume_from_checkpoint", "last"]) == 0
     assert history(tmp_path / "parts") == history(tmp_path / "whole")
@@ -441,6 +462,25 @@ def test_resuming_after_the_last_step_trains_no_more(tmp_path):
     assert finetune.main([*argv, "--resume_from_checkpoint", "last"]) == 0
     assert history(tmp_path) == rows and rows[-1]["step"] == "3"
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_processes_that_read_are_for_the_cores_that_there_are(monkeypatch):
+    """Shared with the other processes of a machine; a number that is given holds, 0 too."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(33)), raising=False)
+    photos, stream = object.__new__(run_module.LazyImages), object.__new__(run_module.StreamedImages)
+    monkeypatch.setattr(run_module.StreamedImages, "num_shards", 5)
+    counts = []
+    for given, images in ((None, photos), (None, stream), (0, photos), (0, stream), (3, stream)):
+        args = ImageTrainingArguments("unused", use_cpu=True, bf16=False, dataloader_num_workers=given)
+        for processes in ("1", "4", "64"):
+            args.workers_are_open = given is None
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+            run_module.suit_device(args, None, SimpleNamespace(train=images))
+            counts.append(args.dataloader_num_workers)
+    assert counts == [32, 7, 1, 5, 5, 1, *[0] * 6, 3, 3, 3]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert run_module.usable_cores() == 6
 
 
 def test_streaming_needs_max_steps(tmp_path, capsys):
@@ -617,6 +657,19 @@ def test_an_optimizer_that_is_not_installed_is_refused(tmp_path, monkeypatch, ca
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     assert finetune.main(options(tmp_path, optim="adamw_bnb_8bit")) == 2
     assert "finetune.py: You need to install `bitsandbytes`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["", "some.module."])
+def test_an_error_of_a_reader_keeps_all_its_lines(module):
+    """As torch passes it on: what led there is cut off, and what it says is whole."""
+    said = "two files are bad:\n  a.png: not an image\n  b.png: empty"
+    passed_on = (
+        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "worker.py", line 1, in _worker_loop\nValueError: what came first\n\nDuring handling of the above '
+        f"exception, another exception occurred:\n\n  raise error\n{module}ValueError: {said}\n"
+    )
+    for text in (said, passed_on):
+        assert finetune.without_traceback(ValueError(text)) == said
 
 
 def test_the_command_line_that_reports_send_has_no_token(tmp_path, monkeypatch):
