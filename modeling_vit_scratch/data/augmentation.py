@@ -240,9 +240,6 @@ def parse_until(text: str | float | None) -> dict[str, float]:
     `Augmentation` looks it up for each batch; images that are cropped when they are read are told by
     `training.schedule.settle_crops`.
 
-    `Augmentation` looks it up for each batch; images that are cropped when they are read are told by
-    `training.schedule.settle_crops`.
-
     Raises:
         ValueError: The text has another form.
     """
