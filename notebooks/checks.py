@@ -149,6 +149,17 @@ def _merged(squares: torch.Tensor) -> torch.Tensor:
 PATCHIFY_MISTAKES = {
     "a reshape alone cuts the rows of pixels into pieces, not the image into squares: split H into (h, P) and W into "
     "(w, P), then permute.": lambda images, patch: images.reshape(len(images), -1, images.shape[1] * patch * patch),
+    "split H into (h, P) and W into (w, P), in this order: a row of pixels belongs to the patch row that it is in.": (
+        lambda images, patch: _merged(
+            images.unflatten(3, (patch, -1)).unflatten(2, (patch, -1)).permute(0, 3, 5, 1, 2, 4)
+        )
+    ),
+    "h and w have to come before C: a patch holds all its channels.": lambda images, patch: (
+        _squares(images, patch).permute(0, 1, 2, 4, 3, 5).reshape(len(images), -1, images.shape[1] * patch * patch)
+    ),
+    "F.unfold gives (B, C P P, N); the patches come before their numbers.": lambda images, patch: F.unfold(
+        images, patch, stride=patch
+    ),
     "the patches run down the columns; in the paper they are read as words are, row by row.": lambda images, patch: (
         _merged(_squares(images, patch).permute(0, 4, 2, 1, 3, 5))
     ),
@@ -187,6 +198,17 @@ def _back(patches: torch.Tensor, patch: int, grid_hw: tuple[int, int], order: tu
 UNPATCHIFY_MISTAKES = {
     "a reshape alone lays the patches on one another's rows: go to (B, h, w, C, P, P) first, then permute.": (
         lambda patches, patch, image_hw: patches.reshape(len(patches), -1, *image_hw)
+    ),
+    "before the last reshape the order has to be (B, C, h, P, w, P): each h stands beside its P.": (
+        lambda patches, patch, image_hw: _back(
+            patches, patch, (image_hw[0] // patch, image_hw[1] // patch), (0, 3, 1, 2, 4, 5)
+        ).reshape(len(patches), -1, *image_hw)
+    ),
+    "inside a patch the channels come first.": lambda patches, patch, image_hw: (
+        patches.unflatten(2, (patch, patch, -1))
+        .unflatten(1, (image_hw[0] // patch, image_hw[1] // patch))
+        .permute(0, 5, 1, 3, 2, 4)
+        .reshape(len(patches), -1, *image_hw)
     ),
     "each patch is transposed: its rows are its columns.": lambda patches, patch, image_hw: _back(
         patches, patch, (image_hw[0] // patch, image_hw[1] // patch), (0, 3, 1, 5, 2, 4)
@@ -308,6 +330,13 @@ HEAD_MISTAKES = {
     ),
     "the scores are not scaled: divide them by the square root of d before the softmax.": _wrong_head(lambda d: 1),
     "the scores are divided by d; the paper divides by its square root.": _wrong_head(lambda d: 1 / d),
+    "the scores are multiplied by the square root of d; divide.": _wrong_head(lambda d: d**0.5),
+    "the softmax runs over the batch: for each query, the weights of all keys sum to 1.": _wrong_head(
+        lambda d: d**-0.5, axis=0
+    ),
+    "the scale comes before the softmax, not after it.": lambda query, key, value: (
+        (query @ key.transpose(1, 2)).softmax(-1) * query.shape[-1] ** -0.5 @ value
+    ),
     "the softmax is missing.": _wrong_head(lambda d: d**-0.5, softmax=False),
     "queries and keys have changed places.": lambda query, key, value: _attended(key, query, value),
 }
@@ -385,6 +414,21 @@ ATTENTION_MISTAKES = {
         _wrong_attention(scale=lambda D, heads: D**-0.5)
     ),
     "the scores are not scaled.": _wrong_attention(scale=lambda D, heads: 1),
+    "the scores are multiplied by the square root of d; divide.": _wrong_attention(
+        scale=lambda D, heads: (D // heads) ** 0.5
+    ),
+    "T has to be the second last axis of queries and keys, behind the heads: each head attends over the tokens.": (
+        _wrong_attention(
+            split=lambda qkv, heads: (x.unflatten(2, (heads, -1)) for x in qkv.chunk(3, dim=2)),
+            join=lambda context: context.flatten(2),
+        )
+    ),
+    "proj_weight is multiplied transposed, as F.linear does.": lambda **arguments: _package_attention(
+        **{**arguments, "proj_weight": arguments["proj_weight"].T}
+    ),
+    "qkv_bias is missing.": lambda **arguments: _package_attention(
+        **{**arguments, "qkv_bias": torch.zeros_like(arguments["qkv_bias"])}
+    ),
     "the scores are divided by d; the paper divides by its square root.": _wrong_attention(
         scale=lambda D, heads: heads / D
     ),
@@ -408,18 +452,37 @@ def _package_positions(positions, old_hw, new_hw) -> torch.Tensor:
     return resize_positions(positions, old_hw, new_hw, "bicubic")
 
 
-def _resized(positions, old_hw, new_hw, transposed: bool = False, back: bool = True, **flags) -> torch.Tensor:
+def _resized(
+    positions,
+    old_hw,
+    new_hw,
+    transposed: bool = False,
+    there: bool = True,
+    back: bool = True,
+    last: bool = False,
+    **flags,
+) -> torch.Tensor:
+    """Resized with something wrong: the grid transposed, not permuted there or back, the class token's last, flags."""
     cls, patches = positions[:, :1], positions[:, 1:]
-    if transposed:
+    if not there:
+        grid = patches.reshape(1, -1, *old_hw)
+    elif transposed:
         grid = patches.unflatten(1, old_hw[::-1]).permute(0, 3, 2, 1)
     else:
         grid = patches.unflatten(1, old_hw).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=new_hw, **{"mode": "bicubic", **flags})
     tokens = grid.permute(0, 2, 3, 1).flatten(1, 2) if back else grid.reshape(1, -1, positions.shape[2])
-    return torch.cat([cls, tokens], dim=1)
+    return torch.cat([tokens, cls] if last else [cls, tokens], dim=1)
 
 
+UNPERMUTED = (
+    "(1, N, D) has to become (1, h, w, D) and then be permuted to (1, D, h, w); a reshape straight to (1, D, h, w) "
+    "mixes channels and places"
+)
 RESIZE_MISTAKES = {
+    f"{UNPERMUTED}.": lambda **arguments: _resized(**arguments, there=False),
+    f"{UNPERMUTED}, and so does one back.": lambda **arguments: _resized(**arguments, there=False, back=False),
+    "the class token's position comes first, not last.": lambda **arguments: _resized(**arguments, last=True),
     "this is bilinear; the package's default, and the exercise, is bicubic.": lambda **arguments: _resized(
         **arguments, mode="bilinear"
     ),
@@ -440,10 +503,10 @@ def _rollout_cases() -> list[dict]:
     return [{"maps": torch.randn(3, 2, 4, 5, 5).softmax(-1)}, {"maps": torch.randn(2, 1, 2, 3, 3).softmax(-1)}]
 
 
-def _wrong_rollout(residual: bool = True, reverse: bool = False, half: bool = True) -> Callable:
+def _wrong_rollout(residual: bool = True, reverse: bool = False, half: bool = True, one: bool = False) -> Callable:
     def rollout(maps: torch.Tensor) -> torch.Tensor:
-        eye = torch.eye(maps.shape[-1])
-        result = eye.expand(maps.shape[1], -1, -1)
+        eye = torch.ones(maps.shape[-1], maps.shape[-1]) if one else torch.eye(maps.shape[-1])
+        result = torch.eye(maps.shape[-1]).expand(maps.shape[1], -1, -1)
         for layer in maps.mean(dim=2):
             layer = (0.5 * layer + 0.5 * eye if half else layer + eye) if residual else layer
             result = result @ layer if reverse else layer @ result
@@ -453,11 +516,11 @@ def _wrong_rollout(residual: bool = True, reverse: bool = False, half: bool = Tr
 
 
 ROLLOUT_MISTAKES = {
-    "the residual connection is missing: each layer is (A + 1) / 2, since half of a token is what it was.": (
-        _wrong_rollout(residual=False)
-    ),
+    "the residual connection is missing: each layer is (M + I) / 2, with M the mean over the heads and I the identity, "
+    "torch.eye(T).": _wrong_rollout(residual=False),
+    "add the identity matrix, torch.eye(T), not the number 1.": _wrong_rollout(one=True),
     "the layers are multiplied in the wrong order: the last one stands on the left.": _wrong_rollout(reverse=True),
-    "the rows do not sum to 1: divide A + 1 by 2.": _wrong_rollout(half=False),
+    "the rows do not sum to 1: each layer is (M + I) / 2, not M + I.": _wrong_rollout(half=False),
 }
 
 EXERCISES = {

@@ -88,9 +88,36 @@ def grid_transposed(positions, old_hw, new_hw):
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
+def multiplied(query, key, value):
+    return torch.softmax(query @ key.mT * query.shape[-1] ** 0.5, dim=-1) @ value
+
+
+def grid_by_view(positions, old_hw, new_hw):
+    grid = positions[:, 1:].view(1, -1, *old_hw)
+    grid = F.interpolate(grid, size=new_hw, mode="bicubic").permute(0, 2, 3, 1)
+    return torch.cat([positions[:, :1], grid.reshape(1, -1, positions.shape[2])], dim=1)
+
+
+def tokens_before_heads(z, **arguments):
+    B, T, _ = z.shape
+    split = lambda qkv: qkv.view(B, T, 3, arguments["heads"], -1).permute(2, 0, 1, 3, 4)  # noqa: E731
+    return heads(z, **arguments, split=split, joined=lambda out: out.reshape(z.shape))
+
+
+def one_instead_of_identity(maps):
+    result = torch.eye(maps.shape[-1]).expand(maps.shape[1], -1, -1)
+    for layer in maps:
+        result = (layer.mean(1) + 1) / 2 @ result
+    return result
+
+
 @pytest.mark.parametrize(
     ("name", "answer", "hint"),
     [
+        ("attention_of_one_head", multiplied, "multiplied by the square root"),
+        ("multi_head_attention", tokens_before_heads, "behind the heads"),
+        ("resize_for_larger_image", grid_by_view, "mixes channels and places."),
+        ("rollout", one_instead_of_identity, "not the number 1"),
         ("patchify_without_loops", patches_by_columns, "run down the columns"),
         ("patchify_without_loops", patches_transposed, "each patch is transposed"),
         ("patchify_without_loops", patches_by_view, "a reshape alone"),
@@ -100,7 +127,7 @@ def grid_transposed(positions, old_hw, new_hw):
         ("multi_head_attention", heads_before_three, "and then come the heads"),
         ("resize_for_larger_image", grid_transposed, "the grid is transposed"),
     ],
-)
+)  # fmt: skip
 def test_typical_mistakes(name, answer, hint, capsys):
     said = told(name, answer, capsys)
     assert hint in said.partition("Hint: ")[2], said
