@@ -225,3 +225,19 @@ def run(program: str, function: Callable[[argparse.Namespace], int], arguments: 
         return 2
     except KeyboardInterrupt:
         return 130  # as shells count Ctrl-C
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a time such as "90", "90s", "10m" or "1h30m".
+
+    Raises:
+        ValueError: The text has another form, or is no time at all.
+    """
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip())
+    try:
+        seconds = sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+    except (AttributeError, ValueError):
+        seconds = 0
+    if seconds <= 0:
+        raise ValueError(f"time_budget ({text!r}) must be a time above zero such as 90s, 10m or 1h30m.")
+    return seconds

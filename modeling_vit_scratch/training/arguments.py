@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..cli import parse_duration
 from ..configuration_vit_scratch import PRESETS
 from ..conversion.families import FAMILIES
 from ..evaluation.devices import can_compile, has_fast_bfloat16
@@ -189,6 +189,13 @@ class DataArguments:
         metadata={
             "help": "Share of the training after which augmentation stops, for all of it (0.9) or by name "
             "(mixup=0.8,rand_augment=0.9). Random crops of images of different sizes stop between two epochs."
+        },
+    )
+    progressive_resizing: str | None = field(
+        default=None,
+        metadata={
+            "help": "Trains on smaller images first, which have fewer patches: sides in pixels, and until which share "
+            "of the training, e.g. 16=0.4,24=0.7."
         },
     )
 
@@ -383,6 +390,10 @@ def check_options(model: ModelArguments, data: DataArguments, args: ImageTrainin
         "time_budget does not go with --streaming; --max_steps says how much is read": (
             data.streaming and args.time_budget is not None
         ),
+        f"progressive_resizing does not go with --task {MASKED}": masked and data.progressive_resizing,
+        "progressive_resizing does not go with --time_budget, whose steps take as long as the first ones": (
+            data.progressive_resizing and args.time_budget is not None
+        ),
         "a stream has no known end: give --max_steps with --streaming": data.streaming and args.max_steps <= 0,
         f"crop_scale ({data.crop_scale}) must be a share in (0, 1], e.g. 0.35": (
             data.crop_scale is not None and not 0 < data.crop_scale <= 1
@@ -431,19 +442,3 @@ def default_options() -> dict:
             default = option.default if option.default_factory is MISSING else option.default_factory()
             values.setdefault(option.name, getattr(default, "value", default))
     return {name: value for name, value in values.items() if name not in CHANGEABLE | OF_THE_CALL | RECORDED_OTHERWISE}
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of a time such as "90", "90s", "10m" or "1h30m".
-
-    Raises:
-        ValueError: The text has another form, or is no time at all.
-    """
-    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip())
-    try:
-        seconds = sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
-    except (AttributeError, ValueError):
-        seconds = 0
-    if seconds <= 0:
-        raise ValueError(f"time_budget ({text!r}) must be a time above zero such as 90s, 10m or 1h30m.")
-    return seconds

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import ViTImageProcessorPil, set_seed
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data import Augmentation, ImageSplits, load_splits, load_streaming
-from ..data.augmentation import check_padding, parse_until
+from ..data.augmentation import check_padding, parse_sizes, parse_until
 from ..data.doctor import fingerprint
 from ..data.sources import DIGITS, public_name
 from ..data.splits import DecodedImages, LazyImages
@@ -144,6 +145,7 @@ class Run:
         args, splits = self.args, self.splits
         self.model, self.processor = model, processor
         self.augmentation = make_augmentation(self.data_args, args, processor, splits)
+        check_sizes(self.augmentation.sizes, model.config)
         suit_device(args, model, splits)
         self.facts = {**facts, **self._facts(), **facts}  # given ones come first, and hold
         if args.resume_from_checkpoint:
@@ -263,8 +265,20 @@ def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, pr
         cutmix_alpha=data_args.cutmix_alpha,
         mix_probability=data_args.mix_probability,
         num_labels=len(splits.class_names),
+        sizes=parse_sizes(data_args.progressive_resizing),
         until=parse_until(data_args.augment_until),
     )
+
+
+def check_sizes(sizes: Iterable[int], config: ViTScratchConfig):
+    """Raise a ValueError if images of one of these sides, in pixels, are no smaller ones for the model."""
+    (H, W), (P, Q) = config.image_hw, config.patch_hw
+    for side in sizes:
+        if H != W or side >= H or side % P or side % Q or side <= 0:
+            raise ValueError(
+                f"progressive_resizing: {side} pixels must be less than the image's {H}x{W}, which has to be a square, "
+                f"and a multiple of the patch's {P}x{Q}."
+            )
 
 
 def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):

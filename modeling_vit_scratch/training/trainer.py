@@ -79,7 +79,9 @@ class ImageTrainer(Trainer):
         images, labels = self.augmentation.with_labels(
             batch["pixel_values"], batch["labels"], step, self.args.process_index, progress=progress
         )
-        return {"pixel_values": images, "labels": labels}
+        inputs = {"pixel_values": images, "labels": labels}
+        resized = images.shape[2:] != batch["pixel_values"].shape[2:]  # progressive resizing
+        return {**inputs, "interpolate_pos_encoding": True} if resized else inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
