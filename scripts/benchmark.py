@@ -19,6 +19,7 @@ SECTION is one or more of
             (--dataset_name) against speed, and speed of ViT-B/16 (long)
   merging   token merging: likewise (long)
   race      training: the teaching protocol against our recipe (long: an hour)
+  speedrun  the record of a track of speedrun/README.md, run again (long)
 
 Peers take turns, each round in another order, so that what else the machine
 does strikes all alike; ratios are medians over the rounds. Models are timed in
@@ -39,7 +40,21 @@ import textwrap
 from pathlib import Path
 
 import torch
-from benchmarking import cases, data, inference, memory, merging, model, peers, photos, race, scale, step, trainer
+from benchmarking import (
+    cases,
+    data,
+    inference,
+    memory,
+    merging,
+    model,
+    peers,
+    photos,
+    race,
+    scale,
+    speedrun,
+    step,
+    trainer,
+)
 
 from modeling_vit_scratch import cli, plots
 from modeling_vit_scratch.training.report import hardware
@@ -54,7 +69,7 @@ SECTIONS = {
     "memory": memory,
     "scale": scale,
 }
-LONG = {"inference": inference, "merging": merging, "race": race}
+LONG = {"inference": inference, "merging": merging, "race": race, "speedrun": speedrun}
 SECTIONS |= LONG
 
 
@@ -79,9 +94,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--dataset_name",
         metavar="NAME",
-        help="of race, inference and merging, as in finetune.py, and inspected by data; default: CIFAR-10, offline "
-        "digits; for data digits",
+        help="of race, speedrun, inference and merging, as in finetune.py, and inspected by data; default: CIFAR-10, "
+        "offline digits; for data digits; speedrun has none",
     )
+    what.add_argument("--track", choices=speedrun.TRACKS, default="cpu80", help="of speedrun; default: %(default)s")
+    what.add_argument("--seeds", type=int, default=5, metavar="N", help="of speedrun, from 42; default: %(default)s")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="default: %(default)s"
@@ -99,6 +116,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.cases = [case for case in titles if args.cases in case.title]
     if not args.cases:
         parser.error(f"--cases is in none of the titles: {'; '.join(case.title for case in titles)}")
+    if args.seeds < 1:
+        parser.error(f"--seeds ({args.seeds}) must be at least 1")
     args.processes, args.rounds_each = (2, 2) if args.quick else (6, 3)
     args.rounds, args.least, args.steps, args.process_rounds = (3, 0.05, 30, 1) if args.quick else (15, 0.2, 100, 3)
     args.images = 500 if args.quick else None  # None: all

@@ -168,4 +168,4 @@ def test_random_configs_are_refused_or_work(tmp_path):
         seen["worked"] += 1
 
     check()
-    assert min(seen.values()) > 75, seen
+    assert min(seen.values()) > 50, seen
