@@ -13,6 +13,7 @@
     inference  load_for_inference's ways: accuracy against speed
     merging    token merging: accuracy against speed
     race       training: the teaching protocol against our recipe
+    speedrun   the record of a track of speedrun/README.md, run again with several seeds
 
 They lie beside the scripts, and not in the package, since the peers are no dependencies of it.
 """

@@ -1,0 +1,152 @@
+"""The speedrun: a track's record run again with several seeds, and its row of the table in speedrun/README.md."""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from modeling_vit_scratch import cli, plots
+from modeling_vit_scratch.evaluation.tables import text_table
+
+PROGRAM = "benchmark.py"
+ROOT = Path(__file__).parent.parent.parent
+FIRST_SEED = 42
+
+
+@dataclass(frozen=True)
+class Track:
+    """What is to be reached.
+
+    Args:
+        goal: Mean test accuracy over the seeds, in [0, 1].
+        column: Of a run's `time`, what the clock counts.
+        where: The hardware, in words.
+    """
+
+    goal: float
+    column: str
+    where: str
+
+
+TRACKS = {
+    "cpu80": Track(0.80, "train_cpu_seconds", "one core"),
+    "cpu90": Track(0.90, "train_seconds", "two cores"),
+    "gpu94": Track(0.94, "train_seconds", "one H100"),
+}
+
+
+def recipe_of(track: str) -> Path:
+    """The recipe that holds the track's record.
+
+    Raises:
+        ValueError: The track is still open.
+    """
+    path = ROOT / "speedrun" / f"{track}.yaml"
+    if not path.is_file():
+        raise ValueError(f"track {track} is open: there is no {path.name} yet.")
+    return path
+
+
+def command_of(recipe: Path) -> str:
+    """The command at the head of a recipe."""
+    return re.search(r"^#   (.*finetune\.py.*)$", recipe.read_text(), re.MULTILINE)[1]
+
+
+def words_of(command: str) -> tuple[dict[str, str], list[str]]:
+    """Its environment variables, and its words."""
+    words = shlex.split(command)
+    variables = [word for word in words if re.match(r"[A-Z_]+=", word)]
+    return dict(word.split("=", 1) for word in variables), words[len(variables) :]
+
+
+def run_seed(recipe: Path, seed: int, args: argparse.Namespace) -> dict:
+    """`metrics.json` of a run of the recipe's command with this seed; one that is there is not run again.
+
+    Raises:
+        ValueError: The run failed.
+    """
+    data = str(Path(args.dataset_name).resolve()) if Path(args.dataset_name).exists() else args.dataset_name
+    digest = hashlib.sha256(json.dumps([recipe.read_text(), data, *args.race_options]).encode()).hexdigest()[:8]
+    folder = args.output / "speedrun" / f"{recipe.stem}-{digest}-{seed}"
+    if not (folder / "metrics.json").is_file():
+        variables, words = words_of(command_of(recipe))
+        words[words.index("--dataset_name") + 1] = data
+        python = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+        words = [*python, *words[1:], *args.race_options, "--seed", str(seed), "--output_dir", str(folder.resolve())]
+        cli.say(PROGRAM, f"{recipe.name}, seed {seed}")
+        status = subprocess.run(
+            [*words, "--overwrite_output_dir", "True"], cwd=ROOT, env=os.environ | variables, stdout=sys.stderr
+        ).returncode
+        if status:
+            raise KeyboardInterrupt if status in (130, -2) else ValueError(f"{recipe.name} failed with seed {seed}.")
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """The track's recipe with `args.seeds` seeds, one after another.
+
+    Raises:
+        ValueError: The track is open, a run failed, or a test split of another size than CIFAR-10's was read.
+    """
+    recipe, track = recipe_of(args.track), TRACKS[args.track]
+    if args.dataset_name is None:
+        raise ValueError("--dataset_name is missing; a record is one of CIFAR-10.")
+    runs = [run_seed(recipe, seed, args) for seed in range(FIRST_SEED, FIRST_SEED + args.seeds)]
+    if not args.race_options and any(run["test"]["examples"] != 10_000 for run in runs):
+        raise ValueError("a record counts the whole test split of CIFAR-10, 10,000 images.")
+    accuracies = [run["test"]["accuracy"] for run in runs]
+    row = {
+        "track": args.track, "recipe": recipe.name, "date": datetime.date.today().isoformat(),
+        "command": command_of(recipe), "goal": track.goal,
+        "seeds": [*range(FIRST_SEED, FIRST_SEED + args.seeds)], "accuracies": accuracies,
+        "accuracy": statistics.mean(accuracies), "deviation": statistics.stdev(accuracies) if args.seeds > 1 else None,
+        "clock": track.column, "where": track.where, "seconds": [run["time"][track.column] for run in runs],
+        "parameters": runs[0]["model"]["parameters"], "dataset": runs[0]["dataset"]["name"],
+    }  # fmt: skip
+    return {"row": row, "validation": [run["validation"]["accuracy"] for run in runs]}
+
+
+def show(result: dict) -> str:
+    row = result["row"]
+    clock = "CPU-seconds" if "cpu" in row["clock"] else "seconds"
+    table = [("seed", "test", clock)]
+    table += [
+        (str(seed), f"{accuracy:.2%}", f"{seconds:,.0f}")
+        for seed, accuracy, seconds in zip(row["seeds"], row["accuracies"], row["seconds"], strict=True)
+    ]
+    reached = "reached" if row["accuracy"] >= row["goal"] else "missed"
+    spread = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.2f}"
+    text = (
+        f"{row['track']} on {row['dataset']}, {row['where']}: {100 * row['accuracy']:.2f}{spread} % in "
+        f"{statistics.mean(row['seconds']):,.0f} {clock}; the goal of {row['goal']:.0%} is {reached}"
+        + (", and a record has at least 5 seeds." if len(row["seeds"]) < 5 else ".")
+    )
+    least, most = min(row["seconds"]), max(row["seconds"])
+    cells = [row["date"], f"{statistics.mean(row['seconds']):,.0f} ({least:,.0f} to {most:,.0f})"]
+    cells += [f"{100 * row['accuracy']:.2f}{spread} %", str(len(row["seeds"])), f"{row['parameters']:,}"]
+    line = f"| {' | '.join(cells)} | `{row['command']}` |"
+    return f"{textwrap.fill(text, 80)}\n\n{text_table(table)}\n\n{line}"
+
+
+def draw(result: dict) -> Figure:
+    row = result["row"]
+    return plots.plot_tradeoff(
+        {
+            seed: (seconds, accuracy, (accuracy, accuracy))
+            for seed, seconds, accuracy in sorted(
+                zip(row["seeds"], row["seconds"], row["accuracies"], strict=True), key=lambda point: point[1]
+            )
+        },
+        "CPU seconds of training" if "cpu" in row["clock"] else "seconds of training",
+    )
