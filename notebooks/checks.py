@@ -118,15 +118,18 @@ def _described(value) -> str:
 # 1. Patches.
 
 
-def _patches(images: torch.Tensor, patch: int) -> torch.Tensor:
-    """The package's patch embedding with a projection that changes nothing: (B, C, H, W) -> (B, N, C P P)."""
-    (_, C, H, W), size = images.shape, images.shape[1] * patch * patch
-    config = ViTScratchConfig(
-        image_size=(H, W), patch_size=patch, num_channels=C, hidden_size=size, num_attention_heads=1
-    )
+def _tokens(images: torch.Tensor, patch: int, weight: torch.Tensor) -> torch.Tensor:
+    """The package's patch embedding with this projection (D, C P P): (B, C, H, W) -> (B, N, D)."""
+    (_, C, H, W), D = images.shape, len(weight)
+    config = ViTScratchConfig(image_size=(H, W), patch_size=patch, num_channels=C, hidden_size=D, num_attention_heads=1)
     module = ViTScratchPatchEmbeddings(config)
-    module.projection.weight.data, module.projection.bias.data = torch.eye(size), torch.zeros(size)
+    module.projection.weight.data, module.projection.bias.data = weight, torch.zeros(D)
     return module(images)
+
+
+def _patches(images: torch.Tensor, patch: int) -> torch.Tensor:
+    """The same with a projection that changes nothing: (B, C, H, W) -> (B, N, C P P)."""
+    return _tokens(images, patch, torch.eye(images.shape[1] * patch * patch))
 
 
 def _image_cases() -> list[dict]:
@@ -190,32 +193,33 @@ def _image(patches: torch.Tensor, patch: int, image_hw: tuple[int, int]) -> torc
     return torch.empty(B, C * H * W).index_copy(1, order, patches.flatten(1)).view(B, C, H, W)
 
 
-def _back(patches: torch.Tensor, patch: int, grid_hw: tuple[int, int], order: tuple[int, ...]) -> torch.Tensor:
-    """Patches (B, N, C P P) -> (B, h, w, C, P, P) -> in another order -> pixels."""
-    return patches.unflatten(2, (-1, patch, patch)).unflatten(1, grid_hw).permute(order)
+def _wrong_image(order: tuple[int, ...], inside: Callable = lambda P: (-1, P, P), columns: bool = False) -> Callable:
+    """Patches laid down with one thing changed.
+
+    Args:
+        order: Of the axes (B, h, w and those of `inside`) before the last reshape.
+        inside: P -> how a patch is split, rightly into (C, P, P).
+        columns: Whether N is split into (w, h).
+    """
+
+    def lay(patches: torch.Tensor, patch: int, image_hw: tuple[int, int]) -> torch.Tensor:
+        grid = [side // patch for side in (reversed(image_hw) if columns else image_hw)]
+        squares = patches.unflatten(2, inside(patch)).unflatten(1, grid)
+        return squares.permute(order).reshape(len(patches), -1, *image_hw)
+
+    return lay
 
 
 UNPATCHIFY_MISTAKES = {
     "a reshape alone lays the patches on one another's rows: go to (B, h, w, C, P, P) first, then permute.": (
         lambda patches, patch, image_hw: patches.reshape(len(patches), -1, *image_hw)
     ),
-    "before the last reshape the order has to be (B, C, h, P, w, P): each h stands beside its P.": (
-        lambda patches, patch, image_hw: _back(
-            patches, patch, (image_hw[0] // patch, image_hw[1] // patch), (0, 3, 1, 2, 4, 5)
-        ).reshape(len(patches), -1, *image_hw)
+    "before the last reshape the order has to be (B, C, h, P, w, P): each h stands beside its P.": _wrong_image(
+        (0, 3, 1, 2, 4, 5)
     ),
-    "inside a patch the channels come first.": lambda patches, patch, image_hw: (
-        patches.unflatten(2, (patch, patch, -1))
-        .unflatten(1, (image_hw[0] // patch, image_hw[1] // patch))
-        .permute(0, 5, 1, 3, 2, 4)
-        .reshape(len(patches), -1, *image_hw)
-    ),
-    "each patch is transposed: its rows are its columns.": lambda patches, patch, image_hw: _back(
-        patches, patch, (image_hw[0] // patch, image_hw[1] // patch), (0, 3, 1, 5, 2, 4)
-    ).reshape(len(patches), -1, *image_hw),
-    "the patches are laid down the columns; they were read row by row.": lambda patches, patch, image_hw: _back(
-        patches, patch, (image_hw[1] // patch, image_hw[0] // patch), (0, 3, 2, 4, 1, 5)
-    ).reshape(len(patches), -1, *image_hw),
+    "inside a patch the channels come first.": _wrong_image((0, 5, 1, 3, 2, 4), inside=lambda P: (P, P, -1)),
+    "each patch is transposed: its rows are its columns.": _wrong_image((0, 3, 1, 5, 2, 4)),
+    "the patches are laid down the columns; they were read row by row.": _wrong_image((0, 3, 2, 4, 1, 5), columns=True),
 }
 
 # 3. The projection as a convolution.
@@ -235,14 +239,7 @@ def _pixels(weight: torch.Tensor, patch: int) -> torch.Tensor:
 
 def _projected(weight: torch.Tensor, patch: int) -> torch.Tensor:
     """The package's tokens of an image, with this projection: (2, 6, D)."""
-    images, (D, size) = _pixels(weight, patch), weight.shape
-    config = ViTScratchConfig(
-        image_size=tuple(images.shape[2:]), patch_size=patch, num_channels=size // patch**2, hidden_size=D,
-        num_attention_heads=1,
-    )  # fmt: skip
-    module = ViTScratchPatchEmbeddings(config)
-    module.projection.weight.data, module.projection.bias.data = weight, torch.zeros(D)
-    return module(images)
+    return _tokens(_pixels(weight, patch), patch, weight)
 
 
 def _convolved(answer: torch.Tensor, weight: torch.Tensor, patch: int) -> torch.Tensor:

@@ -23,6 +23,12 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 RACE = {"teaching protocol": "teaching_adamw.yaml", OURS: "showcase.yaml"}
 
 
+def run_name(recipe: Path, options: list[str]) -> str:
+    """A folder's name that follows from the recipe's text and the options beside it."""
+    digest = hashlib.sha256(json.dumps([recipe.read_text(), *options]).encode()).hexdigest()[:8]
+    return f"{recipe.stem}-{digest}"
+
+
 def run_recipe(name: str, args: argparse.Namespace) -> Path:
     """The folder of a finished run of a recipe: found, continued, or made. Its name follows from what is run.
 
@@ -33,8 +39,7 @@ def run_recipe(name: str, args: argparse.Namespace) -> Path:
 
     recipe = RECIPES / RACE[name]
     options = ["--dataset_name", args.dataset_name, "--use_cpu", str(args.device.type == "cpu"), *args.race_options]
-    digest = hashlib.sha256(json.dumps([recipe.read_text(), *options]).encode()).hexdigest()[:8]
-    folder = args.output / "race" / f"{recipe.stem}-{digest}"
+    folder = args.output / "race" / run_name(recipe, options)
     if (folder / "metrics.json").is_file():
         cli.say(PROGRAM, f"{name}: {folder} is there already.")
         return folder

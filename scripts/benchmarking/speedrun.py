@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,8 @@ from matplotlib.figure import Figure
 
 from modeling_vit_scratch import cli, plots
 from modeling_vit_scratch.evaluation.tables import text_table
+
+from .race import run_name
 
 PROGRAM = "benchmark.py"
 ROOT = Path(__file__).parent.parent.parent
@@ -77,8 +78,7 @@ def run_seed(recipe: Path, seed: int, args: argparse.Namespace) -> dict:
         ValueError: The run failed.
     """
     data = str(Path(args.dataset_name).resolve()) if Path(args.dataset_name).exists() else args.dataset_name
-    digest = hashlib.sha256(json.dumps([recipe.read_text(), data, *args.race_options]).encode()).hexdigest()[:8]
-    folder = args.output / "speedrun" / f"{recipe.stem}-{digest}-{seed}"
+    folder = args.output / "speedrun" / f"{run_name(recipe, [data, *args.race_options])}-{seed}"
     if not (folder / "metrics.json").is_file():
         variables, words = words_of(command_of(recipe))
         words[words.index("--dataset_name") + 1] = data

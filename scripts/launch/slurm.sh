@@ -2,9 +2,9 @@
 # sbatch scripts/launch/slurm.sh runs/mine --dataset_name path/to/folder
 #
 # A run in as many jobs as it needs: five minutes before a job's time is over it saves a checkpoint and ends, and the
-# job goes back into the queue, to go on from there. It does the same after a preemption, or when a machine fails. The first
-# argument is the output folder, which all machines see; all others are options of scripts/finetune.py. Submit it from
-# the repository's root, in the environment that the package is installed in.
+# job goes back into the queue, to go on from there. It does the same after a preemption, or when a machine fails. The
+# first argument is the output folder, which all machines see; all others are options of scripts/finetune.py. Submit it
+# from the repository's root, in the environment that the package is installed in.
 #
 # Run here: all that follows the #SBATCH lines, with a stand-in for srun and scontrol, on two CPU processes: stopped by
 # SIGUSR1, and started once more. Not run: by Slurm itself, on a GPU, or on more than one machine.

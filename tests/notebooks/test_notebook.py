@@ -124,8 +124,8 @@ def test_each_part_of_the_model_is_compared_with_the_package():
 
 
 def test_stubs_are_those_of_the_exercises():
-    stubs = [tree for cell in NOTEBOOK["cells"] if "raise NotImplementedError" in source(cell)
-             for tree in [ast.parse(source(cell)).body[0]]]  # fmt: skip
+    cells = [source(cell) for cell in NOTEBOOK["cells"] if "raise NotImplementedError" in source(cell)]
+    stubs = [ast.parse(cell).body[0] for cell in cells]
     assert [stub.name for stub in stubs] == list(checks.EXERCISES)
     for stub in stubs:
         wanted = list(inspect.signature(getattr(solutions, stub.name)).parameters)
