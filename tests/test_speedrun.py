@@ -68,7 +68,8 @@ def test_a_record_is_run_again_with_each_seed(args, started):
     assert "the goal of 80% is missed, and a record has at least 5 seeds" in " ".join(text.split())
     cells = text.splitlines()[-1].strip("|").split("|")
     assert len(cells) == 6 and cells[3].strip() == "2" and row["command"] in cells[5]
-    assert speedrun.draw(result).axes[0].get_xlabel() == "CPU seconds of training"
+    (axes,) = speedrun.draw(result).axes
+    assert axes.get_xlabel() == "CPU seconds of training" and len(axes.lines) == 2  # a curve for each seed
     assert speedrun.measure(args) == result and len(started) == 2  # what is there is not run again
     speedrun.recipe_of("cpu80").write_text(RECIPE + "seed: 1\n")
     speedrun.measure(args)
@@ -77,7 +78,8 @@ def test_a_record_is_run_again_with_each_seed(args, started):
 
 def test_what_is_no_record(args, started, monkeypatch):
     args.race_options.clear()
-    monkeypatch.setattr(speedrun, "run_seed", lambda *_: {"test": {"examples": 360}})
+    (args.output / "metrics.json").write_text('{"test": {"examples": 360}}')
+    monkeypatch.setattr(speedrun, "run_seed", lambda *_: args.output)
     with pytest.raises(ValueError, match=r"the whole test split of CIFAR-10, 10,000 images"):
         speedrun.measure(args)
     args.dataset_name = None

@@ -129,7 +129,7 @@ def plot_race(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], uni
     entries = []
     for (name, (seconds, accuracy)), colour in zip(curves.items(), line_colours(len(curves)), strict=True):
         axes.plot(seconds, accuracy, "o-", color=colour, linewidth=1.5, markersize=3)
-        entries.append(legend_handle(colour, f"{name}: {max(accuracy):.2%} in {seconds[-1]:,.0f}", marker="o"))
+        entries.append(legend_handle(colour, f"{name}: {max(accuracy):.2%} in {seconds[-1]:,.0f} s", marker="o"))
     axes.set(xscale="log", xlabel=f"{unit} of training", ylabel="validation accuracy (%)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))

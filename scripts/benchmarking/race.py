@@ -55,6 +55,13 @@ def run_recipe(name: str, args: argparse.Namespace) -> Path:
     return folder
 
 
+def curve_of(folder: Path, column: str) -> dict[str, list[float]]:
+    """Validation accuracies of a finished run, and the seconds of training until each, of a column of its history."""
+    history = plots.read_history(folder)
+    known = np.isfinite(history["eval_accuracy"])
+    return {"seconds": history[column][known].tolist(), "accuracy": history["eval_accuracy"][known].tolist()}
+
+
 def measure(args: argparse.Namespace) -> dict:
     """Train by both recipes, on one core (or the GPU), and compare by time of training, evaluation left out."""
     args.dataset_name = args.dataset_name or default_dataset()
@@ -64,10 +71,7 @@ def measure(args: argparse.Namespace) -> dict:
     rows, curves = [], {}
     for name, folder in folders.items():
         metrics = json.loads((folder / "metrics.json").read_text())
-        history = plots.read_history(folder)
-        known = np.isfinite(history["eval_accuracy"])
-        seconds, accuracy = (history[key][known].tolist() for key in (column, "eval_accuracy"))
-        curves[name] = {"seconds": seconds, "accuracy": accuracy}
+        curves[name] = curve_of(folder, column)
         row = {"name": name, "recipe": RACE[name], "dataset": metrics["dataset"]["name"]}
         row |= {"epochs": metrics["training"]["epochs"], "seconds": metrics["time"][column]}
         rows.append({**row, "parameters": metrics["model"]["parameters"], "accuracy": metrics["test"]["accuracy"]})
@@ -97,6 +101,7 @@ def show(result: dict) -> str:
 
 
 def draw(result: dict) -> Figure:
+    """Of a race's or a speedrun's curves."""
     return plots.plot_race(
         {name: (curve["seconds"], curve["accuracy"]) for name, curve in result["curves"].items()}, result["unit"]
     )

@@ -13,16 +13,15 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from modeling_vit_scratch import cli, plots
+from modeling_vit_scratch import cli
 from modeling_vit_scratch.evaluation.tables import text_table
 
-from .race import run_name
+from . import race
 
 PROGRAM = "benchmark.py"
 ROOT = Path(__file__).parent.parent.parent
 FIRST_SEED = 42
+draw = race.draw
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,14 @@ def words_of(command: str) -> tuple[dict[str, str], list[str]]:
     return dict(word.split("=", 1) for word in variables), words[len(variables) :]
 
 
-def run_seed(recipe: Path, seed: int, args: argparse.Namespace) -> dict:
-    """`metrics.json` of a run of the recipe's command with this seed; one that is there is not run again.
+def run_seed(recipe: Path, seed: int, args: argparse.Namespace) -> Path:
+    """The folder of a finished run of the recipe's command with this seed; one that is there is not run again.
 
     Raises:
         ValueError: The run failed.
     """
     data = str(Path(args.dataset_name).resolve()) if Path(args.dataset_name).exists() else args.dataset_name
-    folder = args.output / "speedrun" / f"{run_name(recipe, [data, *args.race_options])}-{seed}"
+    folder = args.output / "speedrun" / f"{race.run_name(recipe, [data, *args.race_options])}-{seed}"
     if not (folder / "metrics.json").is_file():
         variables, words = words_of(command_of(recipe))
         words[words.index("--dataset_name") + 1] = data
@@ -90,7 +89,7 @@ def run_seed(recipe: Path, seed: int, args: argparse.Namespace) -> dict:
         ).returncode
         if status:
             raise KeyboardInterrupt if status in (130, -2) else ValueError(f"{recipe.name} failed with seed {seed}.")
-    return json.loads((folder / "metrics.json").read_text())
+    return folder
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -102,24 +101,31 @@ def measure(args: argparse.Namespace) -> dict:
     recipe, track = recipe_of(args.track), TRACKS[args.track]
     if args.dataset_name is None:
         raise ValueError("--dataset_name is missing; a record is one of CIFAR-10.")
-    runs = [run_seed(recipe, seed, args) for seed in range(FIRST_SEED, FIRST_SEED + args.seeds)]
+    folders = {seed: run_seed(recipe, seed, args) for seed in range(FIRST_SEED, FIRST_SEED + args.seeds)}
+    runs = [json.loads((folder / "metrics.json").read_text()) for folder in folders.values()]
     if not args.race_options and any(run["test"]["examples"] != 10_000 for run in runs):
         raise ValueError("a record counts the whole test split of CIFAR-10, 10,000 images.")
     accuracies = [run["test"]["accuracy"] for run in runs]
     row = {
         "track": args.track, "recipe": recipe.name, "date": datetime.date.today().isoformat(),
         "command": command_of(recipe), "goal": track.goal,
-        "seeds": [*range(FIRST_SEED, FIRST_SEED + args.seeds)], "accuracies": accuracies,
+        "seeds": [*folders], "accuracies": accuracies,
         "accuracy": statistics.mean(accuracies), "deviation": statistics.stdev(accuracies) if args.seeds > 1 else None,
         "clock": track.column, "where": track.where, "seconds": [run["time"][track.column] for run in runs],
         "parameters": runs[0]["model"]["parameters"], "dataset": runs[0]["dataset"]["name"],
     }  # fmt: skip
-    return {"row": row, "validation": [run["validation"]["accuracy"] for run in runs]}
+    validation = [run["validation"]["accuracy"] for run in runs]
+    curves = {f"seed {seed}": race.curve_of(folder, track.column) for seed, folder in folders.items()}
+    return {"row": row, "validation": validation, "curves": curves, "unit": _clock(track.column)}
+
+
+def _clock(column: str) -> str:
+    return "CPU seconds" if "cpu" in column else "seconds"
 
 
 def show(result: dict) -> str:
     row = result["row"]
-    clock = "CPU-seconds" if "cpu" in row["clock"] else "seconds"
+    clock = _clock(row["clock"])
     table = [("seed", "test", clock)]
     table += [
         (str(seed), f"{accuracy:.2%}", f"{seconds:,.0f}")
@@ -137,16 +143,3 @@ def show(result: dict) -> str:
     cells += [f"{100 * row['accuracy']:.2f}{spread} %", str(len(row["seeds"])), f"{row['parameters']:,}"]
     line = f"| {' | '.join(cells)} | `{row['command']}` |"
     return f"{textwrap.fill(text, 80)}\n\n{text_table(table)}\n\n{line}"
-
-
-def draw(result: dict) -> Figure:
-    row = result["row"]
-    return plots.plot_tradeoff(
-        {
-            seed: (seconds, accuracy, (accuracy, accuracy))
-            for seed, seconds, accuracy in sorted(
-                zip(row["seeds"], row["seconds"], row["accuracies"], strict=True), key=lambda point: point[1]
-            )
-        },
-        "CPU seconds of training" if "cpu" in row["clock"] else "seconds of training",
-    )

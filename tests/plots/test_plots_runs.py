@@ -126,7 +126,7 @@ def test_race_draws_accuracy_against_time():
     assert [line.get_ydata().tolist() for line in axes.lines] == [[0.3, 0.5, 0.45], [0.4, 0.6]]
     assert axes.get_xlabel() == "CPU seconds of training"
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert texts == ["theirs: 50.00% in 40", "ours: 60.00% in 4"]
+    assert texts == ["theirs: 50.00% in 40 s", "ours: 60.00% in 4 s"]
     for nothing in ({}, {"ours": ([], [])}):
         with pytest.raises(ValueError, match="nothing to draw"):
             plots.plot_race(nothing, "seconds")
