@@ -17,11 +17,30 @@ from .arguments import ModelArguments
 logger = logging.getLogger(__name__)
 
 
+def overridden_fields(arguments: ModelArguments) -> dict:
+    """The fields of the config that `config_overrides` and `image_size` name.
+
+    Raises:
+        ValueError: The data or another option decide one, or it is no field at all.
+    """
+    fields = config_fields(arguments.config_overrides)
+    for name in fields:
+        if name in ("num_labels", "id2label", "label2id"):
+            raise ValueError(f"config_overrides: {name} follows from the classes of the data; leave it out.")
+        if name in ("source", "revision", "cache_dir", "token", "replace_head"):  # `convert_checkpoint` takes them
+            raise ValueError(f"config_overrides: {name} is no field of the config; --help_all lists the options.")
+        if name == "return_dict":
+            raise ValueError("config_overrides: training reads outputs by name; leave out return_dict.")
+    if arguments.image_size is not None:
+        size = fields.setdefault("image_size", arguments.image_size)
+        if size != arguments.image_size:
+            raise ValueError(f"image_size ({arguments.image_size}) is {size} in config_overrides; leave out one.")
+    return fields
+
+
 def make_config(arguments: ModelArguments, class_names: list[str]) -> ViTScratchConfig:
     """The preset's config with its overrides, for these classes."""
-    overrides = config_fields(arguments.config_overrides)
-    if arguments.image_size is not None:
-        overrides["image_size"] = arguments.image_size
+    overrides = overridden_fields(arguments)
     labels = dict(enumerate(class_names))
     return ViTScratchConfig.preset(
         arguments.preset or "showcase",
@@ -43,9 +62,9 @@ def make_processor(
 
 def load_trained(arguments: ModelArguments) -> tuple[ViTScratchForImageClassification, ViTImageProcessorPil]:
     """A trained classifier, ours or converted from another library, and an image processor with its mean and std."""
-    name, fields = arguments.model_name_or_path, config_fields(arguments.config_overrides)
+    name, fields = arguments.model_name_or_path, overridden_fields(arguments)
     where = {"source": arguments.source, "cache_dir": arguments.cache_dir, "token": arguments.token}
-    model = convert_checkpoint(name, image_size=arguments.image_size, replace_head=True, **where, **fields)
+    model = convert_checkpoint(name, replace_head=True, **where, **fields)
     require_unquantized(model, name)
     processor = image_processor_for(name, model, **where)
     return model, make_processor(model.config, processor.image_mean, processor.image_std)

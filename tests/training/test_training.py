@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification, TrainerControl
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 exports it only with torchvision
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.conversion import convert_checkpoint
+from modeling_vit_scratch.conversion import PACKAGED_MODEL, convert_checkpoint
 from modeling_vit_scratch.plots.runs import read_history
 from modeling_vit_scratch.training import (
     DataArguments,
@@ -612,10 +612,25 @@ def test_preset_and_overrides_are_checked(tmp_path, capsys):
         ({"preset": "bse"}, ["bse", "base"]),
         ({"config_overrides": "hidden_sise=3"}, ["hidden_sise", "hidden_size"]),
         ({"config_overrides": "hidden_size"}, ["field=value"]),
+        ({"config_overrides": "num_labels=5"}, ["num_labels", "classes of the data"]),
+        ({"config_overrides": f"{RANDOM},return_dict=false"}, ["return_dict"]),
+        ({"config_overrides": "image_size=16", "image_size": 8}, ["image_size (8) is 16 in config_overrides"]),
     ):
         assert finetune.main(options(tmp_path / "x", **change)) == 2
         message = capsys.readouterr().err
         assert all(word in message for word in words), message
+
+
+def test_overrides_beside_a_trained_model(tmp_path, capsys):
+    trained = {"model_name_or_path": str(PACKAGED_MODEL)}
+    for wrong in ("num_labels=5", "source=timm", "token=x", "cache_dir=x", "replace_head=true"):
+        assert finetune.main(options(tmp_path / "x", **trained, config_overrides=wrong)) == 2
+        assert wrong.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+    model, processor = models_module.load_trained(
+        ModelArguments(**trained, config_overrides="image_size=64,drop_path_rate=0.1")
+    )
+    assert (model.config.image_hw, model.config.drop_path_rate) == ((64, 64), 0.1)
+    assert processor.size["height"] == 64
 
 
 def test_reports_to_tensorboard(tmp_path):
