@@ -8,14 +8,22 @@ from transformers import (
     AutoModelForMaskedImageModeling,
 )
 
-from .configuration_vit_scratch import ViTScratchConfig
-from .modeling_vit_scratch import (
-    ViTScratchBackbone,
-    ViTScratchForImageClassification,
-    ViTScratchForMaskedImageModeling,
-    ViTScratchModel,
-    ViTScratchPreTrainedModel,
-)
+try:
+    from .configuration_vit_scratch import ViTScratchConfig
+    from .modeling_vit_scratch import (
+        ViTScratchBackbone,
+        ViTScratchForImageClassification,
+        ViTScratchForMaskedImageModeling,
+        ViTScratchModel,
+        ViTScratchPreTrainedModel,
+    )
+except ImportError as error:  # transformers imports torchvision where there is one
+    if "torchvision" not in str(error.__cause__):
+        raise
+    raise ImportError(
+        f"torchvision does not fit this PyTorch ({error.__cause__}): install the build that belongs to it, or uninstall "
+        "it, since this package does not need it."
+    ) from None
 
 __version__ = "0.2.0"
 

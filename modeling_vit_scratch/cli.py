@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import yaml
 from transformers.utils import logging as transformers_logging
 
+from .configuration_vit_scratch import nearest
 from .conversion.families import FAMILIES
 from .conversion.processors import read_labels
 from .data import load_split
@@ -53,6 +54,16 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
+
+    def error(self, message: str):
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        super().error(unknown_option(unknown[1], self) if unknown else message)
+
+
+def unknown_option(option: str, parser: argparse.ArgumentParser) -> str:
+    """What there is to say of an option that a parser does not know."""
+    known = [name[2:] for name in parser._option_string_actions if name.startswith("--")]
+    return f"unknown option {option}; the nearest is --{nearest(option[2:], known)}"
 
 
 def describe(doc: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from .conversion.loading import require_unquantized
 from .data.cuts import Split
 from .data.records import Records
+from .data.sources import refuse_image_folder
 from .data.splits import progress_bar
 from .evaluation import Predictor
 from .evaluation.inference import as_predictor, find_split, match_classes
@@ -83,6 +84,7 @@ def export_model(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"OUT {folder} is a file; name a folder.")
+    refuse_image_folder(folder)
     predictor = as_predictor(model, "cpu")
     require_unquantized(predictor.model, predictor.name)
     if predictor.device.type != "cpu":

@@ -37,7 +37,7 @@ from modeling_vit_scratch.conversion.loading import is_own, require_unquantized
 from modeling_vit_scratch.conversion.processors import read_labels
 from modeling_vit_scratch.conversion.proof import TOLERANCE, Verification
 from modeling_vit_scratch.conversion.reading import one_line
-from modeling_vit_scratch.data.sources import public_name
+from modeling_vit_scratch.data.sources import public_name, refuse_image_folder
 from modeling_vit_scratch.evaluation.tables import text_table
 from modeling_vit_scratch.hub import write_model_card
 
@@ -141,6 +141,7 @@ def convert(arguments: argparse.Namespace) -> int:
         raise ValueError("convert.py needs CHECKPOINT and OUT, or --list.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT {out} is a file; name a folder.")
+    refuse_image_folder(out)
     if Path(checkpoint).exists() and out.resolve() in (Path(checkpoint).resolve(), Path(checkpoint).resolve().parent):
         raise ValueError(f"OUT {out} holds the checkpoint itself; name another folder.")
     written = "model.npz" if arguments.to == "jax" else "model.safetensors"

@@ -21,7 +21,6 @@ wrong; 130 after Ctrl-C, SIGTERM or SIGUSR1, which save a checkpoint.
 """
 
 import argparse
-import difflib
 import re
 import sys
 from pathlib import Path
@@ -31,11 +30,13 @@ from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser
 
 from modeling_vit_scratch import cli
+from modeling_vit_scratch.configuration_vit_scratch import nearest
 from modeling_vit_scratch.data.sources import CIFAR10, DIGITS, default_dataset
 from modeling_vit_scratch.hub import HubError, mask_tokens
 from modeling_vit_scratch.training import DataArguments, ImageTrainingArguments, ModelArguments, finetune, pretrain
 from modeling_vit_scratch.training.arguments import MASKED
 from modeling_vit_scratch.training.defaults import advice, choose_settings, look_at
+from modeling_vit_scratch.training.output import remove_if_empty
 from modeling_vit_scratch.training.processes import RunLost, say_lost
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -64,7 +65,13 @@ UNNAMED_DISPLACED_BY |= {"muon_learning_rate": ("optim",), "bf16": ("fp16",), "a
 
 
 class _Formatter(cli.HelpFormatter):
-    """Show one spelling per option, and VALUE instead of its choices."""
+    """Show one spelling per option, VALUE instead of its choices, and its default where its text does not."""
+
+    def _get_help_string(self, action):
+        default = getattr(action.default, "value", action.default)
+        if default in (None, argparse.SUPPRESS, [], {}) or "default" in action.help.lower():
+            return action.help
+        return f"{action.help} Default: {str(default).replace('%', '%%')}."
 
     def _format_action_invocation(self, action):
         takes_value = action.nargs != 0
@@ -131,8 +138,7 @@ def read_recipe(path: Path, known: set[str]) -> dict:
         raise ValueError(f"recipe {path}: must hold lines of the form 'option: value'.")
     for key in recipe:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"recipe {path}: unknown key {key!r}; the nearest is {near!r}.")
+            raise ValueError(f"recipe {path}: unknown key {key!r}; the nearest is {nearest(str(key), known)!r}.")
     return recipe
 
 
@@ -182,8 +188,9 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTraining
     options = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for option in options:
         if option not in parser._option_string_actions:
-            near = difflib.get_close_matches(option, parser._option_string_actions, n=1, cutoff=0.0)[0]
-            parser.error(f"unknown option {option}; the nearest is {near}")
+            parser.error(
+                f"unknown option {option}; the nearest is {cli.nearest(option, parser._option_string_actions)}"
+            )
     given = {option[2:].replace("-", "_") for option in options}
     try:
         settings = without_displaced(read_recipe(recipe, known), given, DISPLACED_BY) if recipe else {}
@@ -241,6 +248,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"finetune.py: {lost}", file=sys.stderr)
         return 1
+    finally:
+        if arguments:
+            remove_if_empty(arguments[2])
     return 0 if result is not None else 130  # 130: stopped by Ctrl-C, as shells count it
 
 

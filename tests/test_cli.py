@@ -1,10 +1,13 @@
 """The scripts on a terminal: one look and feel, help that is true, streams, and exit statuses."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
-from runs import SCRIPTS, load_script
+from runs import ROOT, SCRIPTS, load_script
 
 NAMES = sorted(path.stem for path in SCRIPTS.glob("*.py") if "\ndef main(" in path.read_text())
 # A command line with nothing wrong but its input, and the exit status.
@@ -78,6 +81,7 @@ def test_wrong_usage_is_one_line(name, capsys):
     [
         (["predict", "a.png", "--top_k", "x"], "argument --top_k: 'x' is no whole number"),
         (["predict", "a.png", "--top_k", "0"], "argument --top_k: 0 must be at least 1"),
+        (["predict", "a.png", "--batch_sise", "3"], "unknown option --batch_sise; the nearest is --batch_size"),
         (["demo", "--port", "99999"], "--port (99999) must be at most 65535"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -93,3 +97,17 @@ def test_bad_input_is_named(name, tmp_path, capsys):
     assert (status, out) == (expected, "")
     assert err.startswith(f"{name}.py: ") and (expected == 1 or err.count("\n") == 1)
     assert MISSING in err or "pip install" in err  # the page's extra may be missing
+
+
+def test_a_torchvision_of_another_build_is_said(tmp_path):
+    """In a line below the traceback; transformers tells only of a module that it could not import."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        'raise RuntimeError("operator torchvision::nms does not exist")'
+    )
+    (tmp_path / "torchvision-0.1.dist-info").mkdir()
+    (tmp_path / "torchvision-0.1.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.1\n")
+    found = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    ended = subprocess.run([sys.executable, "-c", "import modeling_vit_scratch"], env=found, capture_output=True)
+    line = ended.stderr.decode().splitlines()[-1]
+    assert line.startswith("ImportError: torchvision does not fit this PyTorch (operator torchvision::nms does not")

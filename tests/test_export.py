@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from made_data import write_image_folder
 from runs import load_script
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
@@ -215,11 +216,13 @@ def test_without_the_extra(trained, tmp_path, capsys, monkeypatch):
 def test_wrong_usage(trained, tmp_path, capsys):
     _, folder = trained
     (tmp_path / "file").write_text("")
+    write_image_folder(tmp_path / "photos", 1)
     untrained = ViTScratchForImageClassification(ViTScratchConfig(**FIELDS, num_labels=10))
     untrained.save_pretrained(tmp_path / "untrained")
     program = ["--formats", "program"]
     for argv, words in [
         ([folder, tmp_path / "file", *program], "is a file; name a folder"),
+        ([folder, tmp_path / "photos", *program], "photos is a folder of images"),
         ([tmp_path / "untrained", tmp_path / "out", *program], "no trained classifier"),
         ([tmp_path / "nothing", tmp_path / "out", *program], "nothing"),
     ]:

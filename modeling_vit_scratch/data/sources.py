@@ -242,15 +242,22 @@ def _image_folder(folder: Path, split: str) -> datasets.Dataset:
     loose = [path.name for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions()]
     if loose:
         raise ValueError(f"split {split!r}: {loose[0]} lies in {folder} beside the classes; move it into one of them.")
-    paths, labels = [], []
+    paths, labels, left_out = [], [], []
+    suffixes = {"", *_image_suffixes()}
     for label, directory in enumerate(directories):
         files = sorted(path for path in directory.rglob("*") if path.is_file() and _is_visible(path, directory))
+        left_out += [path for path in files if path.suffix.lower() not in suffixes]
+        files = [path for path in files if path.suffix.lower() in suffixes]
         if not files:
             raise ValueError(
                 f"split {split!r}: class {directory.name!r} has no images; add some or remove {directory}."
             )
         paths += [str(path) for path in files]
         labels += [label] * len(files)
+    if left_out:
+        logger.warning("Left out of %s, by their names no images: %s", folder, ", ".join(map(str, left_out[:5])))
+        if len(left_out) > 5:
+            logger.warning("... and %d more", len(left_out) - 5)
     features = datasets.Features(
         {
             "image": datasets.Image(decode=False),
@@ -272,9 +279,28 @@ def _loose_images(folder: Path, split: str) -> datasets.Dataset:
 
 def images_below(folder: Path) -> list[Path]:
     """The files in a folder and below it whose names are of images that can be read, sorted; no hidden ones."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = _image_suffixes()
     files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and _is_visible(path, folder))
     return sorted(path for path in files if path.is_file())
+
+
+def refuse_image_folder(folder: Path):
+    """Raise a ValueError if a folder to be written to holds images, or directories of them, that are no run's: they
+    would be mixed with what is written, and read with it as data.
+    """
+    suffixes, ours = _image_suffixes(), ("samples.png", "plots", "widget")
+    for root, directories, files in os.walk(folder):
+        if Path(root) == folder:
+            files = [name for name in files if name not in ours]
+            directories[:] = [name for name in directories if name not in ours and not name.startswith(".")]
+        for name in files:
+            if Path(name).suffix.lower() in suffixes:
+                raise ValueError(f"{folder} is a folder of images ({Path(root) / name}); choose one to write to.")
+
+
+def _image_suffixes() -> set[str]:
+    """Of files that can be read as images, with their dots."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def _is_visible(path: Path, root: Path) -> bool:

@@ -332,8 +332,9 @@ class ImageTrainingArguments(TrainingArguments):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < math.inf:
                 raise ValueError(f"{name} ({rate}) must be a number, 0 or above.")
-        if self.gradient_accumulation_steps < 1:
-            raise ValueError(f"gradient_accumulation_steps ({self.gradient_accumulation_steps}) must be at least 1.")
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay ({self.layer_decay}) must be in (0, 1]; 1 switches it off.")
         if self.muon_learning_rate is not None and not self.optim.value.startswith("adamw_torch"):

@@ -1,9 +1,11 @@
 """The output folder: taken or free, what a run writes into it, and whether it will fit."""
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
 
+from ..data.sources import refuse_image_folder
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from . import checkpoints, lora
 from .arguments import ImageTrainingArguments, ModelArguments
@@ -47,6 +49,8 @@ def settle_output(arguments: ImageTrainingArguments, model: ModelArguments, data
             raise ValueError(
                 f"{folder} is to be overwritten, but model_name_or_path ({trained}) lies in it; choose another."
             )
+    else:
+        refuse_image_folder(folder)
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +59,13 @@ def settle_output(arguments: ImageTrainingArguments, model: ModelArguments, data
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir.") from error
     return str(folder), resume
+
+
+def remove_if_empty(arguments: ImageTrainingArguments):
+    """Take back the folder that a run named itself, if it ended before it wrote anything: names would count up."""
+    if arguments.output_dir_is_default and arguments.output_dir and arguments.process_index == 0:
+        with contextlib.suppress(OSError):  # it holds something, or was never made
+            Path(arguments.output_dir).rmdir()
 
 
 # What a run writes into its output folder. Logs of `--report_to` carry the time of their run, and stay.

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from foreign import NEAR, assert_same, needs_timm, of_transformers, timm, timm_folder, timm_tensors, torchvision
+from made_data import write_image_folder
 from runs import load_script
 from safetensors.torch import save_file
 
@@ -141,6 +142,9 @@ def test_convert_script_leaves_no_two_models_in_a_folder(script, vit_folder, tmp
     (out / "metrics.json").write_text("{}")  # of a run
     assert script.main([folder, str(out)]) == 2
     assert "holds metrics.json of another model; name another folder" in capsys.readouterr().err
+    photos = write_image_folder(tmp_path / "photos", 1)
+    assert script.main([folder, photos]) == 2
+    assert "photos is a folder of images" in capsys.readouterr().err
 
 
 def test_convert_script_help_begins_with_an_example(script, capsys):

@@ -104,6 +104,33 @@ def test_image_folder_of_nested_directories(tmp_path):
     assert len(sources.load_raw(str(tmp_path))["train"]) == 12
 
 
+def test_other_files_beside_images_are_left_out_and_said(tmp_path, caplog):
+    """By their names: one without a suffix may be an image, and is read."""
+    write_image_folder(tmp_path, 4)
+    for number in range(7):
+        (tmp_path / "cat" / f"notes{number}.txt").write_text("of 2019")
+    (tmp_path / "cat" / "000.png").rename(tmp_path / "cat" / "000")
+    (train,) = sources.load_raw(str(tmp_path)).values()
+    assert len(train) == 12 and not any(image["path"].endswith(".txt") for image in train["image"])
+    assert "notes0.txt" in caplog.text and "and 2 more" in caplog.text
+    for path in (tmp_path / "dog").iterdir():
+        path.rename(path.with_suffix(".doc"))
+    with pytest.raises(ValueError, match="class 'dog' has no images"):
+        sources.load_raw(str(tmp_path))
+
+
+def test_a_folder_of_images_is_not_written_to(tmp_path):
+    run = tmp_path / "run"
+    for name in ("plots/confusion_matrix.png", "widget/0.jpg", "samples.png", "model.onnx"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    sources.refuse_image_folder(run)
+    sources.refuse_image_folder(tmp_path / "new")
+    write_image_folder(tmp_path / "photos", 1)
+    with pytest.raises(ValueError, match=r"photos is a folder of images \(.*\.png\); choose one to write to"):
+        sources.refuse_image_folder(tmp_path / "photos")
+
+
 def test_a_class_may_be_named_like_a_split(tmp_path):
     write_image_folder(tmp_path, 4, classes=["car", "train", "test"])
     splits = load_splits(str(tmp_path), make_processor(), train_val_split=0.25)

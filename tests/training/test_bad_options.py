@@ -5,6 +5,7 @@ import re
 
 import pytest
 from bad_files import write
+from made_data import write_image_folder
 from runs import load_script
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -112,8 +113,45 @@ def test_the_tables_of_recipes_are_long_enough():
     assert len(BAD_RECIPES) + len(GOOD_RECIPES) >= 21
 
 
-def test_an_unknown_option_is_told_its_nearest(finetune, capsys):
+@pytest.mark.parametrize(
+    ("option", "right"),
+    [("--learning_rat", "--learning_rate"), ("--batch_size", "--per_device_train_batch_size")],
+)
+def test_an_unknown_option_is_told_its_nearest(option, right, finetune, capsys):
     with pytest.raises(SystemExit) as stop:
-        finetune.parse(["--dataset_name", "digits", "--learning_rat=1e-3"])
+        finetune.parse(["--dataset_name", "digits", f"{option}=1e-3"])
     assert stop.value.code == 2
-    assert "unknown option --learning_rat; the nearest is --learning_rate" in capsys.readouterr().err
+    assert f"unknown option {option}; the nearest is {right}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "per_device_eval_batch_size"])
+def test_a_batch_of_no_images(name, finetune, capsys):
+    with pytest.raises(SystemExit):
+        finetune.parse(["--dataset_name", "digits", f"--{name}", "0"])
+    assert f"{name} (0) must be at least 1" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_leaves_no_folder(finetune, tmp_path, monkeypatch, capsys):
+    """The next one would be called showcase-digits-2."""
+    monkeypatch.chdir(tmp_path)
+    wrong = ["--preset", "showcase", "--config_overrides", "num_labels=3", "--use_cpu", "true"]
+    assert finetune.main(["--dataset_name", "digits", *wrong]) == 2
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_folder_of_images_is_no_output_folder(finetune, tmp_path, capsys):
+    write_image_folder(tmp_path, 2)
+    argv = ["--dataset_name", str(tmp_path), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    for overwrite in ("false", "true"):
+        assert finetune.main([*argv, "--overwrite_output_dir", overwrite]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path} is a folder of images" in error and error.rstrip().endswith("choose one to write to.")
+    assert all(path.is_dir() or path.suffix == ".png" for path in tmp_path.rglob("*"))
+
+
+def test_help_shows_the_defaults(finetune, capsys):
+    with pytest.raises(SystemExit):
+        finetune.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Highest learning rate. Default: 0.001." in text and "Images per step and process. Default: 64." in text
+    assert text.count("Default: 3") == 1, "where the text says it, it stands there once"
