@@ -21,8 +21,8 @@ except ImportError as error:  # transformers imports torchvision where there is 
     if "torchvision" not in str(error.__cause__):
         raise
     raise ImportError(
-        f"torchvision does not fit this PyTorch ({error.__cause__}): install the build that belongs to it, or uninstall "
-        "it, since this package does not need it."
+        f"torchvision does not fit this PyTorch ({error.__cause__}): install the build that belongs to it, or "
+        "uninstall it; this package does not need it."
     ) from None
 
 __version__ = "0.2.0"

@@ -63,6 +63,9 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
 def unknown_option(option: str, parser: argparse.ArgumentParser) -> str:
     """What there is to say of an option that a parser does not know."""
     known = [name[2:] for name in parser._option_string_actions if name.startswith("--")]
+    longer = [name for name in known if name.endswith(f"_{option[2:]}")]  # --batch_size: of training, or of evaluation
+    if len(longer) > 1:
+        return f"unknown option {option}; there are {', '.join(f'--{name}' for name in longer)}"
     return f"unknown option {option}; the nearest is --{nearest(option[2:], known)}"
 
 

@@ -120,7 +120,8 @@ before = now
 @pytest.mark.needs("lightning")
 def test_loops(place, client, program):
     says = ("GPU available", "TPU available", "Tip: ", "training batches .* logging interval", "`max_epochs=1` reached")
-    there, _ = client(program("A plain loop", "accelerate", "Lightning", first=LOAD, then=LEARNED), says=says)
+    loops = "A plain loop", "transformers' Trainer", "accelerate", "Lightning"
+    there, _ = client(program(*loops, first=LOAD, then=LEARNED), says=says)
     assert (there / "runs" / "again" / "model.safetensors").is_file()
 
 

@@ -115,13 +115,17 @@ def test_the_tables_of_recipes_are_long_enough():
 
 @pytest.mark.parametrize(
     ("option", "right"),
-    [("--learning_rat", "--learning_rate"), ("--batch_size", "--per_device_train_batch_size")],
+    [
+        ("--learning_rat", "the nearest is --learning_rate"),
+        ("--train_batch_size", "the nearest is --per_device_train_batch_size"),
+        ("--batch_size", "there are --per_device_train_batch_size, --per_device_eval_batch_size"),
+    ],
 )
 def test_an_unknown_option_is_told_its_nearest(option, right, finetune, capsys):
     with pytest.raises(SystemExit) as stop:
         finetune.parse(["--dataset_name", "digits", f"{option}=1e-3"])
     assert stop.value.code == 2
-    assert f"unknown option {option}; the nearest is {right}" in capsys.readouterr().err
+    assert f"unknown option {option}; {right}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["per_device_train_batch_size", "per_device_eval_batch_size"])
@@ -140,7 +144,7 @@ def test_a_run_that_fails_leaves_no_folder(finetune, tmp_path, monkeypatch, caps
 
 
 def test_a_folder_of_images_is_no_output_folder(finetune, tmp_path, capsys):
-    write_image_folder(tmp_path, 2)
+    write_image_folder(tmp_path, 20)
     argv = ["--dataset_name", str(tmp_path), "--output_dir", str(tmp_path), "--use_cpu", "true"]
     for overwrite in ("false", "true"):
         assert finetune.main([*argv, "--overwrite_output_dir", overwrite]) == 2
