@@ -58,9 +58,14 @@ def write_model_card(folder: str | Path, status: str | None = None, base_model: 
         head, results, end = _pretrained_head(metrics, name), _pretrained_results(metrics), [_PRETRAINED_USE]
         classes = []
     else:
-        data = _data("image-classification", hub_id, _evaluations(metrics, name, hub_id), (base, base_id))
-        head, results, end = _head(metrics, name), _results(metrics), [_use(config), _limits(config, metrics)]
         classes = [*(metrics["dataset"].get("class_names") or (config.get("id2label") or {}).values())]
+        accuracies = {"accuracy": "top-1"}
+        if len(classes) > 5:  # else the right one is always among five
+            accuracies["top5_accuracy"] = "top-5"
+        evaluations = _evaluations(metrics, accuracies, name, hub_id)
+        data = _data("image-classification", hub_id, evaluations, (base, base_id))
+        head, results = _head(metrics, name), _results(metrics, accuracies)
+        end = [_use(config), _limits(config, metrics)]
     origin = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else base and _escape(base)
     facts = _facts(config, metrics, link, classes, origin)
     sections = [*head, facts, status, results, _plots(folder), _training(metrics), *end, _licence(link, origin)]
@@ -90,7 +95,7 @@ def _data(
     )
 
 
-def _evaluations(metrics: dict, name: str | None, hub_id: str | None) -> list[EvalResult]:
+def _evaluations(metrics: dict, accuracies: dict[str, str], name: str | None, hub_id: str | None) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-classification",
@@ -99,10 +104,10 @@ def _evaluations(metrics: dict, name: str | None, hub_id: str | None) -> list[Ev
             dataset_name=name,
             dataset_split="test",
             metric_type=key,
-            metric_name=metric_name,
+            metric_name=f"{label.capitalize()} accuracy",
             metric_value=metrics["test"][key],
         )
-        for key, metric_name in (("accuracy", "Top-1 accuracy"), ("top5_accuracy", "Top-5 accuracy"))
+        for key, label in accuracies.items()
         if name and _is_number(metrics["test"].get(key))
     ]
 
@@ -160,8 +165,8 @@ def _facts(config: dict, metrics: dict, link: str | None, classes: list[str], or
     return "\n".join(f"- **{label}:** {fact}" for label, fact in facts.items())
 
 
-def _results(metrics: dict) -> str:
-    columns = {"examples": "images", "accuracy": "top-1", "top5_accuracy": "top-5", "loss": "loss"}
+def _results(metrics: dict, accuracies: dict[str, str]) -> str:
+    columns = {"examples": "images", **accuracies, "loss": "loss"}
     if any("flip_tta_accuracy" in metrics[split] for split in ("test", "validation")):
         columns["flip_tta_accuracy"] = "top-1, mean with the mirror image"
     shown = defaultdict(lambda: _percent, examples="{:,}".format, loss="{:.4f}".format)

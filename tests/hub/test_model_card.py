@@ -24,10 +24,10 @@ def test_card_says_what_the_files_say(folder):
     assert head["datasets"] == ["uoft-cs/cifar10"]
     (result,) = head["model-index"][0]["results"]
     assert result["dataset"] == {"name": "uoft-cs/cifar10", "type": "uoft-cs/cifar10", "split": "test"}
-    assert [(m["type"], m["value"]) for m in result["metrics"]] == [("accuracy", 0.6184), ("top5_accuracy", 0.9534)]
+    assert [(m["type"], m["value"]) for m in result["metrics"]] == [("accuracy", 0.6184)]
     for text in (
-        "| test | 10,000 | 61.84 % | 95.34 % | 1.2345 |",
-        "| validation | 5,000 | 61.23 % | 95.12 % | 1.2500 |",
+        "| test | 10,000 | 61.84 % | 1.2345 |",
+        "| validation | 5,000 | 61.23 % | 1.2500 |",
         "847,626", "12,345,678", "45,000 train, 5,000 validation, 10,000 test images", "airplane, cat, dog",
         "| `augmentation.horizontal_flip` | 0.5 |", "5 min 0 s", "4 min 50 s", "A processor, 2 cores", "2.13.0",
         "python scripts/finetune.py --num_train_epochs 8", "trust_remote_code=True", "revision=revision",
@@ -36,6 +36,20 @@ def test_card_says_what_the_files_say(folder):
         assert text in card.text, text
     shown = re.findall(r"\]\(plots/(\w+)\.png\)", card.text)
     assert shown == ["training_curves", "confusion_matrix", "another"]
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_card_has_top_5_where_there_are_more_than_five_classes(folder, classes):
+    write_metrics(folder, dataset={**METRICS["dataset"], "class_names": [f"c{i}" for i in range(classes)]})
+    card = ModelCard.load(write_model_card(folder))
+    types = [result.metric_type for result in card.data.eval_results]
+    if classes > 5:
+        assert types == ["accuracy", "top5_accuracy"]
+        assert "| split | images | top-1 | top-5 | loss |" in card.text
+        assert "| test | 10,000 | 61.84 % | 95.34 % | 1.2345 |" in card.text
+    else:
+        assert types == ["accuracy"] and "| split | images | top-1 | loss |" in card.text
+        assert "top-5" not in card.text and "95.34 %" not in card.text
 
 
 def test_card_code_runs_where_the_config_says_tuples(folder):
@@ -125,7 +139,7 @@ def test_the_hub_client_reads_the_card_without_a_complaint(folder, caplog):
     card = ModelCard.load(path, ignore_metadata_errors=False)
     index = card.data.to_dict()["model-index"]
     name, results = model_index_to_eval_results(index)
-    assert name == card.data.model_name and [result.metric_value for result in results] == [0.6184, 0.9534]
+    assert name == card.data.model_name and [result.metric_value for result in results] == [0.6184]
     assert eval_results_to_model_index(name, results) == index
     assert all(
         result.is_equal_except_value(given) for result, given in zip(results, card.data.eval_results, strict=True)
