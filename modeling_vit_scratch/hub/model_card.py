@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vit_scratch import ViTScratchConfig
-from .masking import is_token_flag, public_command, public_dataset, public_text
+from .masking import PATH_PLACEHOLDER, is_token_flag, public_command, public_dataset, public_text
 
 REPO_PLACEHOLDER = "OWNER/REPO"  # stands in a card until it is pushed; then the repository's id
 # Fields of the config that make another model of the same size.
@@ -32,7 +32,7 @@ def write_model_card(folder: str | Path, status: str | None = None, base_model: 
     """Write `README.md` for a trained folder from its `config.json`, `metrics.json` and `plots/`.
 
     What the files do not say, the card does not say: a missing metric is left out, never guessed. Paths of this
-    machine are cut to their last component, and tokens in the command are masked.
+    machine are cut to their last component, a placeholder before it in the command, where tokens are masked too.
 
     Args:
         folder: A classifier or a model pre-trained without labels, as `save_pretrained` and the training write it;
@@ -207,6 +207,8 @@ def _training(metrics: dict) -> str | None:
     if metrics["command"]:
         command = public_command(str(metrics["command"]), metrics["dataset"].get("name"))
         parts.append(f"The command:\n\n```bash\n{command}\n```")
+        if PATH_PLACEHOLDER in command:
+            parts.append(f"What begins with `{PATH_PLACEHOLDER}` is a placeholder: put a path of yours there.")
     return "\n\n".join(["## Training", *parts]) if parts else None
 
 

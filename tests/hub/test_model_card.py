@@ -13,7 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from modeling_vit_scratch.hub import write_model_card
+from modeling_vit_scratch.data.sources import public_name
+from modeling_vit_scratch.hub import public_command, write_model_card
 
 
 def test_card_says_what_the_files_say(folder):
@@ -98,8 +99,35 @@ def test_card_leaks_no_path_and_no_token(folder, name):
     text = write_model_card(folder).read_text()
     for secret in ("zoe9", "secret", TOKEN, WRONG_TOKEN, "abc", "datasets:", "huggingface.co/datasets"):
         assert secret not in text, secret
-    assert "trained on cifar10" in text and "--dataset_name cifar10" in text and "--output_dir=x" in text
+    assert "trained on cifar10" in text and "python scripts/finetune.py --dataset_name path/to/cifar10 " in text
+    assert "--output_dir=path/to/x" in text and "begins with `path/to/` is a placeholder" in text
     assert yaml.safe_load(text.split("---")[1])["model-index"][0]["results"][0]["dataset"]["type"] == "cifar10"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "given", "shown"),
+    [
+        ("/a/zoe9/few", "python scripts/finetune.py --dataset_name /a/zoe9/few --output_dir ~/zoe9/runs/mine",
+         "python scripts/finetune.py --dataset_name path/to/few --output_dir path/to/mine"),
+        ("../zoe9/few", "/zoe9/torchrun --nproc_per_node 2 /zoe9/vit/scripts/finetune.py --dataset_name ../zoe9/few",
+         "torchrun --nproc_per_node 2 scripts/finetune.py --dataset_name path/to/few"),
+        ("digits", "python /zoe9/scripts/finetune.py /zoe9/scripts/recipes/digits.yaml --dataset_name digits",
+         "python scripts/finetune.py scripts/recipes/digits.yaml --dataset_name digits"),
+        ("uoft-cs/cifar10",
+         "python 'C:\\zoe9\\scripts\\finetune.py' --dataset_name uoft-cs/cifar10 --output_dir runs/mine",
+         "python scripts/finetune.py --dataset_name uoft-cs/cifar10 --output_dir runs/mine"),
+        ("cifar10", "python scripts/finetune.py --dataset_name cifar10 --model_name_or_path=/zoe9/scripts/secret/base",
+         "python scripts/finetune.py --dataset_name cifar10 --model_name_or_path=path/to/base"),
+        (None, "accelerate launch /zoe9/mine.py --dataset_name . --output_dir '/zoe9/my runs'",
+         "accelerate launch path/to/mine.py --dataset_name path/to/folder --output_dir 'path/to/my runs'"),
+    ],
+)  # fmt: skip
+def test_commands_paths_become_placeholders(folder, dataset, given, shown):
+    """And stay so when the command is made public again: the run's metrics.json has it as the card shows it."""
+    assert public_command(given, dataset) == public_command(shown, dataset) == shown
+    write_metrics(folder, command=shown, dataset={**METRICS["dataset"], "name": public_name(dataset or "few")})
+    text = write_model_card(folder).read_text()
+    assert f"```bash\n{shown}\n```" in text and ("is a placeholder" in text) == ("path/to/" in shown)
 
 
 def test_card_of_a_local_folder_that_looks_like_a_hub_id(folder, monkeypatch):
@@ -107,7 +135,7 @@ def test_card_of_a_local_folder_that_looks_like_a_hub_id(folder, monkeypatch):
     monkeypatch.chdir(folder)
     write_metrics(folder, dataset={"name": "data/cifar10"}, command="python finetune.py --dataset_name data/cifar10")
     text = write_model_card(folder).read_text()
-    assert "datasets:" not in text and "data/cifar10" not in text and "--dataset_name cifar10" in text
+    assert "datasets:" not in text and "data/cifar10" not in text and "--dataset_name path/to/cifar10" in text
 
 
 @pytest.mark.parametrize(
@@ -173,7 +201,7 @@ def test_card_of_a_pretrained_model(folder):
         "60% of an image is hidden, in squares of 8x8 pixels, and the model paints it",
         "**Parameters:** 847,626", "**Data:** images: 1,200 train images", "`f00`",
         "hidden pixels on 300 images held out: 0.5124 standard deviations", "| `mask_ratio` | 0.6 |", "5 min 0 s",
-        "scripts/finetune.py --model_name_or_path FOLDER", "--dataset_name images --hub_token ***",
+        "scripts/finetune.py --model_name_or_path FOLDER", "--dataset_name path/to/images --hub_token ***",
     ):  # fmt: skip
         assert text in card.text, text
     assert re.findall(r"\]\(plots/(\w+)\.png\)", card.text)[0] == "reconstructions"
