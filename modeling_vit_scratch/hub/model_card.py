@@ -245,6 +245,11 @@ Fine-tune it on images with labels:
 ```bash
 python scripts/finetune.py --model_name_or_path FOLDER --dataset_name ...
 ```"""
+# What `data.sources.load_image` does and transformers' `load_image` does not.
+_CONVERT_FIRST = """modeling_vit_scratch, in training too, lays transparent pixels on white and scales 16-bit grey to \
+8 bits; transformers' pipeline drops transparency and clips 16 bits, so that the same file can get another class. \
+Convert it first, by `Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))\
+.convert("RGB")` or, of 16 bits, by `image.convert("I").point(lambda v: v / 257 + 0.5).convert("L")`."""
 _NO_RESULTS = "## Results\n\nNo results were saved with this model."
 
 
@@ -252,6 +257,7 @@ def _limits(config: dict, metrics: dict) -> str:
     limits = ["It gives every image one of its classes, however little the image resembles any of them."]
     if config.get("image_size") is not None:
         limits.append(f"Images are resized to {_pixels(config['image_size'])} pixels; finer detail is lost.")
+    limits.append(_CONVERT_FIRST)
     test = metrics["test"]
     if _is_number(test.get("accuracy")):
         wrong = f"It is wrong on {_percent(1 - test['accuracy'])} of the test images"

@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import numpy as np
 import pytest
 import yaml
 from hub_folders import CLASSES, METRICS, edit_json, write_metrics
@@ -13,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from modeling_vit_scratch.data.sources import public_name
+from modeling_vit_scratch.data.sources import load_image, public_name
 from modeling_vit_scratch.hub import public_command, write_model_card
 
 
@@ -62,6 +63,19 @@ def test_card_code_runs_where_the_config_says_tuples(folder):
     names = {"AutoImageProcessor": AutoImageProcessor}
     exec(code, names)
     assert {answer["label"] for answer in names["classify"](Image.new("RGB", (20, 20)))} == set(CLASSES)
+
+
+def test_card_says_how_images_that_pipelines_read_otherwise_are_converted(folder):
+    """By each of its lines the image becomes what training makes of it, which the pipeline's own reading is not."""
+    [line] = [line for line in write_model_card(folder).read_text().splitlines() if "clips 16 bits" in line]
+    of_alpha, of_16_bits = re.findall("`(.*?)`", line)
+    alpha = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8))
+    deep = Image.fromarray(np.arange(1 << 16, dtype=np.uint16).reshape(256, 256))
+    for expression, image in ((of_alpha, alpha), (of_alpha, alpha.convert("LA")), (of_16_bits, deep)):
+        seen = np.asarray(load_image(image))
+        assert not np.array_equal(seen, np.asarray(image.convert("RGB")))
+        converted = eval(expression, {"Image": Image, "image": image}).convert("RGB")
+        np.testing.assert_array_equal(np.asarray(converted), seen)
 
 
 def test_card_names_what_is_not_as_in_the_paper(folder):
