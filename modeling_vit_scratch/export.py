@@ -48,7 +48,7 @@ def export_model(
         export_model("runs/mine", "exported", formats=["program"])
 
     Each file takes `pixel_values`, float32 (batch, channels, height, width), any batch, and gives `logits` (batch,
-    classes), or `features` (batch, width) if the model has no classes. Beside them lie the model's config.json and
+    classes), or `features` (batch, width) if `num_labels` is 0. Beside them lie the model's config.json and
     preprocessor_config.json. Nothing is written unless all files are right; of an earlier export nothing stays.
 
     Args:

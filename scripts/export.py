@@ -11,10 +11,11 @@ of the model: the names of its classes, and how it takes images. Of an earlier
 export into OUT nothing stays.
 
 Each takes `pixel_values`, float32 (batch, channels, height, width), any batch,
-and gives `logits` (batch, classes), or `features` (batch, width) if the model
-has no classes. Each is run on random images beside the model: a difference
-above 1e-4 is an error, save for int8, whose price is what --dataset shows.
-Times are medians of calls that take turns, on the CPU.
+and gives `logits` (batch, classes), or `features` (batch, width) if num_labels
+is 0 in the model's config; a classifier that was never trained is refused.
+Each is run on random images beside the model: a difference above 1e-4 is an
+error, save for int8, whose price is what --dataset shows. Times are medians of
+calls that take turns, on the CPU.
 
 Exit status: 0; 1, nothing written, if a file does not compute what the model
 does; 2 if the model, the dataset or an option is wrong.

@@ -10,7 +10,13 @@ from made_data import write_image_folder
 from runs import load_script
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, export
+from modeling_vit_scratch import (
+    ViTScratchConfig,
+    ViTScratchForImageClassification,
+    ViTScratchForMaskedImageModeling,
+    export,
+)
+from modeling_vit_scratch.conversion import convert_checkpoint
 from modeling_vit_scratch.data import load_split
 from modeling_vit_scratch.evaluation import Predictor, programs
 
@@ -233,6 +239,15 @@ def test_wrong_usage(trained, tmp_path, capsys):
         script.main([str(folder), str(tmp_path / "out"), *program, "--int8"])
     assert stop.value.code == 2
     assert "add onnx to --formats" in capsys.readouterr().err
+
+
+def test_a_model_that_was_only_pre_trained_is_refused_without_talk_of_a_new_head(tmp_path, capsys, caplog):
+    save(ViTScratchForMaskedImageModeling(ViTScratchConfig(**FIELDS)), tmp_path / "masked")
+    status, output, said = run(capsys, tmp_path / "masked", tmp_path / "out", "--formats", "program")
+    assert (status, output) == (2, "") and "no trained classifier" in said.splitlines()[-1]
+    assert "head" not in said + caplog.text and not (tmp_path / "out").exists()
+    convert_checkpoint(tmp_path / "masked", num_labels=3)  # which may be trained
+    assert "Made a new head for 3 classes." in caplog.text
 
 
 def test_help_begins_with_an_example_and_fits(capsys):

@@ -115,6 +115,8 @@ def find_own_folder(located) -> Path | None:
     return None
 
 
+# What says that a head was made: to who trains it, and not to who only predicts.
+HEADS = logging.getLogger(f"{__name__}.heads")
 # Whose table of missing and left-over tensors is not printed: we say it our way.
 REPORT = logging.getLogger("transformers.modeling_utils")
 
@@ -301,7 +303,7 @@ def _change(
         state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
         if num_labels != config.num_labels:
             config.num_labels = num_labels
-        logger.warning("Made a new head for %d classes.", num_labels)
+        HEADS.warning("Made a new head for %d classes.", num_labels)
     if id2label is not None:
         config.id2label = {int(index): str(name) for index, name in id2label.items()}
         config.label2id = {name: index for index, name in config.id2label.items()}

@@ -1,6 +1,7 @@
 """The encoded images and checked labels of each split, and how validation is cut from train."""
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -58,6 +59,17 @@ class Records:
             for value in self.dataset[self.rows[start : start + 1024]][self.image_column]:
                 value = value or {"bytes": b"", "path": None}
                 yield Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
+
+    def files(self, folder: str | Path) -> list[str] | None:
+        """The images' paths below a folder; None where they are not all files there."""
+        root, found = os.path.abspath(folder), []
+        for start in range(0, len(self), 1024):
+            for value in self.dataset[self.rows[start : start + 1024]][self.image_column]:
+                path = Path(os.path.abspath(value["path"])) if value and value["bytes"] is None else None
+                if path is None or not path.is_relative_to(root):
+                    return None
+                found.append(path.relative_to(root).as_posix())
+        return found
 
     def image(self, index: int, num_channels: int) -> Image.Image:
         row = int(self.rows[index])

@@ -25,7 +25,8 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..conversion import convert_checkpoint, image_processor_for
-from ..conversion.loading import own_folder, quantized_by
+from ..conversion.loading import HEADS, own_folder, quantized_by
+from ..conversion.reading import silent
 from ..data import load_split
 from ..data.cuts import RunRecord, Split, read_record
 from ..data.records import Records
@@ -119,7 +120,8 @@ class Predictor:
         token_merging: int = 0,
     ):
         self.name, self.source, self.revision, self.device = str(checkpoint), source, revision, find_device(device)
-        model = convert_checkpoint(checkpoint, source, id2label=id2label, revision=revision)
+        with silent(HEADS):  # an untrained one is of no use here, which `require_classifier` says where it matters
+            model = convert_checkpoint(checkpoint, source, id2label=id2label, revision=revision)
         # Classifiers start at zero: one that is still there was never trained, or is not in the checkpoint. Asked on
         # the CPU: not every device has `dequantize`.
         self.can_classify = any(bool(p.detach().dequantize().any()) for p in model.classifier.parameters())

@@ -7,7 +7,10 @@ from pathlib import Path
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}\b")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL_PATH = re.compile(r"(?:[/~]|\.{1,2}(?:[/\\]|$)|[A-Za-z]:[/\\]|\\\\)")
+_FILE_OF_OURS = re.compile(r"(?:.*[/\\])?(scripts[/\\](?:(?:recipes|launch)[/\\])?[\w.-]+\.(?:py|sh|ya?ml))")
 _TOKEN_FLAG = re.compile(r"--?[\w-]*token")
+# What a path begins with where the rest of it is cut off, for the reader to put one of their own.
+PATH_PLACEHOLDER = "path/to/"
 
 
 def redact(text: str, token: str | None = None) -> str:
@@ -50,7 +53,10 @@ def public_dataset(name) -> tuple[str | None, str | None]:
 
 
 def public_command(command: str, dataset_name: str | None = None) -> str:
-    """A command line as anybody may see it: tokens masked, paths outside the working folder cut to their last part.
+    """A command line as anybody may see it: tokens masked, and `path/to/` before the last part of a path outside the
+    working folder.
+
+    The program that is run is named without its path, and scripts and recipes of this repository with theirs in it.
 
     Args:
         command: The command line, quoted as for a shell.
@@ -62,16 +68,21 @@ def public_command(command: str, dataset_name: str | None = None) -> str:
     except ValueError:
         words = command.split()
     public = []
-    for word in mask_tokens(words):
+    for index, word in enumerate(mask_tokens(words)):
         flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        if shown_name and value == dataset_name:
-            value = shown_name
-        elif value != "***":
+        if index == 0:
             value = public_text(value)
-        public.append(flag + equals + (value if value == "***" or not value else shlex.quote(value)))
+        elif _LOCAL_PATH.match(value) or (shown_name and value == dataset_name != shown_name):
+            value = _placeholder(value)
+        public.append(flag + equals + (value if value == "***" or not value else shlex.quote(redact(value))))
     return " ".join(public).replace("```", "")
 
 
-def _last_component(path: str) -> str:
+def _placeholder(path: str) -> str:
+    of_ours = _FILE_OF_OURS.fullmatch(path)
+    return of_ours[1].replace("\\", "/") if of_ours else PATH_PLACEHOLDER + _last_component(path, "folder")
+
+
+def _last_component(path: str, otherwise: str = "local folder") -> str:
     parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..", "~")]
-    return parts[-1] if parts else "local folder"
+    return parts[-1] if parts else otherwise

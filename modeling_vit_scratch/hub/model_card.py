@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vit_scratch import ViTScratchConfig
-from .masking import is_token_flag, public_command, public_dataset, public_text
+from .masking import PATH_PLACEHOLDER, is_token_flag, public_command, public_dataset, public_text
 
 REPO_PLACEHOLDER = "OWNER/REPO"  # stands in a card until it is pushed; then the repository's id
 # Fields of the config that make another model of the same size.
@@ -32,7 +32,7 @@ def write_model_card(folder: str | Path, status: str | None = None, base_model: 
     """Write `README.md` for a trained folder from its `config.json`, `metrics.json` and `plots/`.
 
     What the files do not say, the card does not say: a missing metric is left out, never guessed. Paths of this
-    machine are cut to their last component, and tokens in the command are masked.
+    machine are cut to their last component, a placeholder before it in the command, where tokens are masked too.
 
     Args:
         folder: A classifier or a model pre-trained without labels, as `save_pretrained` and the training write it;
@@ -58,9 +58,14 @@ def write_model_card(folder: str | Path, status: str | None = None, base_model: 
         head, results, end = _pretrained_head(metrics, name), _pretrained_results(metrics), [_PRETRAINED_USE]
         classes = []
     else:
-        data = _data("image-classification", hub_id, _evaluations(metrics, name, hub_id), (base, base_id))
-        head, results, end = _head(metrics, name), _results(metrics), [_use(config), _limits(config, metrics)]
         classes = [*(metrics["dataset"].get("class_names") or (config.get("id2label") or {}).values())]
+        accuracies = {"accuracy": "top-1"}
+        if len(classes) > 5:  # else the right one is always among five
+            accuracies["top5_accuracy"] = "top-5"
+        evaluations = _evaluations(metrics, accuracies, name, hub_id)
+        data = _data("image-classification", hub_id, evaluations, (base, base_id))
+        head, results = _head(metrics, name), _results(metrics, accuracies)
+        end = [_use(config), _limits(config, metrics)]
     origin = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else base and _escape(base)
     facts = _facts(config, metrics, link, classes, origin)
     sections = [*head, facts, status, results, _plots(folder), _training(metrics), *end, _licence(link, origin)]
@@ -90,7 +95,7 @@ def _data(
     )
 
 
-def _evaluations(metrics: dict, name: str | None, hub_id: str | None) -> list[EvalResult]:
+def _evaluations(metrics: dict, accuracies: dict[str, str], name: str | None, hub_id: str | None) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-classification",
@@ -99,10 +104,10 @@ def _evaluations(metrics: dict, name: str | None, hub_id: str | None) -> list[Ev
             dataset_name=name,
             dataset_split="test",
             metric_type=key,
-            metric_name=metric_name,
+            metric_name=f"{label.capitalize()} accuracy",
             metric_value=metrics["test"][key],
         )
-        for key, metric_name in (("accuracy", "Top-1 accuracy"), ("top5_accuracy", "Top-5 accuracy"))
+        for key, label in accuracies.items()
         if name and _is_number(metrics["test"].get(key))
     ]
 
@@ -160,8 +165,8 @@ def _facts(config: dict, metrics: dict, link: str | None, classes: list[str], or
     return "\n".join(f"- **{label}:** {fact}" for label, fact in facts.items())
 
 
-def _results(metrics: dict) -> str:
-    columns = {"examples": "images", "accuracy": "top-1", "top5_accuracy": "top-5", "loss": "loss"}
+def _results(metrics: dict, accuracies: dict[str, str]) -> str:
+    columns = {"examples": "images", **accuracies, "loss": "loss"}
     if any("flip_tta_accuracy" in metrics[split] for split in ("test", "validation")):
         columns["flip_tta_accuracy"] = "top-1, mean with the mirror image"
     shown = defaultdict(lambda: _percent, examples="{:,}".format, loss="{:.4f}".format)
@@ -202,6 +207,8 @@ def _training(metrics: dict) -> str | None:
     if metrics["command"]:
         command = public_command(str(metrics["command"]), metrics["dataset"].get("name"))
         parts.append(f"The command:\n\n```bash\n{command}\n```")
+        if PATH_PLACEHOLDER in command:
+            parts.append(f"What begins with `{PATH_PLACEHOLDER}` is a placeholder: put a path of yours there.")
     return "\n\n".join(["## Training", *parts]) if parts else None
 
 
@@ -238,6 +245,11 @@ Fine-tune it on images with labels:
 ```bash
 python scripts/finetune.py --model_name_or_path FOLDER --dataset_name ...
 ```"""
+# What `data.sources.load_image` does and transformers' `load_image` does not.
+_CONVERT_FIRST = """modeling_vit_scratch, in training too, lays transparent pixels on white and scales 16-bit grey to \
+8 bits; transformers' pipeline drops transparency and clips 16 bits, so that the same file can get another class. \
+Convert it first, by `Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))\
+.convert("RGB")` or, of 16 bits, by `image.convert("I").point(lambda v: v / 257 + 0.5).convert("L")`."""
 _NO_RESULTS = "## Results\n\nNo results were saved with this model."
 
 
@@ -245,6 +257,7 @@ def _limits(config: dict, metrics: dict) -> str:
     limits = ["It gives every image one of its classes, however little the image resembles any of them."]
     if config.get("image_size") is not None:
         limits.append(f"Images are resized to {_pixels(config['image_size'])} pixels; finer detail is lost.")
+    limits.append(_CONVERT_FIRST)
     test = metrics["test"]
     if _is_number(test.get("accuracy")):
         wrong = f"It is wrong on {_percent(1 - test['accuracy'])} of the test images"

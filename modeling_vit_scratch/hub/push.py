@@ -25,7 +25,7 @@ TIMEOUT_SECONDS = 120.0
 # Files of a run that describe its weights: those of an earlier push go when they are not in the new one.
 OWNED = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "metrics.json", "history.csv", "predictions*",
-    "plots/*", "widget/*",
+    "plots/*", "widget/*", "adapter/*",
 )  # fmt: skip
 
 

@@ -115,8 +115,10 @@ def _measure_split(run: Run, split: str) -> dict:
         flipped = ImageClassificationMetrics().compute(predictions=both, references=prediction.label_ids)
         numbers["flip_tta_accuracy"] = flipped["accuracy"]
     if run.is_main:
-        rows = run.splits.records[split].rows
-        write_predictions(run.folder, split, prediction.predictions, prediction.label_ids, rows, names)
+        records = run.splits.records[split]
+        # Validation may be cut from train: the records know where they lie.
+        files = records.files(getattr(run.data_args, f"{records.split}_dir", None) or run.data_name)
+        write_predictions(run.folder, split, prediction.predictions, prediction.label_ids, records.rows, names, files)
     return numbers
 
 

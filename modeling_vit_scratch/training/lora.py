@@ -46,10 +46,19 @@ def add_adapter(model: ViTScratchForImageClassification, rank: int, base: str):
     return peft.get_peft_model(model, settings)
 
 
+# Whoever loads it has the merged model at hand, and nothing would fail.
+README = """A LoRA adapter in PEFT's format: what was trained on top of `{base}`.
+`peft.PeftModel.from_pretrained(model, "adapter")` takes for `model` that one, with a head for as many classes.
+The model in the folder above has the adapter merged in already: on it, it would be applied twice.
+"""
+
+
 def save_adapter(adapter, folder: Path):
     """Write the trained matrices and head; `peft.PeftModel.from_pretrained(base_model, folder)` reads them."""
     adapter.save_pretrained(str(folder), save_embedding_layers=False)  # else it asks the Hub about the base model
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, with paths of this machine
+    # In place of PEFT's template, which has paths of this machine.
+    readme = README.format(base=adapter.active_peft_config.base_model_name_or_path)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
     open_to_others(folder)
 
 

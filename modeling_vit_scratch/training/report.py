@@ -207,13 +207,32 @@ def _write_history(folder: Path, log_history: list[dict]) -> bool:
     return bool(rows)
 
 
-def write_predictions(folder: Path, split: str, logits: np.ndarray, labels: np.ndarray, rows: np.ndarray, names):
-    """One row per image: its row in the split, its class, the predicted class, and the model's confidence."""
+def write_predictions(
+    folder: Path,
+    split: str,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    names: list[str],
+    files: list[str] | None,
+):
+    """One row per image: its row in the split, its class, the predicted class, the model's confidence, and its file if
+    the images are files.
+    """
     probabilities = torch.from_numpy(logits).float().softmax(-1)
     confidence, predicted = probabilities.max(-1)
-    with open(folder / f"predictions_{split}.csv", "w", newline="") as file:
+    own = probabilities[torch.arange(len(labels)), torch.from_numpy(labels)]
+    columns = {
+        "row": rows,
+        "label": [names[label] for label in labels],
+        "predicted": [names[guess] for guess in predicted],
+        "confidence": [f"{p:.6f}" for p in confidence],
+        "label_probability": [f"{p:.6f}" for p in own],
+    }
+    if files is not None:
+        columns["file"] = files
+    path = folder / f"predictions_{split}.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["row", "label", "predicted", "confidence", "label_probability"])
-        own = probabilities[torch.arange(len(labels)), torch.from_numpy(labels)]
-        for row, label, guess, p, q in zip(rows, labels, predicted.tolist(), confidence, own, strict=True):
-            writer.writerow([row, names[label], names[guess], f"{p:.6f}", f"{q:.6f}"])
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))

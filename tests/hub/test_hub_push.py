@@ -1,5 +1,7 @@
 """A push is one commit or none: the real huggingface_hub client and hub_server.py's small Hub."""
 
+import shutil
+
 import huggingface_hub
 import pytest
 from hub_folders import MODEL_FILES, digest, give_up_after, make_model
@@ -42,13 +44,19 @@ def test_push_again_makes_no_commit_and_changes_make_one(folder, hub):
 
 
 def test_weights_of_an_earlier_push_do_not_stay_beside_new_ones(folder, hub):
+    (folder / "adapter").mkdir()
+    for name in ("README.md", "adapter_config.json"):
+        (folder / "adapter" / name).write_text("{}")
     push_folder(folder, "me/x")
+    assert {"adapter/README.md", "adapter/adapter_config.json"} <= hub.files("me/x").keys()
+    shutil.rmtree(folder / "adapter")
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="me/x")
     (folder / "model.safetensors").unlink()
     make_model(seed=1).save_pretrained(folder, max_shard_size="20KB")
     push_folder(folder, "me/x")
     files = hub.files("me/x")
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert not any(name.startswith("adapter/") for name in files)
     assert files["notes.txt"] == b"mine"  # what others put there stays
     assert not push_folder(folder, "me/x").changed
 

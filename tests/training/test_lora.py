@@ -8,7 +8,7 @@ import torch
 from runs import RANDOM, history, load_script, options, weights
 from transformers import AutoModelForImageClassification
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, hub
 from modeling_vit_scratch.training import ImageTrainingArguments, lora
 from modeling_vit_scratch.training.optimization import Muon, parameter_groups
 
@@ -78,6 +78,21 @@ def test_merged_folder_and_adapter_compute_the_same_and_what_the_run_measured(ba
         for row, p, index in zip(csv.DictReader(file), confidence, guess, strict=True):
             assert row["predicted"] == names[index]
             assert float(row["confidence"]) == pytest.approx(p.item(), abs=1e-5)
+
+
+def test_adapters_readme_says_which_model_it_is_for(base, adapted):
+    """The one that was fine-tuned: onto the merged model PEFT loads it too, and it acts twice."""
+    folder, _ = adapted
+    text = (folder / "adapter" / "README.md").read_text()
+    assert len(text.splitlines()) == 3 and "on top of `base`." in text and "applied twice" in text
+    assert str(base) not in text and str(folder) not in text
+    assert "adapter/README.md" in hub.check_folder(folder).files
+    merged = AutoModelForImageClassification.from_pretrained(folder)
+    x = images()
+    with torch.no_grad():
+        once = merged(x).logits
+        twice = peft.PeftModel.from_pretrained(merged, folder / "adapter").eval()(x).logits
+    assert (twice - once).abs().max() > 1e-3
 
 
 def test_checkpoints_hold_both_forms_too(adapted):

@@ -1,5 +1,6 @@
 """A whole run as a user starts it, its options and recipes, and what it refuses."""
 
+import csv
 import json
 import os
 import platform
@@ -8,12 +9,14 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from foreign import timm_tensors
+from made_data import write_image_folder
 from runs import RANDOM, SCRIPTS, history, load_script, options, weights
 from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, TrainerControl
@@ -96,6 +99,34 @@ def test_saved_folder_predicts_what_the_run_reported(run):
     for row, p in zip((folder / "predictions_test.csv").read_text().splitlines()[1:], probabilities, strict=True):
         assert row.split(",")[2] == names[int(p.argmax())]
         assert float(row.split(",")[3]) == pytest.approx(p.max().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("way", ["dataset_name", "validation cut from train_dir", "test_dir"])
+def test_predictions_name_the_images_files(tmp_path, way):
+    """From the folder that was named, whichever class and row they have."""
+    write_image_folder(tmp_path / "data" / "train", 12)
+    write_image_folder(tmp_path / "data" / "test", 3, seed=1000)
+    (tmp_path / "data" / "test" / "cat" / "000.png").rename(tmp_path / "data" / "test" / "cat" / "a, é.png")
+    folders = {"train_dir": tmp_path / "data" / "train"}
+    if way == "test_dir":
+        folders["test_dir"] = tmp_path / "data" / "test"
+    settings = {"dataset_name": tmp_path / "data"} if way == "dataset_name" else {"dataset_name": None, **folders}
+    argv = options(tmp_path / "out", num_train_epochs=1, max_train_samples=None, max_eval_samples=None, **settings)
+    assert finetune.main(argv) == 0
+    split = "validation" if way.startswith("validation") else "test"
+    root = tmp_path / "data" if way == "dataset_name" else folders["train_dir" if split == "validation" else "test_dir"]
+    with open(tmp_path / "out" / f"predictions_{split}.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["file"] for row in rows}) == len(rows) > 3
+    for row in rows:
+        assert (root / row["file"]).is_file() and Path(row["file"]).parent.name == row["label"]
+        assert list(row)[:5] == ["row", "label", "predicted", "confidence", "label_probability"]
+    assert split == "validation" or any("é" in row["file"] for row in rows)
+
+
+def test_predictions_of_images_that_are_no_files_name_none(run):
+    head = (run[0] / "predictions_test.csv").read_text().splitlines()[0]
+    assert head == "row,label,predicted,confidence,label_probability"
 
 
 @pytest.mark.parametrize(("step", "number"), [(4, signal.SIGINT), (5, signal.SIGUSR1)])
