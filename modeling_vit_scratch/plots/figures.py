@@ -1,6 +1,5 @@
 """Every figure of a model or a run, by what it shows: what `scripts/plot.py` draws."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from .runs import (
     plot_per_class_accuracy,
     plot_reliability,
     plot_training_curves,
+    saved_metrics,
 )
 from .views import ModelView, on_grid
 
@@ -188,7 +188,7 @@ def _draw_saved(kind: str, view: ModelView | None, runs: Sequence[str]) -> Figur
 
 
 def _draw_curves(runs: Sequence[str]) -> Figure:
-    losses = {LOSSES.get(_saved_metrics(run).get("task"), LOSSES["image-classification"]) for run in runs}
+    losses = {LOSSES.get(saved_metrics(run).get("task"), LOSSES["image-classification"]) for run in runs}
     if len(losses) > 1:
         raise ValueError(f"the losses of these runs are not of one kind: {' and '.join(sorted(losses))}.")
     histories = runs[0] if len(runs) == 1 else dict(zip(run_labels(runs), runs, strict=True))
@@ -201,17 +201,11 @@ def _results(view: ModelView | None, run: str):
         probabilities, labels = view.judgements()
         result = ImageClassificationMetrics().compute(predictions=probabilities, references=labels)
         return result["confusion_matrix"], result["per_class_accuracy"], view.class_names
-    metrics = _saved_metrics(run)
+    metrics = saved_metrics(run)
     result = metrics.get("test") or metrics.get("validation", {})
     if "confusion_matrix" not in result:
         raise ValueError(f"{run} has no metrics.json with a confusion matrix; add --dataset NAME.")
     return result["confusion_matrix"], list(result["per_class_accuracy"].values()), metrics["dataset"]["class_names"]
-
-
-def _saved_metrics(run: str) -> dict:
-    """What a run's metrics.json holds; nothing where there is none."""
-    file = Path(run) / "metrics.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def run_labels(runs: Sequence[str]) -> list[str]:

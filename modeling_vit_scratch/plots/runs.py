@@ -1,6 +1,7 @@
 """What a run and a split show: curves, confusion, accuracy of each class, mistakes, reliability."""
 
 import csv
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def plot_training_curves(
     """Loss (training and validation) and validation accuracy over the epochs, of one or several runs.
 
     The values are those of the files. Of more than 200 training losses, the running mean over a fiftieth of them is
-    drawn in front of the values.
+    drawn in front of the values. Marked is the step whose weights the run kept, as the `metrics.json` beside the
+    history says; where it does not, the last of the best accuracies.
 
     Args:
         histories: A `history.csv` or the folder that holds it, or several by name. Columns: "epoch" or "step"; "loss",
@@ -53,12 +55,14 @@ def plot_training_curves(
         loss: What the loss is, and its unit.
 
     Raises:
-        ValueError: A file has no rows, lacks these columns, or holds something that is not a number.
+        ValueError: A file has no rows, lacks these columns, or holds something that is not a number; or `metrics.json`
+            cannot be read.
     """
     single = not isinstance(histories, Mapping)
     runs = {"": histories} if single else dict(histories)
     if not runs:
         raise ValueError("there are 0 histories; give at least 1.")
+    marks = {name: _kept_step(path) for name, path in runs.items()}
     runs = {name: read_history(path) for name, path in runs.items()}
     unit = "epoch" if all(np.isfinite(run["epoch"]).any() for run in runs.values()) else "step"
     accurate = any(np.isfinite(run["eval_accuracy"]).any() for run in runs.values())
@@ -67,18 +71,19 @@ def plot_training_curves(
     panels = figure.subplots(1, 2 if accurate else 1, squeeze=False)[0]
     entries = []
     for (name, run), colour in zip(runs.items(), line_colours(len(runs)), strict=True):
-        validation = ORANGE if single else colour
+        validation, marker = ORANGE if single else colour, None
         _draw_training(panels[0], run[unit], run["loss"], colour, "-" if single else "--")
         _draw_evaluation(panels[0], run[unit], run["eval_loss"], validation)
         if np.isfinite(run["eval_accuracy"]).any():
             _draw_evaluation(panels[1], run[unit], run["eval_accuracy"], validation)
-            accuracy = run["eval_accuracy"]
-            best = np.flatnonzero(accuracy == np.nanmax(accuracy))[-1]  # of equals the last, as training keeps it
-            x, y = run[unit][best], run["eval_accuracy"][best]
-            panels[1].plot(x, y, "o", color=validation, markersize=7, markerfacecolor="white")
-            name = f"{name}{': ' if name else ''}best {y:.2%} at {unit} {x:g}"
+            row, word = _marked_row(run, marks[name])
+            if row is not None:
+                x, y = run[unit][row], run["eval_accuracy"][row]
+                panels[1].plot(x, y, "o", color=validation, markersize=7, markerfacecolor="white")
+                name = f"{name}{': ' if name else ''}{word} {y:.2%} at {unit} {x:g}"
+                marker = "o"
         if name:
-            entries.append(legend_handle(validation, name, marker="o" if "best" in name else None))
+            entries.append(legend_handle(validation, name, marker=marker))
 
     for axes in panels:
         axes.set_xlabel(unit)
@@ -101,6 +106,35 @@ def plot_training_curves(
     elif entries:
         draw_legend(figure, entries, loc="outside lower center", ncols=1 if len(entries) < 4 else 2)
     return figure
+
+
+def saved_metrics(run: str | Path) -> dict:
+    """What the `metrics.json` in a run's folder holds; nothing where there is none.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    file = Path(run) / "metrics.json"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON file: {error}; mend or remove it.") from error
+
+
+def _kept_step(history: str | Path) -> int | None:
+    """The step whose weights a run kept, None where it does not say."""
+    history = Path(history)
+    return saved_metrics(history if history.is_dir() else history.parent).get("training", {}).get("kept_step")
+
+
+def _marked_row(run: Mapping[str, np.ndarray], kept: int | None) -> tuple[int | None, str]:
+    """The row of the kept step, None if its accuracy was not measured, or else of the best; and what it is."""
+    accuracy = run["eval_accuracy"]
+    if kept is not None:
+        rows, word = np.flatnonzero(np.isfinite(accuracy) & (run["step"] == kept)), "kept"
+    else:
+        rows, word = np.flatnonzero(accuracy == np.nanmax(accuracy)), "best"
+    return (rows[-1] if len(rows) else None), word  # of equals the last, as training keeps it
 
 
 def _draw_training(axes, x, loss, colour, linestyle):

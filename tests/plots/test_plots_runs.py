@@ -1,5 +1,6 @@
 """Figures of runs and speed: by what stands on them, and how they are saved."""
 
+import json
 import math
 
 import numpy as np
@@ -62,6 +63,23 @@ def test_training_curves_draw_the_numbers_of_the_file(history):
     assert "40.0" in {text.get_text() for text in accuracy.get_yticklabels()}
     # the folder will do as well
     assert len(plots.plot_training_curves(history.parent).axes) == 2
+
+
+def test_training_curves_mark_what_the_run_kept(history):
+    def marked(metrics):
+        (history.parent / "metrics.json").write_text(json.dumps(metrics))
+        _, accuracy = draw(plots.plot_training_curves(history)).axes
+        legend = accuracy.get_legend()
+        return accuracy.get_lines()[1:], legend and legend.get_texts()[0].get_text()
+
+    (mark,), text = marked({"training": {"kept_step": 60}})  # of the lowest loss, say: not of the best accuracy
+    np.testing.assert_allclose(mark.get_xydata(), [[3, 0.6]])
+    assert text == "kept 60.00% at epoch 3"
+    assert marked({"training": {"kept_step": 50}}) == ([], None)  # not measured there
+    assert marked({"training": {}})[1] == marked({})[1] == "best 62.50% at epoch 2"  # of an older version
+    (history.parent / "metrics.json").write_text("{")
+    with pytest.raises(ValueError, match=r"metrics\.json is no JSON file.*mend or remove it"):
+        plots.plot_training_curves(history)
 
 
 def test_history_has_times_where_there_are_any(history, tmp_path):
