@@ -99,11 +99,9 @@ def plot_training_curves(
         ],
     )
     if accurate:
-        panels[1].set(title="Validation accuracy", ylabel="right answers (%)")
+        panels[1].set(title="Validation accuracy", ylabel="accuracy (%)")
         panels[1].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    if len(entries) == 1:
-        draw_legend(panels[-1], entries, loc="lower right")
-    elif entries:
+    if entries:  # outside: a curve may lie anywhere
         draw_legend(figure, entries, loc="outside lower center", ncols=1 if len(entries) < 4 else 2)
     return figure
 
@@ -370,7 +368,7 @@ def plot_reliability(probabilities, labels, bins: int = 15) -> Figure:
     gap = {"facecolor": "none", "edgecolor": ORANGE, "linewidth": 0, "hatch": "////"}
     upper.bar(middle, np.abs(accuracy - confidence), width, bottom=bottom, label="gap to the confidence", **gap)
     upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
-    upper.set(ylabel="right answers (%)", ylim=(0, 1))
+    upper.set(ylabel="accuracy (%)", ylim=(0, 1))
     lower.bar(middle, count / n, width, color=GREY, edgecolor="white")
     mean = (count * confidence).sum() / n, (count * accuracy).sum() / n
     for x, colour, label in zip(mean, (ORANGE, BLUE), ("mean confidence", "accuracy"), strict=True):

@@ -382,6 +382,7 @@ def test_draws_reliability():
     np.testing.assert_allclose([bar.get_height() for bar in gaps], [0.0, 0.3], atol=1e-7)
     np.testing.assert_allclose([bar.get_height() for bar in lower.containers[0]], [0.5, 0.5])
     assert "15.00% (4 images)" in upper.get_title()
+    assert upper.get_ylabel() == "accuracy (%)"
     labels = [text.get_text() for text in lower.get_legend().get_texts()]
     assert labels == ["mean confidence 65.0%", "accuracy 50.0%"]
 
