@@ -196,7 +196,7 @@ def plot_confusion_matrix(matrix, class_names: Sequence[str] | None = None) -> F
 
     Row i, column j is the number of images of class i that were called j. The colour is that number over the sum of
     the row, on a square-root scale, so that rare confusions show beside the diagonal. Numbers are written up to 25
-    classes, names up to 120.
+    classes, names up to 120; below the columns they stand upright where one is wider than its column.
 
     Args:
         matrix: Counts (classes, classes), rows true, columns predicted.
@@ -213,8 +213,8 @@ def plot_confusion_matrix(matrix, class_names: Sequence[str] | None = None) -> F
     rows = matrix.sum(axis=1, keepdims=True)
     share = matrix / np.maximum(rows, 1)
 
-    side = min(max(3.4, 1.4 + 0.52 * classes), 8.0) if classes <= 25 else 10.0
-    figure = new_figure(side + 0.9, side)
+    side = min(max(0.55 * classes, 2.4), 7.0) if classes <= 25 else 8.8  # inches of the matrix itself
+    figure = new_figure(side, side)
     axes = figure.subplots()
     image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1], shrink=0.8, aspect=30, pad=0.02)
@@ -230,14 +230,20 @@ def plot_confusion_matrix(matrix, class_names: Sequence[str] | None = None) -> F
     step = math.ceil(classes / 120)
     size = 9 if classes <= 12 else 7 if classes <= 40 else 5 if classes > 60 else 6
     shown = range(0, classes, step)
-    axes.set_xticks(shown, [names[i] for i in shown], rotation=90 if classes > 3 else 0, fontsize=size)
+    axes.set_xticks(shown, [names[i] for i in shown], fontsize=size)
     axes.set_yticks(shown, [names[i] for i in shown], fontsize=size)
     plain(*axes.get_xticklabels(), *axes.get_yticklabels())
+    longest = max(text.get_window_extent().width for text in axes.get_yticklabels()) / figure.dpi
+    upright = longest > 0.9 * step * side / classes
+    axes.tick_params(axis="x", rotation=90 if upright else 0)
     axes.tick_params(length=0)
+    # Around the matrix: names, labels, colour bar and title; this last is on the figure, and may be wider.
+    figure.set_size_inches(max(side + longest + 1.7, 4.6), side + (longest if upright else size / 72) + 1.0)
+    figure.set_layout_engine("compressed")
     axes.spines[:].set_visible(False)
     n, right = int(matrix.sum()), int(matrix.diagonal().sum())
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"Confusion matrix: {right / max(n, 1):.2%} of {n:,} images right", fontsize=11)
+    figure.suptitle(f"Confusion matrix: {right / max(n, 1):.2%} of {n:,} images right", fontsize=11)
     return figure
 
 

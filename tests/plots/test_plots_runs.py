@@ -224,10 +224,35 @@ def test_confusion_matrix(classes):
     assert cells == (expected if classes <= 25 else {})
     assert [t.get_text() for t in axes.get_yticklabels()] == [f"the class {i}" for i in range(classes)]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
-    assert f"{np.trace(matrix) / matrix.sum():.2%} of {matrix.sum():,}" in axes.get_title()
+    assert f"{np.trace(matrix) / matrix.sum():.2%} of {matrix.sum():,}" in figure.get_suptitle()
     assert bar.get_ylabel() == "share of the true class"
     assert not overlaps([*axes.get_xticklabels(), *axes.get_yticklabels()])
     assert not overlaps(axes.texts[: 2 * classes])
+
+
+@pytest.mark.parametrize(
+    ("names", "upright"),
+    [
+        (["circle", "square", "triangle"], False),
+        (["a", "b", "c", "d"], False),
+        ([str(i) for i in range(10)], False),
+        (["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"], True),
+        (["a name of many letters"] * 2, True),
+        (["a name of many letters"] * 100, True),
+    ],
+)
+def test_names_of_a_confusion_matrix_fit(names, upright):
+    figure = draw(plots.plot_confusion_matrix(np.eye(len(names), dtype=int) * 1000, names))
+    axes, bar = figure.axes
+    assert {text.get_rotation() for text in axes.get_xticklabels()} == {90 if upright else 0}
+    texts = [*axes.get_xticklabels(), *axes.get_yticklabels(), *bar.get_yticklabels()]
+    texts += [axes.xaxis.label, axes.yaxis.label, bar.yaxis.label, figure._suptitle]
+    assert not overlaps(texts)
+    for text in texts:
+        box = text.get_window_extent()
+        assert min(box.x0, box.y0) > -3, text  # a box is a little larger than its letters
+        assert box.x1 < figure.bbox.width + 3 and box.y1 < figure.bbox.height + 3, text
+    assert axes.get_window_extent().width >= 240  # of the matrix much is left
 
 
 def test_confusion_matrix_with_an_empty_class_and_odd_names():
