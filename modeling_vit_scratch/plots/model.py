@@ -23,6 +23,7 @@ from .drawing import (
     caption,
     cut_text,
     draw_legend,
+    heat_bar,
     legend_handle,
     new_figure,
     overlay,
@@ -314,7 +315,7 @@ def plot_attention_rollout(
     for row, (axes, image) in enumerate(zip(figure.subplots(n, 3, squeeze=False), images, strict=True)):
         heat = maps[row].detach().float().cpu()
         show_image(axes[0], image)
-        overlay(figure, axes[1], image, heat)
+        heat_bar(figure, overlay(axes[1], image, heat), axes[1])
         large = torch.nn.functional.interpolate(
             heat[None, None], size=image.shape[1:], mode="bilinear", align_corners=False
         )[0]
@@ -332,26 +333,29 @@ def plot_attention_rollout(
 def plot_attention_heads(image: torch.Tensor, maps: torch.Tensor, title: str = "") -> Figure:
     """Where each head of a layer looks: its attention over the image, 1 being an even share.
 
+    The colours are those of one range, from 0 to the largest share of all heads, so that heads can be compared.
+
     Args:
         image: (C, H, W), uint8, or floating point in [0, 1].
         maps: (A, h, w), `attention_on_grid` of a layer's attention maps.
         title: Which layer, say.
     """
     image = as_pixels(image)
-    A = len(maps)
+    A, maps = len(maps), maps.detach().float().cpu()
     rows = math.ceil((A + 1) / 5)
     columns = math.ceil((A + 1) / rows)
-    figure = new_figure(2.1 * columns, rows * (1.45 * image.shape[1] / image.shape[2] + 0.3) + 0.35)
+    figure = new_figure(1.6 * columns + 0.8, rows * (1.45 * image.shape[1] / image.shape[2] + 0.3) + 0.35)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     show_image(panels[0], image)
     panels[0].set_title("image", fontsize=9)
     for head, axes in enumerate(panels[1:]):
         if head < A:
-            overlay(figure, axes, image, maps[head].detach().float().cpu(), label="")
+            drawn = overlay(axes, image, maps[head], maps.max().item())
             axes.set_title(f"head {head + 1}", fontsize=9)
         else:
             axes.set_axis_off()
-    figure.suptitle(f"{title or 'Attention of each head'} (1 is an even share)", fontsize=11)
+    heat_bar(figure, drawn, panels, aspect=16 * rows)
+    figure.suptitle(title or "Attention of each head", fontsize=11)
     return figure
 
 
