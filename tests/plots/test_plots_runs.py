@@ -146,6 +146,9 @@ def test_race_draws_accuracy_against_time():
     assert axes.get_xlabel() == "CPU seconds of training"
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert texts == ["theirs: 50.00% in 40 s", "ours: 60.00% in 4 s"]
+    for line, entry in zip(axes.lines, axes.get_legend().get_lines(), strict=True):  # looks like its line
+        assert entry.get_marker() == line.get_marker() == "o"
+        assert entry.get_markerfacecolor() == line.get_markerfacecolor() == line.get_color() == entry.get_color()
     for nothing in ({}, {"ours": ([], [])}):
         with pytest.raises(ValueError, match="nothing to draw"):
             plots.plot_race(nothing, "seconds")
