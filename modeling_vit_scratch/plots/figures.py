@@ -275,11 +275,12 @@ def _draw_rollout(view: ModelView, choices: Choices) -> Figure:
         p, guess = view.predictor.probabilities(output.logits).max(dim=1)
         answers = [f"{view.class_names[int(k)]} ({q:.0%})" for k, q in zip(guess, p, strict=True)]
         titles = [f"{title}: the model says {answer}" for title, answer in zip(titles, answers, strict=True)]
-    return plot_attention_rollout(pixels, maps, titles)
+    return plot_attention_rollout(pixels, maps, titles, view.image_title(range(len(pixels))))
 
 
 def _draw_patches(view: ModelView, choices: Choices) -> list[Figure]:
-    return [plot_patch_sequence(image, view.config.patch_hw) for image in view.pixels[: choices.max_images]]
+    pixels, patch_hw = view.pixels[: choices.max_images], view.config.patch_hw
+    return [plot_patch_sequence(image, patch_hw, view.image_title([i])) for i, image in enumerate(pixels)]
 
 
 def _draw_heads(view: ModelView, choices: Choices) -> list[Figure]:
@@ -288,7 +289,7 @@ def _draw_heads(view: ModelView, choices: Choices) -> list[Figure]:
     output = view.look(torch.stack(pixels))
     maps = on_grid(view.predictor, output.attentions[layer], output)
     title = f"Attention of each head, layer {layer + 1} of {view.config.num_hidden_layers}"
-    return [plot_attention_heads(image, heads, title) for image, heads in zip(pixels, maps, strict=True)]
+    return _each_with_heads(view, pixels, maps, title)
 
 
 def _draw_pooling(view: ModelView, choices: Choices) -> list[Figure]:
@@ -297,7 +298,14 @@ def _draw_pooling(view: ModelView, choices: Choices) -> list[Figure]:
     maps = pooling_attention(view.model.vit, output.hidden_states[-1])  # (B, A, N)
     maps = (maps * maps.shape[-1]).unflatten(-1, view.config.grid_hw)  # 1 is an even share
     title = "Attention of each head of the pooling"
-    return [plot_attention_heads(image, heads, title) for image, heads in zip(pixels, maps, strict=True)]
+    return _each_with_heads(view, pixels, maps, title)
+
+
+def _each_with_heads(view: ModelView, pixels: Sequence[torch.Tensor], maps: torch.Tensor, title: str) -> list[Figure]:
+    return [
+        plot_attention_heads(image, heads, title, view.image_title([i]))
+        for i, (image, heads) in enumerate(zip(pixels, maps, strict=True))
+    ]
 
 
 def _chosen_layer(view: ModelView, choices: Choices) -> int:
