@@ -101,24 +101,31 @@ def caption(axes, text: str, x: float = 0.5, line: int = 0, ha: str = "center", 
     plain(axes.annotate(text, (x, 0), offset, **place, **style))
 
 
-def overlay(figure: Figure, axes, image: torch.Tensor, heat: torch.Tensor, label: str = "× even share"):
-    """Draw a map (h, w) over an image (C, H, W) in grey, with a colour bar."""
+def overlay(axes, image: torch.Tensor, heat: torch.Tensor, top: float | None = None):
+    """Draw a map (h, w) over an image (C, H, W) in grey, in colours from 0 to `top`, its largest value where None; for
+    `heat_bar`.
+    """
     H, W = image.shape[1:]
     show_image(axes, image.mean(dim=0, keepdim=True))
-    image = axes.imshow(
+    return axes.imshow(
         heat.numpy(),
         cmap=HEAT,
         alpha=HEAT_ALPHA,
         extent=(-0.5, W - 0.5, H - 0.5, -0.5),
         vmin=0,
+        vmax=top,
         interpolation="nearest",
     )
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=16, pad=0.03)
+
+
+def heat_bar(figure: Figure, drawn, axes, aspect: float = 16):
+    """The colour bar of what `overlay` drew, beside these axes."""
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=aspect, pad=0.03)
     bar.solids.set_alpha(1)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.ax.yaxis.set_major_locator(MaxNLocator(4))
-    bar.set_label(label, fontsize=8)
+    bar.set_label("× even share", fontsize=8)
 
 
 def line_colours(count: int):

@@ -1,6 +1,5 @@
 """Every figure of a model or a run, by what it shows: what `scripts/plot.py` draws."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from .runs import (
     plot_per_class_accuracy,
     plot_reliability,
     plot_training_curves,
+    saved_metrics,
 )
 from .views import ModelView, on_grid
 
@@ -188,7 +188,7 @@ def _draw_saved(kind: str, view: ModelView | None, runs: Sequence[str]) -> Figur
 
 
 def _draw_curves(runs: Sequence[str]) -> Figure:
-    losses = {LOSSES.get(_saved_metrics(run).get("task"), LOSSES["image-classification"]) for run in runs}
+    losses = {LOSSES.get(saved_metrics(run).get("task"), LOSSES["image-classification"]) for run in runs}
     if len(losses) > 1:
         raise ValueError(f"the losses of these runs are not of one kind: {' and '.join(sorted(losses))}.")
     histories = runs[0] if len(runs) == 1 else dict(zip(run_labels(runs), runs, strict=True))
@@ -201,17 +201,11 @@ def _results(view: ModelView | None, run: str):
         probabilities, labels = view.judgements()
         result = ImageClassificationMetrics().compute(predictions=probabilities, references=labels)
         return result["confusion_matrix"], result["per_class_accuracy"], view.class_names
-    metrics = _saved_metrics(run)
+    metrics = saved_metrics(run)
     result = metrics.get("test") or metrics.get("validation", {})
     if "confusion_matrix" not in result:
         raise ValueError(f"{run} has no metrics.json with a confusion matrix; add --dataset NAME.")
     return result["confusion_matrix"], list(result["per_class_accuracy"].values()), metrics["dataset"]["class_names"]
-
-
-def _saved_metrics(run: str) -> dict:
-    """What a run's metrics.json holds; nothing where there is none."""
-    file = Path(run) / "metrics.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def run_labels(runs: Sequence[str]) -> list[str]:
@@ -281,11 +275,12 @@ def _draw_rollout(view: ModelView, choices: Choices) -> Figure:
         p, guess = view.predictor.probabilities(output.logits).max(dim=1)
         answers = [f"{view.class_names[int(k)]} ({q:.0%})" for k, q in zip(guess, p, strict=True)]
         titles = [f"{title}: the model says {answer}" for title, answer in zip(titles, answers, strict=True)]
-    return plot_attention_rollout(pixels, maps, titles)
+    return plot_attention_rollout(pixels, maps, titles, view.image_title(range(len(pixels))))
 
 
 def _draw_patches(view: ModelView, choices: Choices) -> list[Figure]:
-    return [plot_patch_sequence(image, view.config.patch_hw) for image in view.pixels[: choices.max_images]]
+    pixels, patch_hw = view.pixels[: choices.max_images], view.config.patch_hw
+    return [plot_patch_sequence(image, patch_hw, view.image_title([i])) for i, image in enumerate(pixels)]
 
 
 def _draw_heads(view: ModelView, choices: Choices) -> list[Figure]:
@@ -294,7 +289,7 @@ def _draw_heads(view: ModelView, choices: Choices) -> list[Figure]:
     output = view.look(torch.stack(pixels))
     maps = on_grid(view.predictor, output.attentions[layer], output)
     title = f"Attention of each head, layer {layer + 1} of {view.config.num_hidden_layers}"
-    return [plot_attention_heads(image, heads, title) for image, heads in zip(pixels, maps, strict=True)]
+    return _each_with_heads(view, pixels, maps, title)
 
 
 def _draw_pooling(view: ModelView, choices: Choices) -> list[Figure]:
@@ -303,7 +298,14 @@ def _draw_pooling(view: ModelView, choices: Choices) -> list[Figure]:
     maps = pooling_attention(view.model.vit, output.hidden_states[-1])  # (B, A, N)
     maps = (maps * maps.shape[-1]).unflatten(-1, view.config.grid_hw)  # 1 is an even share
     title = "Attention of each head of the pooling"
-    return [plot_attention_heads(image, heads, title) for image, heads in zip(pixels, maps, strict=True)]
+    return _each_with_heads(view, pixels, maps, title)
+
+
+def _each_with_heads(view: ModelView, pixels: Sequence[torch.Tensor], maps: torch.Tensor, title: str) -> list[Figure]:
+    return [
+        plot_attention_heads(image, heads, title, view.image_title([i]))
+        for i, (image, heads) in enumerate(zip(pixels, maps, strict=True))
+    ]
 
 
 def _chosen_layer(view: ModelView, choices: Choices) -> int:

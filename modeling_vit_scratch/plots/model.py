@@ -23,6 +23,7 @@ from .drawing import (
     caption,
     cut_text,
     draw_legend,
+    heat_bar,
     legend_handle,
     new_figure,
     overlay,
@@ -31,12 +32,13 @@ from .drawing import (
 )
 
 
-def plot_patch_sequence(image: torch.Tensor, patch_hw: tuple[int, int]) -> Figure:
+def plot_patch_sequence(image: torch.Tensor, patch_hw: tuple[int, int], image_title: str = "") -> Figure:
     """An image with its patch grid, and the patches as the sequence that the model reads (ViT, fig. 1; sec. 3.1).
 
     Args:
         image: (C, H, W), uint8, or floating point in [0, 1].
         patch_hw: Pixels (height, width) of a patch.
+        image_title: What stands over the image; empty for its size.
     """
     image = as_pixels(image)
     patches = patch_sequence(image, patch_hw)  # (N, C, patch height, patch width)
@@ -55,14 +57,15 @@ def plot_patch_sequence(image: torch.Tensor, patch_hw: tuple[int, int]) -> Figur
         canvas[:, top : top + height, left : left + width] = patch
 
     strip = canvas.shape[1] / canvas.shape[2]
-    figure = new_figure(9.0, min(max(2.6 * H / W, 6.2 * strip) + 0.5, 7.0))
+    titles = 0.5 + 0.2 * image_title.count("\n")
+    figure = new_figure(9.0, min(max(2.6 * H / W, 6.2 * strip), 6.5) + titles)
     whole, sequence = figure.subplots(1, 2, width_ratios=[2.6, 6.2])
     show_image(whole, image)
     for i in range(1, h):
         whole.axhline(i * height - 0.5, color="white", linewidth=1.0)
     for j in range(1, w):
         whole.axvline(j * width - 0.5, color="white", linewidth=1.0)
-    whole.set_title(f"{H} × {W} pixels", fontsize=10)
+    whole.set_title(image_title or f"{H} × {W} pixels", fontsize=10)
     show_image(sequence, canvas)
     if numbered:
         for i in range(N):
@@ -291,7 +294,10 @@ def plot_attention_distance(distances: torch.Tensor, uniform: float | None = Non
 
 
 def plot_attention_rollout(
-    images: Sequence[torch.Tensor], maps: torch.Tensor, titles: Sequence[str] | None = None
+    images: Sequence[torch.Tensor],
+    maps: torch.Tensor,
+    titles: Sequence[str] | None = None,
+    image_title: str = "",
 ) -> Figure:
     """Images, the attention rollout over each, and the image lit by it (ViT, fig. 6 and app. D.7).
 
@@ -302,6 +308,7 @@ def plot_attention_rollout(
         images: n images (C, H, W), uint8, or floating point in [0, 1].
         maps: (n, h, w), `attention_on_grid` of an `attention_rollout`.
         titles: A line for each image, e.g. what the model said.
+        image_title: What stands over the column of images; empty for "image".
     """
     n = len(maps)
     if len(images) != n or (titles is not None and len(titles) != n):
@@ -314,13 +321,13 @@ def plot_attention_rollout(
     for row, (axes, image) in enumerate(zip(figure.subplots(n, 3, squeeze=False), images, strict=True)):
         heat = maps[row].detach().float().cpu()
         show_image(axes[0], image)
-        overlay(figure, axes[1], image, heat)
+        heat_bar(figure, overlay(axes[1], image, heat), axes[1])
         large = torch.nn.functional.interpolate(
             heat[None, None], size=image.shape[1:], mode="bilinear", align_corners=False
         )[0]
         show_image(axes[2], image * large / large.max().clamp_min(1e-12))
         if row == 0:
-            for panel, title in zip(axes, ["image", "rollout", "image × rollout"], strict=True):
+            for panel, title in zip(axes, [image_title or "image", "rollout", "image × rollout"], strict=True):
                 panel.set_title(title, fontsize=10)
         if titles is not None:
             # The layout sees a line's height, but not its length: it may run under the next panels.
@@ -329,29 +336,33 @@ def plot_attention_rollout(
     return figure
 
 
-def plot_attention_heads(image: torch.Tensor, maps: torch.Tensor, title: str = "") -> Figure:
+def plot_attention_heads(image: torch.Tensor, maps: torch.Tensor, title: str = "", image_title: str = "") -> Figure:
     """Where each head of a layer looks: its attention over the image, 1 being an even share.
+
+    The colours are those of one range, from 0 to the largest share of all heads, so that heads can be compared.
 
     Args:
         image: (C, H, W), uint8, or floating point in [0, 1].
         maps: (A, h, w), `attention_on_grid` of a layer's attention maps.
         title: Which layer, say.
+        image_title: What stands over the image; empty for "image".
     """
     image = as_pixels(image)
-    A = len(maps)
+    A, maps = len(maps), maps.detach().float().cpu()
     rows = math.ceil((A + 1) / 5)
     columns = math.ceil((A + 1) / rows)
-    figure = new_figure(2.1 * columns, rows * (1.45 * image.shape[1] / image.shape[2] + 0.3) + 0.35)
+    figure = new_figure(1.6 * columns + 0.8, rows * (1.45 * image.shape[1] / image.shape[2] + 0.3) + 0.35)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     show_image(panels[0], image)
-    panels[0].set_title("image", fontsize=9)
+    panels[0].set_title(image_title or "image", fontsize=9)
     for head, axes in enumerate(panels[1:]):
         if head < A:
-            overlay(figure, axes, image, maps[head].detach().float().cpu(), label="")
+            drawn = overlay(axes, image, maps[head], maps.max().item())
             axes.set_title(f"head {head + 1}", fontsize=9)
         else:
             axes.set_axis_off()
-    figure.suptitle(f"{title or 'Attention of each head'} (1 is an even share)", fontsize=11)
+    heat_bar(figure, drawn, panels, aspect=16 * rows)
+    figure.suptitle(title or "Attention of each head", fontsize=11)
     return figure
 
 

@@ -1,6 +1,7 @@
 """What a run and a split show: curves, confusion, accuracy of each class, mistakes, reliability."""
 
 import csv
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def plot_training_curves(
     """Loss (training and validation) and validation accuracy over the epochs, of one or several runs.
 
     The values are those of the files. Of more than 200 training losses, the running mean over a fiftieth of them is
-    drawn in front of the values.
+    drawn in front of the values. Marked is the step whose weights the run kept, as the `metrics.json` beside the
+    history says; where it does not, the last of the best accuracies.
 
     Args:
         histories: A `history.csv` or the folder that holds it, or several by name. Columns: "epoch" or "step"; "loss",
@@ -53,12 +55,14 @@ def plot_training_curves(
         loss: What the loss is, and its unit.
 
     Raises:
-        ValueError: A file has no rows, lacks these columns, or holds something that is not a number.
+        ValueError: A file has no rows, lacks these columns, or holds something that is not a number; or `metrics.json`
+            cannot be read.
     """
     single = not isinstance(histories, Mapping)
     runs = {"": histories} if single else dict(histories)
     if not runs:
         raise ValueError("there are 0 histories; give at least 1.")
+    marks = {name: _kept_step(path) for name, path in runs.items()}
     runs = {name: read_history(path) for name, path in runs.items()}
     unit = "epoch" if all(np.isfinite(run["epoch"]).any() for run in runs.values()) else "step"
     accurate = any(np.isfinite(run["eval_accuracy"]).any() for run in runs.values())
@@ -67,18 +71,19 @@ def plot_training_curves(
     panels = figure.subplots(1, 2 if accurate else 1, squeeze=False)[0]
     entries = []
     for (name, run), colour in zip(runs.items(), line_colours(len(runs)), strict=True):
-        validation = ORANGE if single else colour
+        validation, marker = ORANGE if single else colour, None
         _draw_training(panels[0], run[unit], run["loss"], colour, "-" if single else "--")
         _draw_evaluation(panels[0], run[unit], run["eval_loss"], validation)
         if np.isfinite(run["eval_accuracy"]).any():
             _draw_evaluation(panels[1], run[unit], run["eval_accuracy"], validation)
-            accuracy = run["eval_accuracy"]
-            best = np.flatnonzero(accuracy == np.nanmax(accuracy))[-1]  # of equals the last, as training keeps it
-            x, y = run[unit][best], run["eval_accuracy"][best]
-            panels[1].plot(x, y, "o", color=validation, markersize=7, markerfacecolor="white")
-            name = f"{name}{': ' if name else ''}best {y:.2%} at {unit} {x:g}"
+            row, word = _marked_row(run, marks[name])
+            if row is not None:
+                x, y = run[unit][row], run["eval_accuracy"][row]
+                panels[1].plot(x, y, "o", color=validation, markersize=7, markerfacecolor="white")
+                name = f"{name}{': ' if name else ''}{word} {y:.2%} at {unit} {x:g}"
+                marker = "o"
         if name:
-            entries.append(legend_handle(validation, name, marker="o" if "best" in name else None))
+            entries.append(legend_handle(validation, name, marker=marker))
 
     for axes in panels:
         axes.set_xlabel(unit)
@@ -94,13 +99,40 @@ def plot_training_curves(
         ],
     )
     if accurate:
-        panels[1].set(title="Validation accuracy", ylabel="right answers (%)")
+        panels[1].set(title="Validation accuracy", ylabel="accuracy (%)")
         panels[1].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    if len(entries) == 1:
-        draw_legend(panels[-1], entries, loc="lower right")
-    elif entries:
+    if entries:  # outside: a curve may lie anywhere
         draw_legend(figure, entries, loc="outside lower center", ncols=1 if len(entries) < 4 else 2)
     return figure
+
+
+def saved_metrics(run: str | Path) -> dict:
+    """What the `metrics.json` in a run's folder holds; nothing where there is none.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    file = Path(run) / "metrics.json"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON file: {error}; mend or remove it.") from error
+
+
+def _kept_step(history: str | Path) -> int | None:
+    """The step whose weights a run kept, None where it does not say."""
+    history = Path(history)
+    return saved_metrics(history if history.is_dir() else history.parent).get("training", {}).get("kept_step")
+
+
+def _marked_row(run: Mapping[str, np.ndarray], kept: int | None) -> tuple[int | None, str]:
+    """The row of the kept step, None if its accuracy was not measured, or else of the best; and what it is."""
+    accuracy = run["eval_accuracy"]
+    if kept is not None:
+        rows, word = np.flatnonzero(np.isfinite(accuracy) & (run["step"] == kept)), "kept"
+    else:
+        rows, word = np.flatnonzero(accuracy == np.nanmax(accuracy)), "best"
+    return (rows[-1] if len(rows) else None), word  # of equals the last, as training keeps it
 
 
 def _draw_training(axes, x, loss, colour, linestyle):
@@ -164,7 +196,7 @@ def plot_confusion_matrix(matrix, class_names: Sequence[str] | None = None) -> F
 
     Row i, column j is the number of images of class i that were called j. The colour is that number over the sum of
     the row, on a square-root scale, so that rare confusions show beside the diagonal. Numbers are written up to 25
-    classes, names up to 120.
+    classes, names up to 120; below the columns they stand upright where one is wider than its column.
 
     Args:
         matrix: Counts (classes, classes), rows true, columns predicted.
@@ -181,8 +213,8 @@ def plot_confusion_matrix(matrix, class_names: Sequence[str] | None = None) -> F
     rows = matrix.sum(axis=1, keepdims=True)
     share = matrix / np.maximum(rows, 1)
 
-    side = min(max(3.4, 1.4 + 0.52 * classes), 8.0) if classes <= 25 else 10.0
-    figure = new_figure(side + 0.9, side)
+    side = min(max(0.55 * classes, 2.4), 7.0) if classes <= 25 else 8.8  # inches of the matrix itself
+    figure = new_figure(side, side)
     axes = figure.subplots()
     image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1], shrink=0.8, aspect=30, pad=0.02)
@@ -198,14 +230,20 @@ def plot_confusion_matrix(matrix, class_names: Sequence[str] | None = None) -> F
     step = math.ceil(classes / 120)
     size = 9 if classes <= 12 else 7 if classes <= 40 else 5 if classes > 60 else 6
     shown = range(0, classes, step)
-    axes.set_xticks(shown, [names[i] for i in shown], rotation=90 if classes > 3 else 0, fontsize=size)
+    axes.set_xticks(shown, [names[i] for i in shown], fontsize=size)
     axes.set_yticks(shown, [names[i] for i in shown], fontsize=size)
     plain(*axes.get_xticklabels(), *axes.get_yticklabels())
+    longest = max(text.get_window_extent().width for text in axes.get_yticklabels()) / figure.dpi
+    upright = longest > 0.9 * step * side / classes
+    axes.tick_params(axis="x", rotation=90 if upright else 0)
     axes.tick_params(length=0)
+    # Around the matrix: names, labels, colour bar and title; this last is on the figure, and may be wider.
+    figure.set_size_inches(max(side + longest + 1.7, 4.6), side + (longest if upright else size / 72) + 1.0)
+    figure.set_layout_engine("compressed")
     axes.spines[:].set_visible(False)
     n, right = int(matrix.sum()), int(matrix.diagonal().sum())
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"Confusion matrix: {right / max(n, 1):.2%} of {n:,} images right", fontsize=11)
+    figure.suptitle(f"Confusion matrix: {right / max(n, 1):.2%} of {n:,} images right", fontsize=11)
     return figure
 
 
@@ -336,7 +374,7 @@ def plot_reliability(probabilities, labels, bins: int = 15) -> Figure:
     gap = {"facecolor": "none", "edgecolor": ORANGE, "linewidth": 0, "hatch": "////"}
     upper.bar(middle, np.abs(accuracy - confidence), width, bottom=bottom, label="gap to the confidence", **gap)
     upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
-    upper.set(ylabel="right answers (%)", ylim=(0, 1))
+    upper.set(ylabel="accuracy (%)", ylim=(0, 1))
     lower.bar(middle, count / n, width, color=GREY, edgecolor="white")
     mean = (count * confidence).sum() / n, (count * accuracy).sum() / n
     for x, colour, label in zip(mean, (ORANGE, BLUE), ("mean confidence", "accuracy"), strict=True):

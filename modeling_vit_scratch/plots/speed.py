@@ -10,7 +10,6 @@ from .drawing import (
     GREY,
     SKY,
     draw_legend,
-    legend_handle,
     line_colours,
     new_figure,
     plain,
@@ -126,15 +125,14 @@ def plot_race(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], uni
         raise ValueError("there is nothing to draw; give at least 1 curve, and 1 point in each.")
     figure = new_figure(6.4, 4.0)
     axes = figure.subplots()
-    entries = []
     for (name, (seconds, accuracy)), colour in zip(curves.items(), line_colours(len(curves)), strict=True):
-        axes.plot(seconds, accuracy, "o-", color=colour, linewidth=1.5, markersize=3)
-        entries.append(legend_handle(colour, f"{name}: {max(accuracy):.2%} in {seconds[-1]:,.0f} s", marker="o"))
+        label = f"{name}: {max(accuracy):.2%} in {seconds[-1]:,.0f} s"
+        axes.plot(seconds, accuracy, "o-", color=colour, linewidth=1.5, markersize=3, label=label)
     axes.set(xscale="log", xlabel=f"{unit} of training", ylabel="validation accuracy (%)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     tidy(axes)
-    draw_legend(axes, entries, loc="lower right")
+    draw_legend(axes, axes.get_lines(), loc="lower right")
     return figure
 
 

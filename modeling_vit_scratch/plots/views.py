@@ -1,5 +1,6 @@
 """What a model makes of images, computed once for all figures that show it, and for the page of scripts/demo.py."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,10 +57,11 @@ class ModelView:
         self.predictor, self.config, self.model = predictor, predictor.config, predictor.model
         self.records, self.data_names = (None, []) if split is None else (split.records, split.class_names)
         self.batch_size = batch_size
-        self.pixels, self.titles = [], []
+        self.pixels, self.titles, self.ratios = [], [], []
         if split is not None:
             some = self.records.select(evenly(len(self.records), max_images))  # folders are sorted by class
-            self.pixels = list(predictor.pixels(some.images(range(len(some)), self.config.num_channels)))
+            for image in some.images(range(len(some)), self.config.num_channels):
+                self._show(image)
             self.titles = [self.data_names[label] for label in some.labels]
         elif len(images):
             self._read(images, on_unreadable)
@@ -70,7 +72,7 @@ class ModelView:
             try:
                 if wrong:
                     raise ValueError(wrong)
-                self.pixels += self.predictor.pixels([load_image(source, self.config.num_channels)])
+                self._show(load_image(source, self.config.num_channels))
             except (ValueError, OSError) as error:
                 if on_unreadable is None:
                     raise ValueError(f"{name}: {error}") from error
@@ -80,6 +82,17 @@ class ModelView:
             self.titles.append(title if len(title) <= MAX_TITLE else f"{title[:26]}…{title[-13:]}")
         if not self.pixels:
             raise ValueError(f"none of {len(files)} images could be read.")
+
+    def _show(self, image: Image.Image):
+        self.pixels += self.predictor.pixels([image])
+        self.ratios.append(image.width / image.height)
+
+    def image_title(self, indices: Sequence[int]) -> str:
+        """What stands over those of `pixels`: empty unless one was squeezed or cropped to the model's ratio."""
+        H, W = self.config.image_hw
+        if all(math.isclose(self.ratios[i], W / H, rel_tol=0.02) for i in indices):
+            return ""
+        return f"as the model sees it\n({H} × {W})"
 
     def batch(self, indices: range) -> torch.Tensor:
         """Images of the split: uint8 (B, C, H, W)."""

@@ -114,6 +114,7 @@ def _describe_training(run: Run) -> dict:
     return {
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
+        "kept_step": trainer.kept_step,
         "optimizer": args.optim.value,
         "learning_rate": args.learning_rate,
         "muon_learning_rate": args.muon_learning_rate,

@@ -149,10 +149,19 @@ class ImageTrainer(Trainer):
         finally:
             self.progress.close()
         if self.average is not None:  # what the run ends with is what was measured
-            if self.state.best_model_checkpoint is None or not self.args.load_best_model_at_end:
+            if not self._ends_with_best:
                 self.average.swap()
             self.average = None
         return result
+
+    @property
+    def _ends_with_best(self) -> bool:
+        return self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights the trained model has."""
+        return self.state.best_global_step if self._ends_with_best else self.state.global_step
 
     def _run_epoch(self, **kwargs):
         if self.state.global_step < self.state.max_steps:

@@ -71,7 +71,7 @@ def speeds(title: str, model: torch.nn.Module, batch: int, args: argparse.Namesp
 
 
 def accuracies(answers: dict[object, Answers]) -> dict[object, dict]:
-    """For each setting the share of right answers, and its difference from the first one's, with 95 % intervals."""
+    """For each setting the accuracy, and its difference from the first one's, with 95 % intervals."""
     found, first = {}, next(iter(answers.values()))
     for name, said in answers.items():
         compared = compare(said, first)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from drawings import draw, noise_image, small_config, write_history
+from drawings import draw, noise_image, overlaps, small_config, write_history
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers import ViTImageProcessorPil
@@ -50,6 +50,20 @@ def test_figures_of_images(folder, photos):
     assert all(isinstance(draw(figure), Figure) for figure in figures.values())
     assert figures["attention_heads_2"].get_suptitle().startswith("Attention of each head, layer 1 of 2")
     assert set(draw_figures(folder, "heads", photos, max_images=2)) == {"attention_heads_1", "attention_heads_2"}
+
+
+def test_a_photo_of_another_ratio_is_titled_as_what_the_model_gets(folder):
+    for width, height, title in ((40, 20, "as the model sees it\n(16 × 8)"), (10, 20, "image"), (99, 200, "image")):
+        photo = Image.new("RGB", (width, height))
+        figures = draw_figures(folder, ["heads", "rollout", "patches"], [photo, photo.resize((8, 16))])
+        first = [figures[name].axes[0].get_title() for name in ("attention_heads_1", "attention_rollout")]
+        assert first == [title, title]
+        assert figures["attention_heads_2"].axes[0].get_title() == "image"
+        whole = figures["patch_sequence_1"].axes[0].get_title()
+        assert whole == (title if width > height else "16 × 8 pixels")
+        for figure in figures.values():
+            assert not overlaps([axes.title for axes in draw(figure).axes])
+            assert all(axes.title.get_window_extent().y1 < figure.bbox.height + 3 for axes in figure.axes)
 
 
 def test_files_and_opened_images_give_the_same_figure(folder, photos):

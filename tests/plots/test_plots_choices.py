@@ -292,7 +292,7 @@ def test_the_heads_of_the_pooling_are_drawn(tmp_path, photo):
     maps = 12 * plots.pooling_attention(predictor.model.vit, output.hidden_states[-1])[0].reshape(3, 3, 4)
     drawn = [axes.images[-1].get_array() for axes in figure.axes if axes.get_title().startswith("head ")]
     np.testing.assert_allclose(np.stack(drawn), maps, atol=1e-5)
-    assert figure.get_suptitle() == "Attention of each head of the pooling (1 is an even share)"
+    assert figure.get_suptitle() == "Attention of each head of the pooling"
 
 
 @pytest.mark.parametrize("name", ["both", "mixed", "without positions", "two class tokens", "the block"])

@@ -331,10 +331,15 @@ def test_draws_rollout_and_heads():
     with pytest.raises(ValueError, match="1 images for 2 maps"):
         plots.plot_attention_rollout(images[:1], maps)
 
-    heads = draw(plots.plot_attention_heads(images[0], torch.rand(6, 3, 4), "Layer 2"))
+    maps = torch.rand(6, 3, 4) * torch.arange(1, 7).view(-1, 1, 1)
+    heads = draw(plots.plot_attention_heads(images[0], maps, "Layer 2"))
     titles = [axes.get_title() for axes in heads.axes if axes.get_title()]
     assert titles == ["image", *(f"head {i}" for i in range(1, 7))]
-    assert heads.get_suptitle().startswith("Layer 2")
+    assert heads.get_suptitle() == "Layer 2"
+    ranges = {axes.images[1].get_clim() for axes in heads.axes[1:7]}
+    assert ranges == {(0, maps.max().item())}  # heads are compared
+    (bar,) = [axes for axes in heads.axes if axes.get_label() == "<colorbar>"]
+    assert bar.get_ylabel() == "× even share"
 
 
 def test_overlay_pixels_by_hand():
@@ -382,6 +387,7 @@ def test_draws_reliability():
     np.testing.assert_allclose([bar.get_height() for bar in gaps], [0.0, 0.3], atol=1e-7)
     np.testing.assert_allclose([bar.get_height() for bar in lower.containers[0]], [0.5, 0.5])
     assert "15.00% (4 images)" in upper.get_title()
+    assert upper.get_ylabel() == "accuracy (%)"
     labels = [text.get_text() for text in lower.get_legend().get_texts()]
     assert labels == ["mean confidence 65.0%", "accuracy 50.0%"]
 

@@ -1,5 +1,6 @@
 """Figures of runs and speed: by what stands on them, and how they are saved."""
 
+import json
 import math
 
 import numpy as np
@@ -56,12 +57,30 @@ def test_training_curves_draw_the_numbers_of_the_file(history):
     line, best = accuracy.get_lines()
     np.testing.assert_allclose(line.get_xydata(), [[1, 0.4], [2, 0.625], [3, 0.6]])
     np.testing.assert_allclose(best.get_xydata(), [[2, 0.625]])
-    assert accuracy.get_legend().get_texts()[0].get_text() == "best 62.50% at epoch 2"
+    assert accuracy.get_legend() is None  # it could lie on the curve
+    assert figure.legends[0].get_texts()[0].get_text() == "best 62.50% at epoch 2"
     assert loss.get_xlabel() == accuracy.get_xlabel() == "epoch"
-    assert "%" in accuracy.get_ylabel()
+    assert accuracy.get_ylabel() == "accuracy (%)"
     assert "40.0" in {text.get_text() for text in accuracy.get_yticklabels()}
     # the folder will do as well
     assert len(plots.plot_training_curves(history.parent).axes) == 2
+
+
+def test_training_curves_mark_what_the_run_kept(history):
+    def marked(metrics):
+        (history.parent / "metrics.json").write_text(json.dumps(metrics))
+        figure = draw(plots.plot_training_curves(history))
+        texts = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        return figure.axes[1].get_lines()[1:], texts
+
+    (mark,), text = marked({"training": {"kept_step": 60}})  # of the lowest loss, say: not of the best accuracy
+    np.testing.assert_allclose(mark.get_xydata(), [[3, 0.6]])
+    assert text == ["kept 60.00% at epoch 3"]
+    assert marked({"training": {"kept_step": 50}}) == ([], [])  # not measured there
+    assert marked({"training": {}})[1] == marked({})[1] == ["best 62.50% at epoch 2"]  # of an older version
+    (history.parent / "metrics.json").write_text("{")
+    with pytest.raises(ValueError, match=r"metrics\.json is no JSON file.*mend or remove it"):
+        plots.plot_training_curves(history)
 
 
 def test_history_has_times_where_there_are_any(history, tmp_path):
@@ -127,6 +146,9 @@ def test_race_draws_accuracy_against_time():
     assert axes.get_xlabel() == "CPU seconds of training"
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert texts == ["theirs: 50.00% in 40 s", "ours: 60.00% in 4 s"]
+    for line, entry in zip(axes.lines, axes.get_legend().get_lines(), strict=True):  # looks like its line
+        assert entry.get_marker() == line.get_marker() == "o"
+        assert entry.get_markerfacecolor() == line.get_markerfacecolor() == line.get_color() == entry.get_color()
     for nothing in ({}, {"ours": ([], [])}):
         with pytest.raises(ValueError, match="nothing to draw"):
             plots.plot_race(nothing, "seconds")
@@ -205,10 +227,35 @@ def test_confusion_matrix(classes):
     assert cells == (expected if classes <= 25 else {})
     assert [t.get_text() for t in axes.get_yticklabels()] == [f"the class {i}" for i in range(classes)]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
-    assert f"{np.trace(matrix) / matrix.sum():.2%} of {matrix.sum():,}" in axes.get_title()
+    assert f"{np.trace(matrix) / matrix.sum():.2%} of {matrix.sum():,}" in figure.get_suptitle()
     assert bar.get_ylabel() == "share of the true class"
     assert not overlaps([*axes.get_xticklabels(), *axes.get_yticklabels()])
     assert not overlaps(axes.texts[: 2 * classes])
+
+
+@pytest.mark.parametrize(
+    ("names", "upright"),
+    [
+        (["circle", "square", "triangle"], False),
+        (["a", "b", "c", "d"], False),
+        ([str(i) for i in range(10)], False),
+        (["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"], True),
+        (["a name of many letters"] * 2, True),
+        (["a name of many letters"] * 100, True),
+    ],
+)
+def test_names_of_a_confusion_matrix_fit(names, upright):
+    figure = draw(plots.plot_confusion_matrix(np.eye(len(names), dtype=int) * 1000, names))
+    axes, bar = figure.axes
+    assert {text.get_rotation() for text in axes.get_xticklabels()} == {90 if upright else 0}
+    texts = [*axes.get_xticklabels(), *axes.get_yticklabels(), *bar.get_yticklabels()]
+    texts += [axes.xaxis.label, axes.yaxis.label, bar.yaxis.label, figure._suptitle]
+    assert not overlaps(texts)
+    for text in texts:
+        box = text.get_window_extent()
+        assert min(box.x0, box.y0) > -3, text  # a box is a little larger than its letters
+        assert box.x1 < figure.bbox.width + 3 and box.y1 < figure.bbox.height + 3, text
+    assert axes.get_window_extent().width >= 240  # of the matrix much is left
 
 
 def test_confusion_matrix_with_an_empty_class_and_odd_names():

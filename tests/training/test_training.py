@@ -83,6 +83,23 @@ def test_metrics_count_the_whole_split_and_agree_with_the_saved_model(run):
     assert metrics["validation"]["accuracy"] == pytest.approx(best)
 
 
+def test_the_step_that_is_kept_is_written(run, tmp_path):
+    _, argv = run
+    everything = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    everything += ["--learning_rate", "1", "--metric_for_best_model", "loss", "--num_train_epochs", "1"]
+    for best in ("true", "false"):
+        output = tmp_path / best
+        last = ["--output_dir", str(output), "--load_best_model_at_end", best]
+        assert finetune.main([*argv, *everything, *last]) == 0
+        metrics = json.loads((output / "metrics.json").read_text())
+        rows = [row for row in history(output) if row["eval_loss"]]
+        lowest = min(rows, key=lambda row: float(row["eval_loss"]))
+        assert lowest is not rows[-1]  # of so high a rate
+        kept = lowest if best == "true" else rows[-1]
+        assert metrics["training"]["kept_step"] == int(kept["step"])
+        assert metrics["validation"]["loss"] == pytest.approx(float(kept["eval_loss"]), abs=1e-5)
+
+
 def test_saved_folder_predicts_what_the_run_reported(run):
     """Model and processor from disk, on the original image, against the row the run wrote for it."""
     from modeling_vit_scratch.data.records import load_records
