@@ -288,6 +288,8 @@ class ImageTrainingArguments(TrainingArguments):
             raise ValueError(f"time_budget ({self.time_budget}) chooses the number of steps itself: leave out {given}.")
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"num_train_epochs ({self.num_train_epochs:g}) must be above 0.")
         self.workers_are_open = self.dataloader_num_workers is None  # the data settle them
         self.dataloader_num_workers = self.dataloader_num_workers or 0
         on_cpu = self.use_cpu or not torch.accelerator.is_available()

@@ -29,8 +29,8 @@ def overridden_fields(arguments: ModelArguments) -> dict:
             raise ValueError(f"config_overrides: {name} follows from the classes of the data; leave it out.")
         if name in ("source", "revision", "cache_dir", "token", "replace_head"):  # `convert_checkpoint` takes them
             raise ValueError(f"config_overrides: {name} is no field of the config; --help_all lists the options.")
-        if name == "return_dict":
-            raise ValueError("config_overrides: training reads outputs by name; leave out return_dict.")
+        if name in ("return_dict", "output_attentions", "output_hidden_states", "problem_type"):
+            raise ValueError(f"config_overrides: training decides {name}; leave it out.")
     if arguments.image_size is not None:
         size = fields.setdefault("image_size", arguments.image_size)
         if size != arguments.image_size:
@@ -44,7 +44,8 @@ def make_config(arguments: ModelArguments, class_names: list[str]) -> ViTScratch
     labels = dict(enumerate(class_names))
     return ViTScratchConfig.preset(
         arguments.preset or "showcase",
-        **{"problem_type": "single_label_classification", **overrides},
+        **overrides,
+        problem_type="single_label_classification",
         id2label=labels,
         label2id={name: index for index, name in labels.items()},
     )

@@ -128,11 +128,18 @@ def test_an_unknown_option_is_told_its_nearest(option, right, finetune, capsys):
     assert f"unknown option {option}; {right}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["per_device_train_batch_size", "per_device_eval_batch_size"])
-def test_a_batch_of_no_images(name, finetune, capsys):
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        ("per_device_train_batch_size", "at least 1"),
+        ("per_device_eval_batch_size", "at least 1"),
+        ("num_train_epochs", "above 0"),
+    ],
+)
+def test_what_cannot_be_zero(name, bound, finetune, capsys):
     with pytest.raises(SystemExit):
         finetune.parse(["--dataset_name", "digits", f"--{name}", "0"])
-    assert f"{name} (0) must be at least 1" in capsys.readouterr().err
+    assert f"{name} (0) must be {bound}" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_leaves_no_folder(finetune, tmp_path, monkeypatch, capsys):

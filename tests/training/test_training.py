@@ -661,7 +661,10 @@ def test_preset_and_overrides_are_checked(tmp_path, capsys):
         ({"config_overrides": "hidden_sise=3"}, ["hidden_sise", "hidden_size"]),
         ({"config_overrides": "hidden_size"}, ["field=value"]),
         ({"config_overrides": "num_labels=5"}, ["num_labels", "classes of the data"]),
-        ({"config_overrides": f"{RANDOM},return_dict=false"}, ["return_dict"]),
+        *(
+            ({"config_overrides": f"{name}={value}"}, [f"training decides {name}"])
+            for name, value in (("return_dict", "false"), ("output_attentions", "true"), ("problem_type", "regression"))
+        ),
         ({"config_overrides": "image_size=16", "image_size": 8}, ["image_size (8) is 16 in config_overrides"]),
     ):
         assert finetune.main(options(tmp_path / "x", **change)) == 2
