@@ -188,9 +188,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, ImageTraining
     options = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for option in options:
         if option not in parser._option_string_actions:
-            parser.error(
-                f"unknown option {option}; the nearest is {cli.nearest(option, parser._option_string_actions)}"
-            )
+            parser.error(cli.unknown_option(option, parser))
     given = {option[2:].replace("-", "_") for option in options}
     try:
         settings = without_displaced(read_recipe(recipe, known), given, DISPLACED_BY) if recipe else {}
