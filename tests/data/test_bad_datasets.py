@@ -224,9 +224,9 @@ BAD_FOLDERS = {
         lambda at: [write(at / "x" / n / "1.png", encode(PHOTO)) for n in ("train", "test")] and at / "x",
         "has no directories; put the images into one per class",
     ),
-    "a text file among images": (
-        lambda at: write(class_folder(at / "x", "cat", "dog") / "cat" / "notes.txt", "hello").parents[1],
-        "cat/notes.txt.*unreadable image.*repair or remove it",
+    "text in a file without a suffix": (
+        lambda at: write(class_folder(at / "x", "cat", "dog") / "cat" / "notes", "hello").parents[1],
+        "cat/notes.*unreadable image.*repair or remove it",
     ),
     "a damaged parquet file": (
         lambda at: write(at / "x" / "train.parquet", b"PAR1 no table").parent,

@@ -191,7 +191,7 @@ def test_a_folder_that_was_read_without_labels(tmp_path):
     assert contents(found.records) == contents(splits.records["validation"]) and found.of_the_run
     names = [Path(found.records.where(i)[:-1].partition("(")[2]).parent.name for i in range(len(found.records))]
     assert [CLASSES[label] for label in found.records.labels] == names
-    (tmp_path / "birds" / "cat" / "notes.txt").write_text("an image of its class, but none without classes")
+    (tmp_path / "birds" / "cat" / "notes").write_text("an image of its class, but none without classes")
     with pytest.raises(ValueError, match=r"no fingerprint .the run read images without labels that here lie in no"):
         load_split(folder, "validation", models=[trained_on(splits)])
 
