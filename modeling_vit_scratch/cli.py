@@ -104,10 +104,13 @@ def config_fields(text: str | None) -> dict:
         name, separator, value = item.partition("=")
         if not separator:
             raise ValueError(f"config_overrides: {item!r} is not of the form field=value.")
+        name = name.strip()
+        if name in ("source", "revision", "cache_dir", "token", "replace_head"):  # keywords of `convert_checkpoint`
+            raise ValueError(f"config_overrides: {name} is no field of the config; --help lists the options.")
         value = yaml.safe_load(value)
         if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.IGNORECASE):
             value = float(value)  # which YAML takes for text, since it has no point
-        fields[name.strip()] = value
+        fields[name] = value
     return fields
 
 

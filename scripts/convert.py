@@ -112,7 +112,10 @@ def hints_of(arguments: argparse.Namespace) -> dict:
     hints = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.grid_size is not None:
         hints["grid_size"] = tuple(arguments.grid_size)
-    return {**hints, **cli.config_fields(arguments.config_overrides)}
+    fields = cli.config_fields(arguments.config_overrides)
+    if "image_size" in fields:
+        raise ValueError("config_overrides: image_size has an option of its own, --image_size.")
+    return {**hints, **fields}
 
 
 def show(arguments: argparse.Namespace) -> int:

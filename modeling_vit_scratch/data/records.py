@@ -55,21 +55,24 @@ class Records:
 
     def encoded(self) -> Iterator[bytes]:
         """The files' contents, in order; nothing of a missing image."""
-        for start in range(0, len(self), 1024):
-            for value in self.dataset[self.rows[start : start + 1024]][self.image_column]:
-                value = value or {"bytes": b"", "path": None}
-                yield Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
+        for value in self._values():
+            value = value or {"bytes": b"", "path": None}
+            yield Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
 
     def files(self, folder: str | Path) -> list[str] | None:
         """The images' paths below a folder; None where they are not all files there."""
         root, found = os.path.abspath(folder), []
-        for start in range(0, len(self), 1024):
-            for value in self.dataset[self.rows[start : start + 1024]][self.image_column]:
-                path = Path(os.path.abspath(value["path"])) if value and value["bytes"] is None else None
-                if path is None or not path.is_relative_to(root):
-                    return None
-                found.append(path.relative_to(root).as_posix())
+        for value in self._values():
+            path = Path(os.path.abspath(value["path"])) if value and value["bytes"] is None else None
+            if path is None or not path.is_relative_to(root):
+                return None
+            found.append(path.relative_to(root).as_posix())
         return found
+
+    def _values(self) -> Iterator[dict | None]:
+        """What the image column holds, row by row, read some at a time."""
+        for start in range(0, len(self), 1024):
+            yield from self.dataset[self.rows[start : start + 1024]][self.image_column]
 
     def image(self, index: int, num_channels: int) -> Image.Image:
         row = int(self.rows[index])

@@ -255,9 +255,8 @@ def _image_folder(folder: Path, split: str) -> datasets.Dataset:
         paths += [str(path) for path in files]
         labels += [label] * len(files)
     if left_out:
-        logger.warning("Left out of %s, by their names no images: %s", folder, ", ".join(map(str, left_out[:5])))
-        if len(left_out) > 5:
-            logger.warning("... and %d more", len(left_out) - 5)
+        shown = ", ".join(map(str, left_out[:5])) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
+        logger.warning("Left out of %s, by their names no images: %s", folder, shown)
     features = datasets.Features(
         {
             "image": datasets.Image(decode=False),

@@ -21,14 +21,12 @@ def overridden_fields(arguments: ModelArguments) -> dict:
     """The fields of the config that `config_overrides` and `image_size` name.
 
     Raises:
-        ValueError: The data or another option decide one, or it is no field at all.
+        ValueError: The data, training or another option decide one.
     """
     fields = config_fields(arguments.config_overrides)
     for name in fields:
         if name in ("num_labels", "id2label", "label2id"):
             raise ValueError(f"config_overrides: {name} follows from the classes of the data; leave it out.")
-        if name in ("source", "revision", "cache_dir", "token", "replace_head"):  # `convert_checkpoint` takes them
-            raise ValueError(f"config_overrides: {name} is no field of the config; --help_all lists the options.")
         if name in ("return_dict", "output_attentions", "output_hidden_states", "problem_type"):
             raise ValueError(f"config_overrides: training decides {name}; leave it out.")
     if arguments.image_size is not None:

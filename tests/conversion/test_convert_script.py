@@ -221,6 +221,8 @@ def test_any_field_can_be_told(script, tmp_path, capsys):
         ("rope_teta=50", "the nearest is 'rope_theta'"),
         ("rope_theta", "is not of the form field=value"),
         ("hidden_size=64", "hidden_size=64, but the tensors say 32"),
+        ("image_size=64", "image_size has an option of its own"),
+        ("source=timm", "source is no field of the config"),
     ):
         assert script.main([*arguments, "--config_overrides", wrong]) == 2
         assert message in capsys.readouterr().err
