@@ -146,7 +146,7 @@ def add_speed_options(group, maps: bool = False):
         choices=("auto", *DTYPES),
         default="auto",
         metavar="NAME",
-        help=f"{', '.join(DTYPES)}; default: auto, bfloat16 where the device has units for it, which a line says, "
+        help=f"{', '.join(DTYPES)}; default: auto, bfloat16 where the device has fast units for it, which a line says, "
         "else float32",
     )
     if not maps:

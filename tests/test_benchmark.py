@@ -685,7 +685,7 @@ def test_inference(args, tmp_path, monkeypatch):
     result = inference.measure(args)
     ways = [row["name"] for row in result["rows"] if row["case"] == inference.PACKAGED]
     assert ways == ["float32", "int8"]
-    assert result["absent"]["bfloat16"] == "this device has no units for it"
+    assert result["absent"]["bfloat16"] == "this device has no fast units for it"
     assert result["absent"]["int8, compiled"] == "left out of quick runs"
     ours = dict(zip(ways, result["rows"], strict=False))
     assert (ours["float32"]["accuracy"], ours["float32"]["change"]) == (0.9, 0.0)
@@ -696,7 +696,7 @@ def test_inference(args, tmp_path, monkeypatch):
         assert row["speed"] == pytest.approx(np.median(np.divide(first["samples"], row["samples"])))
     text = inference.show(result)
     assert max(map(len, text.splitlines())) <= 80
-    assert "-80.00%" in text and "Not measured: bfloat16 (this device has no units for it)" in text
+    assert "-80.00%" in text and "Not measured: bfloat16 (this device has no fast units for it)" in text
     assert inference.draw(result).axes[-1].get_xlabel() == "speed over that of float32"
 
 

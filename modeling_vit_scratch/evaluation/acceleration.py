@@ -32,8 +32,8 @@ def load_for_inference(
 
     Args:
         checkpoint: As for `Predictor`, like `args` and `kwargs`.
-        dtype: A key of `DTYPES`, or "auto": bfloat16 where the device has units for it (CPUs with AVX-512 BF16 or AMX,
-            and GPUs), float32 elsewhere.
+        dtype: A key of `DTYPES`, or "auto": bfloat16 where the device has fast units for it (CPUs with AMX, or with
+            AVX-512 BF16 that is not Intel's, and GPUs), float32 elsewhere.
         compile: Whether `torch.compile` makes the model into one program, in the first call, which takes up to a
             minute. It pays on GPUs.
         quantize: "int8": weights in 8 bits, what they multiply rounded to 8 bits as it comes. By torchao where PyTorch

@@ -249,8 +249,8 @@ class ImageTrainingArguments(TrainingArguments):
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "bfloat16 mixed precision. Default: where the device has units for it; a CPU without them stays in "
-            "float32 all the same, and says so."
+            "help": "bfloat16 mixed precision. Default: where the device has fast units for it; a CPU without them stays "
+            "in float32 all the same, and says so."
         },
     )
     torch_compile: bool | None = field(
@@ -297,7 +297,7 @@ class ImageTrainingArguments(TrainingArguments):
             fast = has_fast_bfloat16(torch.device("cpu" if on_cpu else torch.accelerator.current_accelerator()))
             self.bf16 = fast and not self.fp16
         elif self.bf16 and on_cpu and not has_fast_bfloat16(torch.device("cpu")):
-            logger.warning("This CPU has no units for bfloat16, which would be slower here: training in float32.")
+            logger.warning("This CPU has no fast units for bfloat16, which would be slower here: training in float32.")
             self.bf16 = False
         if self.bf16 and on_cpu:
             self.use_cpu = True  # TrainingArguments refuses bfloat16 to a CPU that is not asked for by name

@@ -42,7 +42,7 @@ def load_all(checkpoint: Path, args: argparse.Namespace) -> tuple[dict[str, Pred
     found, reasons = {}, {}
     for name, options in tqdm(WAYS.items(), desc="Loading models", unit="model", delay=2, leave=False):
         if options.get("dtype") == "bfloat16" and not has_fast_bfloat16(args.device):
-            reasons[name] = "this device has no units for it"
+            reasons[name] = "this device has no fast units for it"
         elif options.get("compile") and args.quick:
             reasons[name] = "left out of quick runs"
         else:

@@ -26,7 +26,13 @@ needs_onnx = pytest.mark.skipif(bool(missing_for_onnx()), reason="pip install 'm
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="pip install 'modeling_vit_scratch[quantize]'"
 )
-UNITS = {"none": {}, "bfloat16": {"avx512_bf16": True}, "AMX": {"amx_bf16": True, "amx_int8": True}}
+UNITS = {
+    "none": {},
+    "bfloat16": {"avx512_bf16": True, "cpu_name": "AMD EPYC"},
+    "Intel without AMX": {"avx512_bf16": True, "avx512_vnni": True, "cpu_name": "Intel Xeon"},
+    "AMX": {"avx512_bf16": True, "amx_bf16": True, "amx_int8": True, "cpu_name": "Intel Xeon"},
+}
+AUTO = {"none": "float32", "bfloat16": "bfloat16", "Intel without AMX": "float32", "AMX": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +61,8 @@ def units(monkeypatch, name: str):
     monkeypatch.setattr(devices, "cpu_capabilities", lambda: UNITS[name])
 
 
-@pytest.mark.parametrize(("name", "expected"), [("none", "float32"), ("bfloat16", "bfloat16"), ("AMX", "bfloat16")])
-def test_auto_takes_what_the_cpu_has_units_for(name, expected, folder, images, monkeypatch):
+@pytest.mark.parametrize(("name", "expected"), AUTO.items())
+def test_auto_takes_what_the_cpu_has_fast_units_for(name, expected, folder, images, monkeypatch):
     units(monkeypatch, name)
     predictor = load_for_inference(folder, "cpu")
     assert predictor.computes_in == expected
@@ -70,7 +76,7 @@ def test_auto_takes_what_the_cpu_has_units_for(name, expected, folder, images, m
 
 def test_int8_units(monkeypatch):
     cpu = torch.device("cpu")
-    for name, expected in (("none", False), ("bfloat16", False), ("AMX", True)):
+    for name, expected in {"none": False, "bfloat16": False, "Intel without AMX": True, "AMX": True}.items():
         units(monkeypatch, name)
         assert devices.has_fast_int8(cpu) == expected
     assert not devices.has_fast_int8(torch.device("meta"))
