@@ -18,7 +18,8 @@ SECTION is one or more of
   inference bfloat16, compiled, 8-bit integers: accuracy of the packaged model
             (--dataset_name) against speed, and speed of ViT-B/16 (long)
   merging   token merging: likewise (long)
-  race      training: the teaching protocol against our recipe (long: an hour)
+  race      training: the teaching protocol, our default recipe and the
+            speedrun's record (long: an hour)
   speedrun  the record of a track of speedrun/README.md, run again (long)
 
 Peers take turns, each round in another order, so that what else the machine

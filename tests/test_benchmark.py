@@ -712,10 +712,11 @@ def test_race_is_run_once_and_goes_on_where_it_stopped(args, monkeypatch):
     started, main = [], finetune.main
     monkeypatch.setattr(finetune, "main", lambda argv: started.append(argv) or main(argv))
     result = race.measure(args)
-    teaching, ours = result["rows"]
-    assert [argv[0].rpartition("/")[2] for argv in started] == ["teaching_adamw.yaml", "showcase.yaml"]
-    assert (teaching["name"], ours["name"]) == tuple(race.RACE)
-    assert teaching["parameters"] == 847_626 and teaching["epochs"] == 2
+    teaching, ours, record = result["rows"]
+    names = ["teaching_adamw.yaml", "showcase.yaml", "cpu80.yaml"]
+    assert [argv[0].rpartition("/")[2] for argv in started] == names
+    assert [row["name"] for row in result["rows"]] == list(race.RACE)
+    assert teaching["parameters"] == ours["parameters"] == 847_626 > record["parameters"] and teaching["epochs"] == 2
     for row in result["rows"]:
         seconds, accuracy = result["curves"][row["name"]].values()
         assert len(seconds) == len(accuracy) == 2
@@ -724,12 +725,12 @@ def test_race_is_run_once_and_goes_on_where_it_stopped(args, monkeypatch):
     assert race.draw(result).axes[0].get_xlabel() == "CPU seconds of training"
 
     assert race.measure(args) == result
-    assert len(started) == 2
+    assert len(started) == 3
 
     folder = race.run_recipe("teaching protocol", args)
     (folder / "metrics.json").unlink()  # as if it had been interrupted at the end
     again = race.measure(args)
-    assert started[2][-2:] == ["--resume_from_checkpoint", "last"]
+    assert started[3][-2:] == ["--resume_from_checkpoint", "last"]
     assert again["curves"] == result["curves"]
 
     args.race_options = [*args.race_options, "--seed", "1"]
@@ -742,10 +743,12 @@ def test_race_says_who_is_sooner():
     rows = [{"name": name, "dataset": "CIFAR-10", "parameters": 847_626, "accuracy": 0.66} for name in race.RACE]
     rows[0] |= {"epochs": 50.0, "seconds": 2791.4, "seconds_to_goal": 2700.0}
     rows[1] |= {"epochs": 8.0, "seconds": 302.0, "seconds_to_goal": 300.0}
+    rows[2] |= {"epochs": 8.0, "seconds": 500.0, "seconds_to_goal": 270.0}
     text = race.show({"rows": rows, "goal": 0.67, "unit": "CPU seconds"})
-    assert "this package is there 9.0 times sooner" in text
+    flat = " ".join(text.split())
+    assert "This package is there 9.0 times sooner. The record of CPU-80 is there 10.0 times sooner." in flat
     assert max(map(len, text.splitlines())) <= 80
-    rows[1]["seconds_to_goal"] = None
+    rows[1]["seconds_to_goal"] = rows[2]["seconds_to_goal"] = None
     text = race.show({"rows": rows, "goal": 0.67, "unit": "CPU seconds"})
     assert "sooner" not in text and "never" in text
 

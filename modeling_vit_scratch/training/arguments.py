@@ -249,8 +249,8 @@ class ImageTrainingArguments(TrainingArguments):
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "bfloat16 mixed precision. Default: where the device has fast units for it; a CPU without them stays "
-            "in float32 all the same, and says so."
+            "help": "bfloat16 mixed precision. Default: where the device has fast units for it; a CPU without them "
+            "stays in float32 all the same, and says so."
         },
     )
     torch_compile: bool | None = field(
