@@ -35,7 +35,7 @@ def load_for_inference(
         dtype: A key of `DTYPES`, or "auto": bfloat16 where the device has fast units for it (CPUs with AMX, or with
             AVX-512 BF16 that is not Intel's, and GPUs), float32 elsewhere.
         compile: Whether `torch.compile` makes the model into one program, in the first call, which takes up to a
-            minute. It pays on GPUs.
+            minute. It pays on GPUs, and on CPUs beside the 8-bit integers of torchao.
         quantize: "int8": weights in 8 bits, what they multiply rounded to 8 bits as it comes. By torchao where PyTorch
             has units for it (CPUs with AVX-512 VNNI or AMX, and GPUs), of the blocks; by ONNX Runtime on other CPUs, of
             the whole model, which maps and hidden states are then not of: `__call__` gives those in float32.
