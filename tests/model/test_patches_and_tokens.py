@@ -318,6 +318,15 @@ def test_early_convolutions_are_the_written_out_ones():
     assert patches.shape == (3, 4, 32)
 
 
+def test_early_convolutions_keep_the_channels_of_a_pixel_side_by_side():
+    model = make(ViTScratchModel, stem_channels=[6, 8], patch_size=8)
+    embeddings, layouts = model.embeddings.patch_embeddings, []
+    for stage in embeddings.stem:
+        stage.convolution.register_forward_hook(lambda _, __, maps: layouts.append(maps.stride(1)))
+    embeddings(images(model))
+    assert layouts == [1, 1]
+
+
 def test_layer_scale():
     scaled, plain = make(ViTScratchModel, layerscale_value=1.0), make(ViTScratchModel)
     state = scaled.state_dict()
