@@ -746,7 +746,7 @@ def test_race_says_who_is_sooner():
     rows[2] |= {"epochs": 8.0, "seconds": 500.0, "seconds_to_goal": 270.0}
     text = race.show({"rows": rows, "goal": 0.67, "unit": "CPU seconds"})
     flat = " ".join(text.split())
-    assert "This package is there 9.0 times sooner. The record of CPU-80 is there 10.0 times sooner." in flat
+    assert "The default recipe is there 9.0 times sooner. The record of CPU-80 is there 10.0 times sooner." in flat
     assert max(map(len, text.splitlines())) <= 80
     rows[1]["seconds_to_goal"] = rows[2]["seconds_to_goal"] = None
     text = race.show({"rows": rows, "goal": 0.67, "unit": "CPU seconds"})

@@ -413,6 +413,7 @@ def test_figures_outside_the_table():
     soon, late = re.search(r"after (\d+) CPU-seconds instead of ([\d,]+)\.", readme).groups()
     [times] = re.findall(r"(\d+) times sooner", readme)
     assert late in recipe("teaching_adamw.yaml")[0] and round(int(late.replace(",", "")) / int(soon)) == int(times)
+    assert re.search(r"goes on to ([\d.]+ %) on the test split", readme)[1] in DOCS["results"]
     took, accuracy = re.search(r"(\d+ min \d+ s) on two cores reaches ([\d.]+ %)", readme).groups()
     assert took in recipe("budget.yaml")[0] and accuracy in recipe("budget.yaml")[0]
     text, settings = recipe("few_labels.yaml")

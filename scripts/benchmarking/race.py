@@ -16,14 +16,14 @@ from modeling_vit_scratch.data.sources import default_dataset
 from modeling_vit_scratch.evaluation.tables import text_table
 from modeling_vit_scratch.training import checkpoints
 
-from .measuring import OURS, one_thread
+from .measuring import one_thread
 
 PROGRAM = "benchmark.py"
 ROOT = Path(__file__).parent.parent.parent
 RACE = {
     "teaching protocol": "scripts/recipes/teaching_adamw.yaml",
-    OURS: "scripts/recipes/showcase.yaml",
-    "the record of CPU-80": "speedrun/cpu80.yaml",
+    "default recipe": "scripts/recipes/showcase.yaml",
+    "record of CPU-80": "speedrun/cpu80.yaml",
 }
 
 
@@ -91,7 +91,7 @@ def show(result: dict) -> str:
     lines = []
     for row in result["rows"]:
         to_goal = "never" if row["seconds_to_goal"] is None else f"{row['seconds_to_goal']:,.0f}"
-        cells = [f"{row['epochs']:g}", f"{row['accuracy']:.2%}", f"{row['seconds']:,.0f}", to_goal]
+        cells = [f"{round(row['epochs'], 1):g}", f"{row['accuracy']:.2%}", f"{row['seconds']:,.0f}", to_goal]
         lines.append([row["name"], f"{row['parameters']:,}", *cells])
     header = ["", "parameters", "epochs", "test", result["unit"], f"until {result['goal']:.2%}"]
     teaching, *others = result["rows"]
@@ -102,7 +102,7 @@ def show(result: dict) -> str:
     for row in others:
         if row["seconds_to_goal"]:
             times = teaching["seconds_to_goal"] / row["seconds_to_goal"]
-            text += f" {row['name'][0].upper()}{row['name'][1:]} is there {times:.1f} times sooner."
+            text += f" The {row['name']} is there {times:.1f} times sooner."
     return f"{textwrap.fill(text, 80)}\n\n{text_table([header, *lines])}"
 
 
