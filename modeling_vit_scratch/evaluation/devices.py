@@ -27,7 +27,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 run on units that are faster than those for float32.
 
     Where bfloat16 is emulated, they are many times slower. Intel's AVX-512 units for it are slower too, without AMX,
-    which a virtual machine may hide: ViT-B/16 gave 0.58 times the images of float32 on Emerald Rapids, with torch 2.13.
+    which a virtual machine may hide: ViT-B/16 gave 0.59 times the images of float32 on Emerald Rapids, with torch 2.13.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
