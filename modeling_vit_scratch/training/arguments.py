@@ -297,7 +297,9 @@ class ImageTrainingArguments(TrainingArguments):
             fast = has_fast_bfloat16(torch.device("cpu" if on_cpu else torch.accelerator.current_accelerator()))
             self.bf16 = fast and not self.fp16
         elif self.bf16 and on_cpu and not has_fast_bfloat16(torch.device("cpu")):
-            logger.warning("This CPU has no fast units for bfloat16, which would be slower here: training in float32.")
+            logger.warning_once(
+                "This CPU has no fast units for bfloat16, which would be slower here: training in float32."
+            )
             self.bf16 = False
         if self.bf16 and on_cpu:
             self.use_cpu = True  # TrainingArguments refuses bfloat16 to a CPU that is not asked for by name
