@@ -33,7 +33,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     by_intel = cpu_capabilities().get("cpu_name", "").startswith("Intel")
-    return _is_cpu_with(device, "amx_bf16") or (_is_cpu_with(device, "avx512_bf16") and not by_intel)
+    return _is_cpu_with(device, "amx_bf16", *(() if by_intel else ("avx512_bf16",)))
 
 
 def has_fast_int8(device: torch.device) -> bool:
@@ -57,6 +57,6 @@ def _is_cpu_with(device: torch.device, *units: str) -> bool:
     return any(capabilities.get(name) for name in units)
 
 
-def cpu_capabilities() -> dict[str, bool]:
-    """What this CPU has, by PyTorch's names; empty where PyTorch does not know."""
+def cpu_capabilities() -> dict[str, bool | int | str]:
+    """What this CPU has and is called, by PyTorch's names; empty where PyTorch does not know."""
     return getattr(torch.cpu, "get_capabilities", dict)()

@@ -19,7 +19,6 @@ from modeling_vit_scratch.evaluation.tables import text_table
 from . import race
 
 PROGRAM = "benchmark.py"
-ROOT = Path(__file__).parent.parent.parent
 FIRST_SEED = 42
 draw = race.draw
 
@@ -52,7 +51,7 @@ def recipe_of(track: str) -> Path:
     Raises:
         ValueError: The track is still open.
     """
-    path = ROOT / "speedrun" / f"{track}.yaml"
+    path = race.ROOT / "speedrun" / f"{track}.yaml"
     if not path.is_file():
         raise ValueError(f"track {track} is open: there is no {path.name} yet.")
     return path
@@ -85,7 +84,7 @@ def run_seed(recipe: Path, seed: int, args: argparse.Namespace) -> Path:
         words = [*python, *words[1:], *args.race_options, "--seed", str(seed), "--output_dir", str(folder.resolve())]
         cli.say(PROGRAM, f"{recipe.name}, seed {seed}")
         status = subprocess.run(
-            [*words, "--overwrite_output_dir", "True"], cwd=ROOT, env=os.environ | variables, stdout=sys.stderr
+            [*words, "--overwrite_output_dir", "True"], cwd=race.ROOT, env=os.environ | variables, stdout=sys.stderr
         ).returncode
         if status:
             raise KeyboardInterrupt if status in (130, -2) else ValueError(f"{recipe.name} failed with seed {seed}.")
