@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import TINY, history, load_script, options
+from transformers.utils import logging as transformers_logging
 
 from modeling_vit_scratch.training import (
     DataArguments,
@@ -282,6 +283,7 @@ def outcome(monkeypatch, caplog, capsys, tmp_path):
     def run(settings: dict) -> str | tuple:
         seen.clear()
         caplog.clear()
+        transformers_logging.warning_once.cache_clear()  # each of these runs is a process of its own to its user
         capsys.readouterr()
         folder = tmp_path / str(next(counter))
         try:
