@@ -40,6 +40,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import cli
 import torch
 from benchmarking import (
     cases,
@@ -57,7 +58,7 @@ from benchmarking import (
     trainer,
 )
 
-from modeling_vit_scratch import cli, plots
+from modeling_vit_scratch import plots
 from modeling_vit_scratch.training.report import hardware
 
 PROGRAM = "benchmark.py"
@@ -172,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(PROGRAM, run, parse(argv))
+    return cli.run(PROGRAM, parse, run, argv)
 
 
 if __name__ == "__main__":

@@ -19,31 +19,22 @@ the checkpoint or an option is wrong.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from modeling_vit_scratch import cli
-from modeling_vit_scratch.configuration_vit_scratch import POOLINGS
-from modeling_vit_scratch.conversion import (
-    convert_checkpoint,
-    export_checkpoint,
-    image_processor_for,
-    verify_checkpoint,
-    verify_export,
-)
-from modeling_vit_scratch.conversion.catalogue import architectures, describe_checkpoint, families, refused
-from modeling_vit_scratch.conversion.exporting import open_to_others
-from modeling_vit_scratch.conversion.families import TARGETS
-from modeling_vit_scratch.conversion.layouts import SUFFIXES, WEIGHT_FILES
-from modeling_vit_scratch.conversion.loading import is_own, require_unquantized
-from modeling_vit_scratch.conversion.processors import read_labels
-from modeling_vit_scratch.conversion.proof import TOLERANCE, Verification
-from modeling_vit_scratch.conversion.reading import one_line
-from modeling_vit_scratch.data.sources import public_name, refuse_image_folder
-from modeling_vit_scratch.evaluation.tables import text_table
-from modeling_vit_scratch.hub import write_model_card
+import cli
+
+if TYPE_CHECKING:
+    from modeling_vit_scratch.conversion.proof import Verification
+
+PROGRAM = "convert.py"
+TARGETS = ("transformers", "timm", "torchvision", "jax")
+POOLINGS = ("cls", "mean", "cls+mean", "attention")
+SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
+TOLERANCE = 1e-4
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "convert.py CHECKPOINT OUT [--option value ...] | --list [CHECKPOINT]")
+    parser = cli.Parser(__doc__, f"{PROGRAM} CHECKPOINT OUT [--option value ...] | --list [CHECKPOINT]")
     what = parser.add_argument_group("what and where")
     kinds = ", ".join(SUFFIXES)
     what.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help=f"file ({kinds}), folder or Hub id")
@@ -55,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     cli.add_source_options(what)
     what.add_argument(
-        "--to", choices=tuple(TARGETS), metavar="NAME", help=f"write another library's layout: {', '.join(TARGETS)}"
+        "--to", choices=TARGETS, metavar="NAME", help=f"write another library's layout: {', '.join(TARGETS)}"
     )
     untold = parser.add_argument_group("what the tensors do not tell (default: config.json, then the published value)")
     untold.add_argument(
@@ -94,8 +85,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def table(proof: Verification) -> str:
+def table(proof: "Verification") -> str:
     """The differences, and what they prove."""
+    from modeling_vit_scratch.evaluation.tables import text_table
+
     agree = "no classifier to compare" if proof.top5 is None else f"agree on {proof.top5} of {proof.num_images}"
     differences = ((name, f"{difference:.1e}") for name, difference in proof.differences.items())
     rows = [("output", "largest difference"), *differences, ("top-5", agree)]
@@ -108,11 +101,13 @@ def table(proof: Verification) -> str:
 
 def hints_of(arguments: argparse.Namespace) -> dict:
     """What was said that tensors do not tell."""
+    from modeling_vit_scratch.training.parsing import config_fields
+
     names = ("architecture", "num_attention_heads", "layer_norm_eps", "hidden_act", "pooling")
     hints = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.grid_size is not None:
         hints["grid_size"] = tuple(arguments.grid_size)
-    fields = cli.config_fields(arguments.config_overrides)
+    fields = config_fields(arguments.config_overrides)
     if "image_size" in fields:
         raise ValueError("config_overrides: image_size has an option of its own, --image_size.")
     return {**hints, **fields}
@@ -120,6 +115,9 @@ def hints_of(arguments: argparse.Namespace) -> dict:
 
 def show(arguments: argparse.Namespace) -> int:
     """Which families are understood, or what a checkpoint is."""
+    from modeling_vit_scratch.conversion.catalogue import architectures, describe_checkpoint, families, refused
+    from modeling_vit_scratch.evaluation.tables import text_table
+
     if arguments.checkpoint is not None:
         origin = {"source": arguments.source, "revision": arguments.revision}
         facts = describe_checkpoint(arguments.checkpoint, **origin, **hints_of(arguments))
@@ -135,6 +133,21 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def convert(arguments: argparse.Namespace) -> int:
+    from modeling_vit_scratch.conversion import (
+        convert_checkpoint,
+        export_checkpoint,
+        image_processor_for,
+        verify_checkpoint,
+        verify_export,
+    )
+    from modeling_vit_scratch.conversion.exporting import open_to_others
+    from modeling_vit_scratch.conversion.layouts import WEIGHT_FILES
+    from modeling_vit_scratch.conversion.loading import is_own, require_unquantized
+    from modeling_vit_scratch.conversion.processors import read_labels
+    from modeling_vit_scratch.conversion.reading import one_line
+    from modeling_vit_scratch.data.sources import public_name, refuse_image_folder
+    from modeling_vit_scratch.hub import write_model_card
+
     out, checkpoint = arguments.out, arguments.checkpoint
     if arguments.list and out is not None:
         raise ValueError(f"--list writes nothing; leave out OUT ({out}).")
@@ -212,7 +225,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run("convert.py", convert, parse(argv))
+    return cli.run(PROGRAM, parse, convert, argv)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,12 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import cli
 
-from modeling_vit_scratch import cli, plots
-from modeling_vit_scratch.conversion import PACKAGED_MODEL
-from modeling_vit_scratch.evaluation import Predictor
-from modeling_vit_scratch.evaluation.inference import find_images
-from modeling_vit_scratch.plots.views import SHOWN_SIDE, enlargement, view_image
+if TYPE_CHECKING:
+    from modeling_vit_scratch.evaluation import Predictor
 
 PROGRAM = "demo.py"
 EXAMPLES = Path(__file__).parent.parent / "docs" / "images" / "examples"  # test images of CIFAR-10 (JPEG copy)
@@ -41,6 +39,14 @@ CSS = """
 .view { border: none !important; background: none !important; }
 .view img { width: 100%; border-radius: 8px; image-rendering: pixelated; }
 #took p { font-size: 0.9em; opacity: 0.75; }
+@media (max-width: 640px) { /* a phone: the answer, and where the rollout begins, without scrolling */
+  #title h1 { font-size: 1.3em; }
+  #picture { height: 170px !important; }
+  #answer .output-class { height: 1.3em; padding: 0; visibility: hidden; } /* the first row says it too */
+  #examples .gallery { flex-wrap: nowrap; overflow-x: auto; max-width: calc(100vw - 64px); }
+  #examples .gallery-item { flex: none; }
+  .heading p { min-height: 0; }
+}
 """
 
 
@@ -49,7 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
-        default=str(PACKAGED_MODEL),
+        metavar="MODEL",
         help="folder, Hub id, or file of any model convert.py reads; default: the packaged one of CIFAR-10's classes",
     )
     cli.add_model_options(model)
@@ -75,8 +81,11 @@ def import_gradio():
     return gradio
 
 
-def build(predictor: Predictor, examples: list[str]):
+def build(predictor: "Predictor", examples: list[str]):
     """The page, a `gradio.Blocks`."""
+    from modeling_vit_scratch import plots
+    from modeling_vit_scratch.plots.views import SHOWN_SIDE, enlargement, view_image
+
     gr = import_gradio()
     config = predictor.config
     L, A = config.num_hidden_layers, config.num_attention_heads
@@ -137,7 +146,7 @@ def build(predictor: Predictor, examples: list[str]):
                 )
                 took = gr.Markdown(elem_id="took")
         if examples:
-            gr.Examples(examples, image, label="Examples", examples_per_page=12)
+            gr.Examples(examples, image, label="Examples", examples_per_page=12, elem_id="examples")
         with gr.Row():
             with gr.Column(min_width=280):
                 rollout = view(
@@ -161,6 +170,10 @@ def build(predictor: Predictor, examples: list[str]):
 def serve(arguments: argparse.Namespace, block: bool = True):
     """Start the page; `block` until Ctrl-C. Returns the page."""
     gr = import_gradio()
+    import torch
+
+    from modeling_vit_scratch.evaluation.inference import find_images
+
     try:  # gradio would try a hundred ports
         family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
         socket.create_server((arguments.host, 0), family=family).close()
@@ -197,7 +210,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(PROGRAM, run, parse(argv))
+    return cli.run(PROGRAM, parse, run, argv)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,10 @@ import json
 import sys
 from pathlib import Path
 
-from modeling_vit_scratch import cli
-from modeling_vit_scratch.evaluation import Predictor
-from modeling_vit_scratch.export import FORMATS, ExportDifferenceError, check_formats, export_model, report_text
+import cli
 
 PROGRAM = "export.py"
+FORMATS = ("onnx", "program")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     what = parser.add_argument_group("what is written")
     what.add_argument(
-        "--formats", nargs="+", choices=tuple(FORMATS), default=list(FORMATS), metavar="NAME",
+        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), metavar="NAME",
         help="onnx, program (of torch.export); default: both",
     )  # fmt: skip
     what.add_argument("--opset", type=int, default=20, help="version of ONNX's operators; default: 20")
@@ -63,6 +62,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def export(arguments: argparse.Namespace) -> int:
+    from modeling_vit_scratch.evaluation import Predictor
+    from modeling_vit_scratch.export import ExportDifferenceError, check_formats, export_model, report_text
+
     check_formats(arguments.formats, arguments.int8)  # before the model is loaded
     predictor = Predictor(arguments.model, "cpu", source=arguments.source, revision=arguments.revision)
     split = None if arguments.dataset is None else cli.read_split(PROGRAM, arguments, [predictor])
@@ -80,7 +82,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(PROGRAM, export, parse(argv))
+    return cli.run(PROGRAM, parse, export, argv)
 
 
 if __name__ == "__main__":

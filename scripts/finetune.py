@@ -25,12 +25,16 @@ import re
 import sys
 from pathlib import Path
 
+import cli
 import yaml
 from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser
 
-from modeling_vit_scratch import cli
-from modeling_vit_scratch.configuration_vit_scratch import nearest
+try:
+    from modeling_vit_scratch.configuration_vit_scratch import nearest
+except ImportError as error:  # e.g. of a torchvision that does not fit
+    print(f"finetune.py: {error}", file=sys.stderr)
+    sys.exit(2)
 from modeling_vit_scratch.data.sources import CIFAR10, DIGITS, default_dataset
 from modeling_vit_scratch.hub import HubError, mask_tokens
 from modeling_vit_scratch.training import DataArguments, ImageTrainingArguments, ModelArguments, finetune, pretrain

@@ -23,10 +23,12 @@ the model, the dataset or an option is wrong.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from modeling_vit_scratch import cli, plots
-from modeling_vit_scratch.plots.figures import KINDS, NEED_IMAGES, NEED_LABELS, SAVED, Choices, draw_figure
-from modeling_vit_scratch.plots.views import ModelView
+import cli
+
+if TYPE_CHECKING:
+    from modeling_vit_scratch.plots.views import ModelView
 
 PROGRAM = "plot.py"
 DOCS = ("patches", "filters", "positions", "heads", "rollout")
@@ -62,6 +64,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--batch_size", type=cli.at_least_one, default=64, metavar="N", help="default: 64")
 
     args = options.parse_args(argv)
+    from modeling_vit_scratch.plots.figures import KINDS, NEED_IMAGES, NEED_LABELS
+
     known = [*KINDS, "all", "docs"]
     split = next((i for i, word in enumerate(args.words) if word not in known), len(args.words))
     args.kinds, args.models = list(dict.fromkeys(args.words[:split])), args.words[split:]
@@ -91,8 +95,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_view(args: argparse.Namespace) -> tuple[ModelView, int]:
+def load_view(args: argparse.Namespace) -> tuple["ModelView", int]:
     """The model with its images, as the options say, and the number of images that could not be read."""
+    from modeling_vit_scratch.plots.views import ModelView
+
     predictor = cli.load_predictor(PROGRAM, args, args.models[0])
     split = cli.read_split(PROGRAM, args, [predictor]) if args.dataset else None
     unread = []
@@ -106,6 +112,9 @@ def load_view(args: argparse.Namespace) -> tuple[ModelView, int]:
 
 
 def run(args: argparse.Namespace) -> int:
+    from modeling_vit_scratch import plots
+    from modeling_vit_scratch.plots.figures import SAVED, Choices, draw_figure
+
     saved = set(args.kinds) <= SAVED and not (args.dataset or args.images)
     view, failed = (None, 0) if saved else load_view(args)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -124,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(PROGRAM, run, parse(argv))
+    return cli.run(PROGRAM, parse, run, argv)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,7 @@ import argparse
 import json
 import sys
 
-from tqdm.auto import tqdm
-
-from modeling_vit_scratch import cli
-from modeling_vit_scratch.conversion import PACKAGED_MODEL
-from modeling_vit_scratch.evaluation.inference import find_images, predict_files
-from modeling_vit_scratch.evaluation.tables import shorten, text_table
+import cli
 
 PROGRAM = "predict.py"
 
@@ -34,7 +29,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("images", metavar="IMAGE", nargs="+", help="file, folder, or pattern such as 'photos/*.jpg'")
     what.add_argument(
         "--model",
-        default=str(PACKAGED_MODEL),
         metavar="MODEL",
         help="folder, Hub id, or file of any model convert.py reads; default: the packaged one of CIFAR-10's classes",
     )
@@ -53,6 +47,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def table(results: list[dict]) -> str:
     """80 columns wide at most: long paths lose their beginning, long names their end; `--json` has all of both."""
+    from modeling_vit_scratch.evaluation.tables import shorten, text_table
+
     rows = [("image", "class", "probability")]
     for result in results:
         for number, best in enumerate(result.get("predictions", [])):
@@ -64,6 +60,10 @@ def table(results: list[dict]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from tqdm.auto import tqdm
+
+    from modeling_vit_scratch.evaluation.inference import find_images, predict_files
+
     predictor = cli.load_predictor(PROGRAM, arguments, arguments.model)
     predictor.require_classifier()
     files = list(find_images(arguments.images))
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(PROGRAM, run, parse(argv))
+    return cli.run(PROGRAM, parse, run, argv)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,19 @@ Exit status: 0; 1 if it was refused or failed; 2 for wrong options.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from modeling_vit_scratch import cli, hub
-from modeling_vit_scratch.evaluation.inference import find_images
+import cli
 
+if TYPE_CHECKING:
+    from modeling_vit_scratch.hub import Pushed
+
+PROGRAM = "push_to_hub.py"
 PAGE = Path(__file__).parent / "demo.py"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "push_to_hub.py FOLDER REPO_ID [--option value ...]")
+    parser = cli.Parser(__doc__, f"{PROGRAM} FOLDER REPO_ID [--option value ...]")
     what = parser.add_argument_group("what and where")
     what.add_argument("folder", nargs="?", metavar="FOLDER", help="to push; with --verify, the one to compare with")
     what.add_argument("repo_id", nargs="?", metavar="REPO_ID", help="owner/name, or name alone if it is your own")
@@ -55,12 +59,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def run(args: argparse.Namespace) -> int:
+    from modeling_vit_scratch import hub
+    from modeling_vit_scratch.evaluation.inference import find_images
+
     examples = []
     for name, wrong in find_images(args.examples or []):
         if wrong:
-            cli.say("push_to_hub.py", f"--examples {name}: {wrong}.")
+            cli.say(PROGRAM, f"--examples {name}: {wrong}.")
             return 2
         examples.append(Path(name))
     try:
@@ -93,18 +99,22 @@ def main(argv: list[str] | None = None) -> int:
                     file=sys.stderr,
                 )
     except (hub.FolderError, hub.HubError) as error:
-        cli.say("push_to_hub.py", str(error))
+        cli.say(PROGRAM, str(error))
         return 1
     return 0
 
 
-def say_what_was_pushed(pushed: hub.Pushed):
+def say_what_was_pushed(pushed: "Pushed"):
     """One line on the standard error, and its address on the standard output."""
     if not pushed.changed:
         print(f"{pushed.repo_id} is up to date: no commit was made", file=sys.stderr)
     else:
         print(f"{pushed.repo_id}: {len(pushed.files)} files in one commit", file=sys.stderr)
     print(pushed.pr_url or pushed.url)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(PROGRAM, parse, run, argv)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ import argparse
 import json
 import sys
 
-from modeling_vit_scratch import cli
-from modeling_vit_scratch.data.records import BadImages
-from modeling_vit_scratch.evaluation import compare_models, evaluate_model, report_text
+import cli
 
 PROGRAM = "validate.py"
 
@@ -47,6 +45,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def validate(arguments: argparse.Namespace) -> int:
+    from modeling_vit_scratch.data.records import BadImages
+    from modeling_vit_scratch.evaluation import compare_models, evaluate_model, report_text
+
     predictors = [cli.load_predictor(PROGRAM, arguments, model) for model in arguments.models]
     split = cli.read_split(PROGRAM, arguments, predictors)
     measure = evaluate_model if len(predictors) == 1 else compare_models
@@ -60,7 +61,7 @@ def validate(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(PROGRAM, validate, parse(argv))
+    return cli.run(PROGRAM, parse, validate, argv)
 
 
 if __name__ == "__main__":

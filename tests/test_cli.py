@@ -6,10 +6,21 @@ import shlex
 import subprocess
 import sys
 
+import cli
 import pytest
 from runs import ROOT, SCRIPTS, load_script
 
+from modeling_vit_scratch.configuration_vit_scratch import POOLINGS
+from modeling_vit_scratch.conversion import PACKAGED_MODEL, proof
+from modeling_vit_scratch.conversion.families import FAMILIES, TARGETS
+from modeling_vit_scratch.conversion.layouts import SUFFIXES
+from modeling_vit_scratch.data import cuts
+from modeling_vit_scratch.evaluation.acceleration import DTYPES
+from modeling_vit_scratch.export import FORMATS
+
+# The names of the scripts; and those whose options are made of the package's classes and sections.
 NAMES = sorted(path.stem for path in SCRIPTS.glob("*.py") if "\ndef main(" in path.read_text())
+WITH_THE_PACKAGES_OPTIONS = ("benchmark", "finetune")
 # A command line with nothing wrong but its input, and the exit status.
 MISSING = "no/such/folder"
 BAD_INPUT = {
@@ -57,6 +68,40 @@ def test_help(name, capsys):
         assert re.search(rf"^ +(-\w, )?{option}\b", options, re.MULTILINE), option
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITH_THE_PACKAGES_OPTIONS])
+@pytest.mark.parametrize("words", [["--help"], ["--no_such_option"]], ids=["help", "wrong option"])
+def test_help_waits_for_nothing(name, words):
+    """Importing PyTorch and transformers takes seconds."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import {name}
+try:
+    {name}.main({words})
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == (0 if words == ["--help"] else 2), ended.stderr
+    imported = set(ended.stderr.splitlines()[-1].split())
+    assert {name, "argparse"} <= imported
+    assert not imported & {"torch", "transformers", "modeling_vit_scratch", "numpy", "matplotlib", "gradio", "datasets"}
+
+
+def test_what_options_may_be_is_what_the_package_knows():
+    """The scripts say it once more, so that their help need not import it."""
+    convert, export = load_script("convert"), load_script("export")
+    assert cli.SOURCES == tuple(FAMILIES)
+    assert cli.DTYPES == tuple(DTYPES)
+    assert (cli.SHARE, cli.SEED) == (cuts.SHARE, cuts.SEED)
+    assert convert.TARGETS == tuple(TARGETS)
+    assert (convert.POOLINGS, convert.SUFFIXES, convert.TOLERANCE) == (POOLINGS, SUFFIXES, proof.TOLERANCE)
+    assert export.FORMATS == tuple(FORMATS)
+    predict = load_script("predict")
+    loaded = cli.load_predictor("predict.py", predict.parse(["photo.jpg", "--device", "cpu"]), None)
+    assert loaded.name == str(PACKAGED_MODEL)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "finetune"])  # which would look for its data
 def test_examples_of_the_help_are_understood(name, capsys):
     script = load_script(name)
@@ -99,8 +144,9 @@ def test_bad_input_is_named(name, tmp_path, capsys):
     assert MISSING in err or "pip install" in err  # the page's extra may be missing
 
 
-def test_a_torchvision_of_another_build_is_said(tmp_path):
-    """In a line below the traceback; transformers tells only of a module that it could not import."""
+@pytest.mark.parametrize("name", ["convert", "finetune", "predict", None])
+def test_a_torchvision_of_another_build_is_said(name, tmp_path):
+    """By a script in one line, and else below the traceback; transformers tells only of a module that failed."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(
         'raise RuntimeError("operator torchvision::nms does not exist")'
@@ -108,6 +154,12 @@ def test_a_torchvision_of_another_build_is_said(tmp_path):
     (tmp_path / "torchvision-0.1.dist-info").mkdir()
     (tmp_path / "torchvision-0.1.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.1\n")
     found = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    ended = subprocess.run([sys.executable, "-c", "import modeling_vit_scratch"], env=found, capture_output=True)
-    line = ended.stderr.decode().splitlines()[-1]
-    assert line.startswith("ImportError: torchvision does not fit this PyTorch (operator torchvision::nms does not")
+    words = (
+        ["-c", "import modeling_vit_scratch"] if name is None else [str(SCRIPTS / f"{name}.py"), *BAD_INPUT[name][0]]
+    )
+    ended = subprocess.run([sys.executable, *words], env=found, capture_output=True, text=True, cwd=tmp_path)
+    *before, line = ended.stderr.splitlines()
+    who = "ImportError" if name is None else f"{name}.py"
+    assert line.startswith(f"{who}: torchvision does not fit this PyTorch (operator torchvision::nms does not exist)")
+    assert ended.returncode == (1 if name is None else 2)
+    assert any("Traceback" in each for each in before) == (name is None), ended.stderr

@@ -33,6 +33,7 @@ from modeling_vit_scratch.data.doctor import fingerprint
 from modeling_vit_scratch.data.records import Cut, load_records
 from modeling_vit_scratch.data.sources import load_raw
 from modeling_vit_scratch.export import TOLERANCE
+from modeling_vit_scratch.plots import figures
 from modeling_vit_scratch.training import DataArguments
 from modeling_vit_scratch.training.arguments import check_options
 from modeling_vit_scratch.training.defaults import SIZES
@@ -162,7 +163,7 @@ def options() -> dict[str, set[str]]:
     """Of each script, those that its help names."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        for path in SCRIPTS.glob("*.py"):
+        for path in {*SCRIPTS.glob("*.py")} - {SCRIPTS / "cli.py"}:
             said = []
             patch.setattr(sys, "stdout", type("Ear", (), {"write": lambda _, text, said=said: said.append(text)})())
             with pytest.raises(SystemExit):
@@ -189,11 +190,10 @@ def test_options_of_the_table_are_taken(there):
 
 def test_kinds_of_plots():
     kinds = re.findall(r"^\| `([\w-]+)` \|.*\| (.*?) ?\|$", DOCS["inside"], re.MULTILINE)
-    plot = load_script("plot")
-    assert {kind for kind, _ in kinds} == set(plot.KINDS)
-    assert {kind for kind, need in kinds if need == "images"} == plot.NEED_IMAGES
-    assert {kind for kind, need in kinds if need == "labels"} == plot.NEED_LABELS
-    assert {kind for kind, need in kinds if "the run's own" in need} == plot.SAVED
+    assert {kind for kind, _ in kinds} == set(figures.KINDS)
+    assert {kind for kind, need in kinds if need == "images"} == figures.NEED_IMAGES
+    assert {kind for kind, need in kinds if need == "labels"} == figures.NEED_LABELS
+    assert {kind for kind, need in kinds if "the run's own" in need} == figures.SAVED
 
 
 # --- Python -----------------------------------------------------------------------------------------------------------
@@ -548,7 +548,7 @@ def test_images_are_those_that_one_command_draws():
     plot = load_script("plot")
     explained = set(re.findall(r"images/(\w+)\.png", SECTION))
     named = {name for text in PAGES.values() for name in re.findall(r"images/(\w+)\.png", text)}
-    assert explained == {plot.KINDS[kind] for kind in plot.DOCS}
+    assert explained == {figures.KINDS[kind] for kind in plot.DOCS}
     committed = {path.stem: path.stat().st_size for path in (ROOT / "docs" / "images").glob("*.png")}
     others = {"race", "reconstructions", "rotary_positions"}  # two of long runs; what docs/today.md draws
     assert set(committed) == named == explained | others

@@ -1,7 +1,7 @@
 """A Space on the Hub with the page of scripts/demo.py for one model.
 
-It holds the page, this package and what they need, so that it runs where neither is installed, and reads the model from
-its own repository.
+It holds the page, with what scripts share on a terminal, this package and what they need, so that it runs where neither
+is installed, and reads the model from its own repository.
 """
 
 import importlib.metadata
@@ -79,6 +79,7 @@ def _files(page: Path, model_id: str, url: str, examples: Sequence[Path]) -> dic
             "README.md": str(_card(model_id, url)).encode(),
             "app.py": APP.format(model_id=model_id, arguments=arguments).encode(),
             "demo.py": page,
+            "cli.py": page.with_name("cli.py"),
             "requirements.txt": "\n".join([f"--extra-index-url {CPU_WHEELS}", *requirements("demo"), ""]).encode(),
         }
     )

@@ -1,5 +1,6 @@
 """A dataset, a model and a command line become an output folder that is a Hub repository.
 
+    parsing       what options say in text: fields of a config, and times
     arguments     the options, and what resuming may change of them
     defaults      settings that suit the data, for what nobody named
     run           all of them settled once: folder, data, model, processor, augmentation, trainer

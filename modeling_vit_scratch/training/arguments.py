@@ -12,10 +12,10 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..cli import parse_duration
 from ..configuration_vit_scratch import PRESETS
 from ..conversion.families import FAMILIES
 from ..evaluation.devices import can_compile, has_fast_bfloat16
+from .parsing import parse_duration
 from .processes import refuse_engines, require_joined
 
 logger = logging.getLogger(__name__)

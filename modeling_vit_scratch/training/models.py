@@ -7,12 +7,12 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTImageProcessorPil
 
-from ..cli import config_fields
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..conversion import convert_checkpoint, image_processor_for
 from ..conversion.loading import require_unquantized
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .arguments import ModelArguments
+from .parsing import config_fields
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import cli
 import numpy as np
 from matplotlib.figure import Figure
 
-from modeling_vit_scratch import cli, plots
+from modeling_vit_scratch import plots
 from modeling_vit_scratch.data.sources import default_dataset
 from modeling_vit_scratch.evaluation.tables import text_table
 from modeling_vit_scratch.training import checkpoints

@@ -13,7 +13,8 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from modeling_vit_scratch import cli
+import cli
+
 from modeling_vit_scratch.evaluation.tables import text_table
 
 from . import race

@@ -287,6 +287,26 @@ def test_default_without_a_network(tmp_path):
     assert (waited, name) == ("90.0 False", "digits")
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
+    """`datasets` would ask six times; and this process may ask again, for another dataset or to push."""
+    code = """
+    try:
+        sources.load_raw("me/images")
+    except ValueError as error:
+        print(error)
+    print(huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
+    """
+    listener = Listener()
+    try:
+        waited, said, offline = ask_default(listener.url, tmp_path, code)
+    finally:
+        listener.close()
+    assert (waited, offline, len(listener.connections)) == ("10.0 True", "False False", 1)
+    assert said.startswith(
+        "dataset 'me/images' could not be loaded: it is neither a folder here nor in the cache, and the"
+    )
+
+
 @pytest.mark.slow
 def test_default_from_the_hub_and_then_from_the_cache(hub, tmp_path):
     hub.tokens[TOKEN] = "uoft-cs"
@@ -299,17 +319,23 @@ def test_default_from_the_hub_and_then_from_the_cache(hub, tmp_path):
         repo_id="uoft-cs/cifar10",
         repo_type="dataset",
     )
-    load = ASKED.format(seconds=100) + "print(len(sources.load_raw('uoft-cs/cifar10')['train']))"
+    load = (
+        ASKED.format(seconds=100) + "sources.HUB_SECONDS = 90\nprint(len(sources.load_raw('uoft-cs/cifar10')['train']))"
+    )
     (tmp_path / "home").mkdir(exist_ok=True)
-    *_, waited, name, offline, length = ask_default(hub.url, tmp_path / "home", load, at_most=90)
-    assert (waited, name, offline, length) == ("90.0 False", "uoft-cs/cifar10", "False False", "30")
+    *_, waited, name, offline, again, length = ask_default(hub.url, tmp_path / "home", load, at_most=90)
+    assert (waited, name, offline, again, length) == ("90.0 False", "uoft-cs/cifar10", "False False", "90 False", "30")
     hub.stop()
     listener = Listener()
     try:
-        *_, waited, name, offline, length = ask_default(listener.url, tmp_path / "home", load)
+        *_, waited, name, offline, _, length = ask_default(listener.url, tmp_path / "home", load)
+        # Without a look at the default before it: from the cache too, since the Hub does not answer.
+        *_, again = ask_default(
+            listener.url, tmp_path / "home", "print(len(sources.load_raw('uoft-cs/cifar10')['train']))"
+        )
     finally:
         listener.close()
-    assert (waited, name, offline, length) == ("90.0 True", "uoft-cs/cifar10", "True True", "30")
+    assert (waited, name, offline, length, again) == ("90.0 True", "uoft-cs/cifar10", "True True", "30", "30")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import cli
 import pytest
 import torch
 from colours import processor
@@ -16,7 +17,6 @@ from modeling_vit_scratch import (
     ViTScratchForImageClassification,
     ViTScratchForMaskedImageModeling,
     ViTScratchModel,
-    cli,
 )
 from modeling_vit_scratch.evaluation import Predictor, merge_tokens
 from modeling_vit_scratch.evaluation.programs import Logits, missing_for_onnx, open_file, write_files

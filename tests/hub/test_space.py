@@ -50,7 +50,7 @@ def test_a_model_and_its_page(script, hub, folder, photo, capsys):
     assert "me/page: " in err and hub.commits("me/page", repo_type="space") == ["Upload page"]
     space = hub.files("me/page", repo_type="space")
     code = {file.relative_to(ROOT).as_posix() for file in (ROOT / "modeling_vit_scratch").rglob("*.py")}
-    own = {"README.md", "app.py", "demo.py", "requirements.txt", "examples/a red one.png", ".gitattributes"}
+    own = {"README.md", "app.py", "cli.py", "demo.py", "requirements.txt", "examples/a red one.png", ".gitattributes"}
     assert set(space) == code | own
     assert space["demo.py"] == (ROOT / "scripts" / "demo.py").read_bytes()
     assert Image.open(io.BytesIO(space["examples/a red one.png"])).size == (20, 30)

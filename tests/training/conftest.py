@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from modeling_vit_scratch.training import ImageTrainer
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def unpainted():
     """Plots of runs are made and written, but not painted, which takes longer than so small a run; other tests do."""
     with pytest.MonkeyPatch.context() as patch:

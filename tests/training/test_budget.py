@@ -9,10 +9,10 @@ import pytest
 import torch
 from runs import RANDOM, fork_run, history, load_script, options, wait_all, weights
 
-from modeling_vit_scratch.cli import parse_duration
 from modeling_vit_scratch.evaluation import devices
 from modeling_vit_scratch.training import ImageTrainer, ImageTrainingArguments, checkpoints, optimization
 from modeling_vit_scratch.training import budget as budget_module
+from modeling_vit_scratch.training.parsing import parse_duration
 
 finetune = load_script("finetune")
 

@@ -2,26 +2,30 @@
 
 Results go to the standard output, all else to the standard error. Exit status: 0; 1 if some inputs failed; 2 for wrong
 usage, with one line that says what is wrong.
+
+Nothing here imports the package before the options are read: with PyTorch, that takes seconds, which nobody wants to
+wait for `--help`. What options may be therefore stands in the scripts once more; tests/test_cli.py compares it.
 """
 
 import argparse
+import difflib
 import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import yaml
-from transformers.utils import logging as transformers_logging
+if TYPE_CHECKING:
+    from modeling_vit_scratch.data.cuts import Split
+    from modeling_vit_scratch.evaluation import Predictor
 
-from .configuration_vit_scratch import nearest
-from .conversion.families import FAMILIES
-from .conversion.processors import read_labels
-from .data import load_split
-from .data.cuts import SEED, SHARE, Split
-from .evaluation import Predictor, load_for_inference
-from .evaluation.acceleration import DTYPES
-
+SOURCES = (
+    "transformers", "timm", "torchvision", "jax", "deit", "dino", "dinov2", "dinov2_with_registers", "dinov3", "mae",
+    "msn", "ijepa", "clip", "siglip",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
 SPEED = ("dtype", "compile", "quantize")
+SHARE, SEED = 0.1, 42  # finetune.py's own
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -66,7 +70,8 @@ def unknown_option(option: str, parser: argparse.ArgumentParser) -> str:
     longer = [name for name in known if name.endswith(f"_{option[2:]}")]  # --batch_size: of training, or of evaluation
     if len(longer) > 1:
         return f"unknown option {option}; there are {', '.join(f'--{name}' for name in longer)}"
-    return f"unknown option {option}; the nearest is --{nearest(option[2:], known)}"
+    nearest = longer or difflib.get_close_matches(option[2:], known, n=1, cutoff=0)
+    return f"unknown option {option}; the nearest is --{nearest[0]}"
 
 
 def describe(doc: str) -> str:
@@ -97,30 +102,13 @@ def share(text: str) -> float:
     return number
 
 
-def config_fields(text: str | None) -> dict:
-    """The fields of a config that `--config_overrides field=value,field=value` names, with their values."""
-    fields = {}
-    for item in filter(None, re.split(r",(?![^\[]*\])", text or "")):  # no comma of a list
-        name, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"config_overrides: {item!r} is not of the form field=value.")
-        name = name.strip()
-        if name in ("source", "revision", "cache_dir", "token", "replace_head"):  # keywords of `convert_checkpoint`
-            raise ValueError(f"config_overrides: {name} is no field of the config; --help lists the options.")
-        value = yaml.safe_load(value)
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.IGNORECASE):
-            value = float(value)  # which YAML takes for text, since it has no point
-        fields[name] = value
-    return fields
-
-
 def add_source_options(group):
     """Whose a checkpoint is, and which of its revisions."""
     group.add_argument(
         "--source",
-        choices=tuple(FAMILIES),
+        choices=SOURCES,
         metavar="NAME",
-        help=f"default: told by its names; {', '.join(FAMILIES)}",
+        help=f"default: told by its names; {', '.join(SOURCES)}",
     )
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id")
 
@@ -156,13 +144,19 @@ def add_speed_options(group, maps: bool = False):
         )
 
 
-def load_predictor(program: str, arguments: argparse.Namespace, model: str) -> Predictor:
-    """The model, as the options of `add_model_options` say; a line says how it computes, if not in float32."""
+def load_predictor(program: str, arguments: argparse.Namespace, model: str | None) -> "Predictor":
+    """The model (None: the packaged one), as the options of `add_model_options` say; a line says how it computes, if
+    not in float32.
+    """
+    from modeling_vit_scratch.conversion import PACKAGED_MODEL
+    from modeling_vit_scratch.conversion.processors import read_labels
+    from modeling_vit_scratch.evaluation import load_for_inference
+
     labels = None if arguments.labels is None else read_labels(arguments.labels)
     # A drawing, which has none of these options, is of the model as it is.
     speed = {"dtype": "float32"} | {name: getattr(arguments, name) for name in SPEED if name in arguments}
     predictor = load_for_inference(
-        model,
+        str(PACKAGED_MODEL) if model is None else model,
         arguments.device,
         labels,
         source=arguments.source,
@@ -203,8 +197,10 @@ def add_split_options(group):
     )
 
 
-def read_split(program: str, arguments: argparse.Namespace, predictors: Sequence[Predictor]) -> Split:
+def read_split(program: str, arguments: argparse.Namespace, predictors: "Sequence[Predictor]") -> "Split":
     """The split for these models, as the options of `add_split_options` say; what was done is said in a line."""
+    from modeling_vit_scratch.data import load_split
+
     split = load_split(
         arguments.dataset,
         arguments.split,
@@ -231,30 +227,25 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def run(program: str, function: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """The function's exit status; 2, with its message, if it finds something wrong with what it was given."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    transformers_logging.disable_progress_bar()  # of reading weights
+def run(
+    program: str,
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    function: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """The exit status of the function of what is parsed; 2, with one line, if something is wrong with what was given,
+    or a package is missing or does not fit.
+    """
     try:
+        arguments = parse(argv)
+        from transformers.utils import logging as transformers_logging
+
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
+        transformers_logging.disable_progress_bar()  # of reading weights
         return function(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         say(program, _one_line(str(error)))
         return 2
     except KeyboardInterrupt:
         return 130  # as shells count Ctrl-C
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of a time such as "90", "90s", "10m" or "1h30m".
-
-    Raises:
-        ValueError: The text has another form, or is no time at all.
-    """
-    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip())
-    try:
-        seconds = sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
-    except (AttributeError, ValueError):
-        seconds = 0
-    if seconds <= 0:
-        raise ValueError(f"time_budget ({text!r}) must be a time above zero such as 90s, 10m or 1h30m.")
-    return seconds
