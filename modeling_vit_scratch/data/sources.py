@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import numpy as np
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import ExifTags, Image, ImageOps
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ SPLIT_FOLDERS |= dict.fromkeys(VALIDATION_SPLITS, "validation")
 TABLES = (".parquet", ".arrow", ".tar")
 # Files that operating systems leave in folders.
 LITTER = ("thumbs.db", "desktop.ini")
+# How long the Hub may take to say whether it has a dataset.
+HUB_SECONDS = 10.0
 
 
 def load_image(
@@ -178,11 +181,19 @@ def load_raw(
         _refuse_configuration(config_name, name or ", ".join(map(str, folders.values())))
         read = _image_folder if labelled else _loose_images
         return datasets.DatasetDict({split: read(folder, split) for split, folder in folders.items()})
+    # `datasets` would ask a Hub that does not answer six times, for half a minute, before it looks into its cache.
+    silent = not Path(name).exists() and _ask_hub(name, HUB_SECONDS, token) is None
     try:
-        return datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
+        with _offline() if silent else contextlib.nullcontext():
+            return datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
     except Exception as error:  # each format, and each way of not being there, fails in its own way
+        reason = str(error).strip().removesuffix(".")
+        if silent:
+            reason = (
+                f"it is neither a folder here nor in the cache, and the Hub did not answer within {HUB_SECONDS:g} s"
+            )
         raise ValueError(
-            f"dataset {name!r} could not be loaded: {str(error).strip().removesuffix('.')}. "
+            f"dataset {name!r} could not be loaded: {reason}. "
             "Give a Hub id, a folder with one directory per class, or 'digits'."
         ) from error
 
@@ -332,28 +343,15 @@ def _digits(image_size: tuple[int, int]) -> datasets.DatasetDict:
     return datasets.DatasetDict({"train": drawn(np.sort(train)), "test": drawn(np.sort(test))})
 
 
-def default_dataset(seconds: float = 10.0) -> str:
+def default_dataset(seconds: float = HUB_SECONDS) -> str:
     """The dataset of a run that names none: CIFAR-10 from the Hub or its cache, else the bundled digits.
 
     Args:
         seconds: How long all of this may take. If the Hub has not answered by then, this process stays offline.
     """
-    answered = threading.Event()
-
-    def ask():
-        # Whatever goes wrong here, the Hub cannot be had.
-        with contextlib.suppress(Exception):
-            huggingface_hub.HfApi().dataset_info(CIFAR10, timeout=seconds)
-            answered.set()
-
-    # A deadline of its own: a server that accepts and dribbles outlasts every timeout of a single read. A tenth is left
-    # for looking into the cache.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(0.9 * seconds)
-    if answered.is_set():
+    if _ask_hub(CIFAR10, 0.9 * seconds):  # a tenth is left for looking into the cache
         return CIFAR10
-    stay_offline()
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         datasets.load_dataset_builder(CIFAR10)
         return CIFAR10
@@ -361,6 +359,32 @@ def default_dataset(seconds: float = 10.0) -> str:
         return DIGITS
 
 
-def stay_offline():
-    """Ask nothing of the Hub any more in this process: only what is cached counts."""
+def _ask_hub(name: str, seconds: float, token: str | None = None) -> bool | None:
+    """Whether the Hub has a dataset that may be read; None if it does not answer in time."""
+    answers = []
+
+    def ask():
+        try:
+            huggingface_hub.HfApi().dataset_info(name, timeout=seconds, token=token)
+            answers.append(True)
+        except (HfHubHTTPError, ValueError):  # ValueError: no name that it could have
+            answers.append(False)
+        except Exception:  # whatever else goes wrong here, the Hub cannot be had
+            return
+
+    # A deadline of its own: a server that accepts and dribbles outlasts every timeout of a single read.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
+@contextlib.contextmanager
+def _offline():
+    """Ask nothing of the Hub for a while: only what is cached counts."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
