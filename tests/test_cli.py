@@ -144,7 +144,7 @@ def test_bad_input_is_named(name, tmp_path, capsys):
     assert MISSING in err or "pip install" in err  # the page's extra may be missing
 
 
-@pytest.mark.parametrize("name", ["convert", "finetune", "predict", None])
+@pytest.mark.parametrize("name", ["finetune", "predict", None])
 def test_a_torchvision_of_another_build_is_said(name, tmp_path):
     """By a script in one line, and else below the traceback; transformers tells only of a module that failed."""
     (tmp_path / "torchvision").mkdir()
