@@ -3,8 +3,8 @@
 Results go to the standard output, all else to the standard error. Exit status: 0; 1 if some inputs failed; 2 for wrong
 usage, with one line that says what is wrong.
 
-Nothing here imports the package before the options are read: with PyTorch, that takes seconds, which nobody wants to
-wait for `--help`. What options may be therefore stands in the scripts once more; tests/test_cli.py compares it.
+Nothing here imports the package before the options are read: with PyTorch, that takes seconds, and nobody wants to wait
+that long for `--help`. The choices of options are therefore repeated in the scripts; tests/test_cli.py compares them.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import difflib
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -70,8 +70,17 @@ def unknown_option(option: str, parser: argparse.ArgumentParser) -> str:
     longer = [name for name in known if name.endswith(f"_{option[2:]}")]  # --batch_size: of training, or of evaluation
     if len(longer) > 1:
         return f"unknown option {option}; there are {', '.join(f'--{name}' for name in longer)}"
-    nearest = longer or difflib.get_close_matches(option[2:], known, n=1, cutoff=0)
-    return f"unknown option {option}; the nearest is --{nearest[0]}"
+    return f"unknown option {option}; the nearest is --{nearest(option[2:], longer or known)}"
+
+
+def nearest(name: str, choices: Collection[str]) -> str:
+    """The choice that shares most words, then most letters, as `configuration_vit_scratch.nearest` has it."""
+
+    def likeness(choice: str) -> tuple[int, float]:
+        words = len(set(name.split("_")) & set(choice.split("_")))
+        return words, difflib.SequenceMatcher(None, name, choice).ratio()
+
+    return max(choices, key=likeness)
 
 
 def describe(doc: str) -> str:
@@ -238,11 +247,15 @@ def run(
     """
     try:
         arguments = parse(argv)
+        from huggingface_hub import constants as hub_constants
+        from huggingface_hub.utils import enable_progress_bars
         from transformers.utils import logging as transformers_logging
 
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
-        transformers_logging.disable_progress_bar()  # of reading weights
+        transformers_logging.disable_progress_bar()  # of reading weights; downloads and uploads keep theirs
+        if hub_constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+            enable_progress_bars()
         return function(arguments)
     except (ValueError, OSError, ImportError) as error:
         say(program, _one_line(str(error)))

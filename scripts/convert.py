@@ -81,8 +81,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="run the source library's own model on the same random images; fail where an output differs by more than "
         f"{TOLERANCE:g}, or than that share of its largest number",
     )
-    proof.add_argument("--num_images", type=int, default=2, metavar="N", help="random images; default: 2")
-    return parser.parse_args(argv)
+    proof.add_argument("--num_images", type=cli.at_least_one, default=2, metavar="N", help="random images; default: 2")
+    arguments = parser.parse_args(argv)
+    if arguments.list and arguments.out is not None:
+        parser.error(f"--list writes nothing; leave out OUT ({arguments.out})")
+    if not arguments.list and arguments.out is None:
+        parser.error("CHECKPOINT and OUT are needed, or --list")
+    if arguments.image_size is not None and len(arguments.image_size) > 2:
+        parser.error(f"--image_size takes one number or two, got {len(arguments.image_size)}")
+    return arguments
 
 
 def table(proof: "Verification") -> str:
@@ -149,12 +156,8 @@ def convert(arguments: argparse.Namespace) -> int:
     from modeling_vit_scratch.hub import write_model_card
 
     out, checkpoint = arguments.out, arguments.checkpoint
-    if arguments.list and out is not None:
-        raise ValueError(f"--list writes nothing; leave out OUT ({out}).")
     if arguments.list:
         return show(arguments)
-    if out is None:
-        raise ValueError("convert.py needs CHECKPOINT and OUT, or --list.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT {out} is a file; name a folder.")
     refuse_image_folder(out)
@@ -165,11 +168,7 @@ def convert(arguments: argparse.Namespace) -> int:
     others = sorted(name for name in others if (out / name).exists())  # which would be read beside the new weights
     if others:
         raise ValueError(f"OUT {out} holds {' and '.join(others)} of another model; name another folder.")
-    if arguments.num_images < 1:
-        raise ValueError(f"--num_images ({arguments.num_images}) must be at least 1.")
     size = arguments.image_size
-    if size is not None and len(size) > 2:
-        raise ValueError(f"--image_size takes one number or two, got {len(size)}.")
     size = None if size is None else size[0] if len(size) == 1 else tuple(size)
     labels = None if arguments.labels is None else read_labels(arguments.labels)
     hints, origin = hints_of(arguments), {"source": arguments.source, "revision": arguments.revision}

@@ -39,7 +39,7 @@ CSS = """
 .view { border: none !important; background: none !important; }
 .view img { width: 100%; border-radius: 8px; image-rendering: pixelated; }
 #took p { font-size: 0.9em; opacity: 0.75; }
-@media (max-width: 640px) { /* a phone: the answer, and where the rollout begins, without scrolling */
+@media (max-width: 640px) { /* a phone: less to scroll to the answer and the rollout */
   #title h1 { font-size: 1.3em; }
   #picture { height: 170px !important; }
   #answer .output-class { height: 1.3em; padding: 0; visibility: hidden; } /* the first row says it too */

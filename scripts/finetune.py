@@ -27,21 +27,23 @@ from pathlib import Path
 
 import cli
 import yaml
-from accelerate.utils import broadcast_object_list
-from transformers import HfArgumentParser
 
 try:
-    from modeling_vit_scratch.configuration_vit_scratch import nearest
+    from accelerate.utils import broadcast_object_list
+    from transformers import HfArgumentParser
+
+    from modeling_vit_scratch.data.sources import CIFAR10, DIGITS, default_dataset
+    from modeling_vit_scratch.hub import HubError, mask_tokens
+    from modeling_vit_scratch.training import DataArguments, ImageTrainingArguments, ModelArguments, finetune, pretrain
+    from modeling_vit_scratch.training.arguments import MASKED
+    from modeling_vit_scratch.training.defaults import advice, choose_settings, look_at
+    from modeling_vit_scratch.training.output import remove_if_empty
+    from modeling_vit_scratch.training.processes import RunLost, say_lost
 except ImportError as error:  # e.g. of a torchvision that does not fit
     print(f"finetune.py: {error}", file=sys.stderr)
     sys.exit(2)
-from modeling_vit_scratch.data.sources import CIFAR10, DIGITS, default_dataset
-from modeling_vit_scratch.hub import HubError, mask_tokens
-from modeling_vit_scratch.training import DataArguments, ImageTrainingArguments, ModelArguments, finetune, pretrain
-from modeling_vit_scratch.training.arguments import MASKED
-from modeling_vit_scratch.training.defaults import advice, choose_settings, look_at
-from modeling_vit_scratch.training.output import remove_if_empty
-from modeling_vit_scratch.training.processes import RunLost, say_lost
+except KeyboardInterrupt:
+    sys.exit(130)
 
 RECIPES = Path(__file__).parent / "recipes"
 USUAL = (
@@ -142,7 +144,7 @@ def read_recipe(path: Path, known: set[str]) -> dict:
         raise ValueError(f"recipe {path}: must hold lines of the form 'option: value'.")
     for key in recipe:
         if key not in known:
-            raise ValueError(f"recipe {path}: unknown key {key!r}; the nearest is {nearest(str(key), known)!r}.")
+            raise ValueError(f"recipe {path}: unknown key {key!r}; the nearest is {cli.nearest(str(key), known)!r}.")
     return recipe
 
 

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from modeling_vit_scratch.plots.views import ModelView
 
 PROGRAM = "plot.py"
+KINDS = (
+    "filters", "positions", "patches", "rollout", "heads", "distance", "mistakes", "reliability", "features",
+    "confusion", "per-class", "curves",
+)  # fmt: skip
 DOCS = ("patches", "filters", "positions", "heads", "rollout")
 EXAMPLES = [
     str(Path(__file__).parent.parent / "docs" / "images" / "examples" / f"{name}.jpg")
@@ -64,8 +68,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--batch_size", type=cli.at_least_one, default=64, metavar="N", help="default: 64")
 
     args = options.parse_args(argv)
-    from modeling_vit_scratch.plots.figures import KINDS, NEED_IMAGES, NEED_LABELS
-
     known = [*KINDS, "all", "docs"]
     split = next((i for i, word in enumerate(args.words) if word not in known), len(args.words))
     args.kinds, args.models = list(dict.fromkeys(args.words[:split])), args.words[split:]
@@ -80,6 +82,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.all, args.docs = "all" in args.kinds, "docs" in args.kinds
     if args.docs and not args.dataset:
         args.images = args.images or EXAMPLES
+    from modeling_vit_scratch.plots.figures import NEED_IMAGES, NEED_LABELS
+
     labelled, images = args.dataset is not None, args.dataset is not None or args.images is not None
     if args.all:
         args.kinds = [kind for kind in KINDS if images or kind not in NEED_IMAGES]

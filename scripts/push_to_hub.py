@@ -12,7 +12,7 @@ the command line, where others could read them.
 anybody can drop an image. --examples shows images of yours, there and in the
 model's card.
 
-Exit status: 0; 1 if it was refused or failed; 2 for wrong options.
+Exit status: 0; 1 if it was refused or failed; 2 if an option is wrong.
 """
 
 import argparse

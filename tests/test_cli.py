@@ -8,15 +8,17 @@ import sys
 
 import cli
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
 from runs import ROOT, SCRIPTS, load_script
 
-from modeling_vit_scratch.configuration_vit_scratch import POOLINGS
+from modeling_vit_scratch.configuration_vit_scratch import POOLINGS, nearest
 from modeling_vit_scratch.conversion import PACKAGED_MODEL, proof
 from modeling_vit_scratch.conversion.families import FAMILIES, TARGETS
 from modeling_vit_scratch.conversion.layouts import SUFFIXES
 from modeling_vit_scratch.data import cuts
 from modeling_vit_scratch.evaluation.acceleration import DTYPES
 from modeling_vit_scratch.export import FORMATS
+from modeling_vit_scratch.plots.figures import KINDS
 
 # The names of the scripts; and those whose options are made of the package's classes and sections.
 NAMES = sorted(path.stem for path in SCRIPTS.glob("*.py") if "\ndef main(" in path.read_text())
@@ -69,9 +71,10 @@ def test_help(name, capsys):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in WITH_THE_PACKAGES_OPTIONS])
-@pytest.mark.parametrize("words", [["--help"], ["--no_such_option"]], ids=["help", "wrong option"])
-def test_help_waits_for_nothing(name, words):
+@pytest.mark.parametrize("option", ["--help", "--no_such_option"])
+def test_help_waits_for_nothing(name, option):
     """Importing PyTorch and transformers takes seconds."""
+    words = [*BAD_INPUT[name][0], option]
     program = f"""
 import sys
 sys.path.insert(0, {str(SCRIPTS)!r})
@@ -82,7 +85,8 @@ finally:
     print(*sys.modules, file=sys.stderr)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == (0 if words == ["--help"] else 2), ended.stderr
+    assert ended.returncode == (0 if option == "--help" else 2), ended.stderr
+    assert option == "--help" or f"{name}.py: unknown option --no_such_option; the nearest is --" in ended.stderr
     imported = set(ended.stderr.splitlines()[-1].split())
     assert {name, "argparse"} <= imported
     assert not imported & {"torch", "transformers", "modeling_vit_scratch", "numpy", "matplotlib", "gradio", "datasets"}
@@ -97,6 +101,10 @@ def test_what_options_may_be_is_what_the_package_knows():
     assert convert.TARGETS == tuple(TARGETS)
     assert (convert.POOLINGS, convert.SUFFIXES, convert.TOLERANCE) == (POOLINGS, SUFFIXES, proof.TOLERANCE)
     assert export.FORMATS == tuple(FORMATS)
+    assert load_script("plot").KINDS == tuple(KINDS)
+    options = ["image_column_name", "label_column_name", "split", "train_val_split", "token_merging", "top_k"]
+    for name in ("column_image_name", "split_val", "token", "tok_k", "x"):
+        assert cli.nearest(name, options) == nearest(name, options)
     predict = load_script("predict")
     loaded = cli.load_predictor("predict.py", predict.parse(["photo.jpg", "--device", "cpu"]), None)
     assert loaded.name == str(PACKAGED_MODEL)
@@ -142,6 +150,14 @@ def test_bad_input_is_named(name, tmp_path, capsys):
     assert (status, out) == (expected, "")
     assert err.startswith(f"{name}.py: ") and (expected == 1 or err.count("\n") == 1)
     assert MISSING in err or "pip install" in err  # the page's extra may be missing
+
+
+def test_downloads_show_their_progress(monkeypatch):
+    """transformers' switch, for the reading of weights, is the Hub's as well."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", None)
+    seen = []
+    assert cli.run("a.py", list, lambda words: seen.append(are_progress_bars_disabled()) or 3, ["a", "b"]) == 3
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("name", ["finetune", "predict", None])

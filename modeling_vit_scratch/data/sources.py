@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import numpy as np
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import ExifTags, Image, ImageOps
 
 logger = logging.getLogger(__name__)
@@ -187,11 +187,7 @@ def load_raw(
         with _offline() if silent else contextlib.nullcontext():
             return datasets.load_dataset(name, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
     except Exception as error:  # each format, and each way of not being there, fails in its own way
-        reason = str(error).strip().removesuffix(".")
-        if silent:
-            reason = (
-                f"it is neither a folder here nor in the cache, and the Hub did not answer within {HUB_SECONDS:g} s"
-            )
+        reason = str(error).strip().removesuffix(".") + "; the Hub was not reached" * silent
         raise ValueError(
             f"dataset {name!r} could not be loaded: {reason}. "
             "Give a Hub id, a folder with one directory per class, or 'digits'."
@@ -367,7 +363,7 @@ def _ask_hub(name: str, seconds: float, token: str | None = None) -> bool | None
         try:
             huggingface_hub.HfApi().dataset_info(name, timeout=seconds, token=token)
             answers.append(True)
-        except (HfHubHTTPError, ValueError):  # ValueError: no name that it could have
+        except (HfHubHTTPError, HFValidationError):  # the latter: no name that it could have
             answers.append(False)
         except Exception:  # whatever else goes wrong here, the Hub cannot be had
             return

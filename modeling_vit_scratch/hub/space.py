@@ -1,7 +1,7 @@
 """A Space on the Hub with the page of scripts/demo.py for one model.
 
-It holds the page, with what scripts share on a terminal, this package and what they need, so that it runs where neither
-is installed, and reads the model from its own repository.
+It holds the page, the `cli.py` that it imports, this package, and the names of the packages that these need. So it runs
+where none of them is installed, and reads the model from its own repository.
 """
 
 import importlib.metadata
@@ -46,7 +46,7 @@ def push_space(
     """Push a Space with the page for a model that is on the Hub, in one commit; without changes no commit is made.
 
     Args:
-        page: scripts/demo.py.
+        page: scripts/demo.py, beside which cli.py lies.
         space_id: `owner/name`, or `name` for one of the token's owner; made if there is none.
         model_id: Whose weights it reads, each time that it starts.
         examples: Images to click on; anybody who sees the Space sees them.

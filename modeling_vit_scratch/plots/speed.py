@@ -129,7 +129,7 @@ def plot_race(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], uni
         label = f"{name}: {max(accuracy):.2%} in {seconds[-1]:,.0f} s"
         axes.plot(seconds, accuracy, "o-", color=colour, linewidth=1.5, markersize=3, label=label)
     axes.set(xscale="log", xlabel=f"{unit} of training", ylabel="validation accuracy (%)")
-    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,.0f}", minor_formatter="")
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,g}", minor_formatter="")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     tidy(axes)
     draw_legend(axes, axes.get_lines(), loc="lower right")

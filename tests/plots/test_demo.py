@@ -245,6 +245,8 @@ def test_in_a_browser(address, browser, photos, tmp_path):
 
     page.resize(390, 844)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390  # nothing to scroll to
+    top = browser.find_element("css selector", "#rollout").rect["y"]
+    assert top < 844  # the picture, the answer and the examples fill the first screen
     page.screenshot("phone")
     assert page.hosts() == {address.partition("//")[2]}
     severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]

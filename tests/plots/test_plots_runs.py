@@ -149,6 +149,11 @@ def test_race_draws_accuracy_against_time():
     for line, entry in zip(axes.lines, axes.get_legend().get_lines(), strict=True):  # looks like its line
         assert entry.get_marker() == line.get_marker() == "o"
         assert entry.get_markerfacecolor() == line.get_markerfacecolor() == line.get_color() == entry.get_color()
+    for low, high, labels in ((2, 40, "2 5 10 20"), (60, 700, "100 200 500"), (400, 3000, "500 1,000 2,000")):
+        axes = draw(plots.plot_race({"ours": ([low, high], [0.4, 0.6])}, "seconds")).axes[0]
+        drawn = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks() + axes.xaxis.get_minor_ticks()]
+        shown = [text for text in drawn if text and low <= float(text.replace(",", "")) <= high]
+        assert shown == labels.split()
     for nothing in ({}, {"ours": ([], [])}):
         with pytest.raises(ValueError, match="nothing to draw"):
             plots.plot_race(nothing, "seconds")
