@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 
-from .augmentation import crop_box
+from .augmentation import crop_box, draw_first_flips
 from .columns import IMAGE_COLUMNS, find_column, find_columns
 from .records import BadImages, Cut, Records, check_limits, load_records, load_unlabelled, train_of
 from .sources import VALIDATION_SPLITS, load_raw
@@ -83,7 +83,17 @@ def _resized(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int, in
     return tuple(edge if side == short else int(edge * side / short) for side in image_size)
 
 
-class DecodedImages(torch.utils.data.Dataset):
+class _Numbered(torch.utils.data.Dataset):
+    """Images that have numbers, so that each can be mirrored in every second epoch."""
+
+    first_flips: torch.Tensor | None = None  # bool (N,), or None where chance mirrors images
+
+    def alternate_flips(self, seed: int):
+        """Add "first_flips" to samples and batches: whether an image is mirrored in the first epoch, the third, ..."""
+        self.first_flips = draw_first_flips(len(self), seed)
+
+
+class DecodedImages(_Numbered):
     """Images in one uint8 tensor.
 
     Args:
@@ -97,21 +107,22 @@ class DecodedImages(torch.utils.data.Dataset):
     def to(self, device: torch.device) -> "DecodedImages":
         """Move the images to a device, where batches are then gathered."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.first_flips = None if self.first_flips is None else self.first_flips.to(device)
         return self
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+        flips = {} if self.first_flips is None else {"first_flips": self.first_flips[index]}
+        return {"pixel_values": self.images[index], "labels": self.labels[index], **flips}
 
     def __getitems__(self, indices: list[int]) -> dict:
         """A whole batch by one gather: torch's DataLoader calls this instead of `__getitem__`."""
-        index = torch.as_tensor(indices).to(self.images.device, non_blocking=self.images.is_cuda)
-        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+        return self[torch.as_tensor(indices).to(self.images.device, non_blocking=self.images.is_cuda)]
 
 
-class LazyImages(torch.utils.data.Dataset):
+class LazyImages(_Numbered):
     """Images decoded and resized when they are asked for, in the DataLoader's worker processes.
 
     In training, a random part of the image is cut out first (`crop_box`), as a function of (seed,
@@ -148,7 +159,8 @@ class LazyImages(torch.utils.data.Dataset):
         image = self.records.image(index, self.num_channels)
         if self.crop_scale is not None and self._epoch < self._cropped_epochs:
             image = image.crop(crop_box(image.size, self.crop_scale, (self.seed, int(self._epoch), index)))
-        return {"pixel_values": to_tensor(image, self.processor), "labels": self.labels[index]}
+        flips = {} if self.first_flips is None else {"first_flips": self.first_flips[index]}
+        return {"pixel_values": to_tensor(image, self.processor), "labels": self.labels[index], **flips}
 
 
 def as_batch(batch: dict | list[dict]) -> dict:

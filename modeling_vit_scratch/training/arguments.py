@@ -142,9 +142,7 @@ class DataArguments:
     )
     max_eval_samples: int | None = field(
         default=None,
-        metadata={
-            "help": "Validate and test on this number of images only, likewise; of a stream, from its first ones."
-        },
+        metadata={"help": "Validate and test on so many images only, likewise; of a stream, on its first ones."},
     )
     crop_padding: int | None = field(
         default=None,
@@ -165,6 +163,9 @@ class DataArguments:
     )
     horizontal_flip: float | None = field(
         default=None, metadata={"help": "Probability of mirroring an image. Default: 0.5; 0 for digits."}
+    )
+    flip_mode: str = field(
+        default="random", metadata={"help": "Mirror at 'random', or each image in every second epoch: 'alternating'."}
     )
     mask_ratio: float = field(
         default=0.6, metadata={"help": f"Share of an image that is hidden, with --task {MASKED}."}

@@ -45,7 +45,8 @@ class MaskedImageTrainer(ImageTrainer):
         return drawn.to(self.args.device)
 
     def training_inputs(self, batch, step, progress):
-        images = self.augmentation(batch["pixel_values"], step, self.args.process_index, progress)
+        rank, mirrored = self.args.process_index, self._mirrored(batch)
+        images = self.augmentation(batch["pixel_values"], step, rank, progress, mirrored)
         return {"pixel_values": images, "bool_masked_pos": self.mask(len(images), step, self.args.process_index)}
 
     def held_out_inputs(self, images: torch.Tensor) -> dict:

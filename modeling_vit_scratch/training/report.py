@@ -134,6 +134,7 @@ def _describe_training(run: Run) -> dict:
             "crop_mode": augmentation.crop_mode,
             "crop_scale": trainer.train_dataset.crop_scale if lazy else None,
             "horizontal_flip": augmentation.horizontal_flip,
+            "flip_mode": run.data_args.flip_mode,
             "rand_augment": augmentation.rand_augment_ops,
             "rand_augment_magnitude": augmentation.rand_augment_magnitude if augmentation.rand_augment_ops else None,
             "random_erasing": augmentation.erasing,

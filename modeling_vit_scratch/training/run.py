@@ -248,9 +248,17 @@ def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, pr
             f"crop_mode ({data_args.crop_mode!r}) goes with --crop_padding, which is 0: images are not shifted."
         )
     check_padding(padding, data_args.crop_mode, size)
-    flip = data_args.horizontal_flip
+    flip, alternating = data_args.horizontal_flip, data_args.flip_mode == "alternating"
     if flip is None:
-        flip = 0.0 if data_args.dataset_name == DIGITS else 0.5  # mirrored digits are other signs
+        flip = 0.0 if data_args.dataset_name == DIGITS and not alternating else 0.5  # mirrored digits are other signs
+    if data_args.flip_mode not in ("random", "alternating"):
+        raise ValueError(f"flip_mode ({data_args.flip_mode!r}) must be 'random' or 'alternating'.")
+    if alternating and isinstance(splits.train, StreamedImages):
+        raise ValueError("flip_mode ('alternating') must know an image again, which a stream does not; leave it out.")
+    if alternating and flip != 0.5:
+        raise ValueError(f"flip_mode ('alternating') mirrors half of the views, not {flip:g}: omit horizontal_flip.")
+    if alternating:
+        splits.train.alternate_flips(args.seed)
     return Augmentation(
         mean=processor.image_mean,
         std=processor.image_std,

@@ -77,11 +77,16 @@ class ImageTrainer(Trainer):
             progress: Share of the training that is done, in [0, 1].
         """
         images, labels = self.augmentation.with_labels(
-            batch["pixel_values"], batch["labels"], step, self.args.process_index, progress=progress
+            batch["pixel_values"], batch["labels"], step, self.args.process_index, progress, self._mirrored(batch)
         )
         inputs = {"pixel_values": images, "labels": labels}
         resized = images.shape[2:] != batch["pixel_values"].shape[2:]  # progressive resizing
         return {**inputs, "interpolate_pos_encoding": True} if resized else inputs
+
+    def _mirrored(self, batch: dict) -> torch.Tensor | None:
+        """Which images are mirrored, where that alternates from epoch to epoch."""
+        first = batch.get("first_flips")
+        return None if first is None else first ^ bool(int(self.state.epoch or 0) % 2)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step

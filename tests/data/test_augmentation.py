@@ -20,7 +20,6 @@ from modeling_vit_scratch.data.augmentation import (
     parse_until,
     random_crop,
     random_erasing,
-    random_flip,
     stateless_generator,
 )
 from modeling_vit_scratch.data.rand_augment import RAND_AUGMENT_OPS, draw_rand_augment, rand_augment
@@ -107,7 +106,8 @@ def test_crop_offsets_are_uniform():
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_flip_by_frequency(p):
     images = noise(1000, (4, 4))
-    flipped = random_flip(images, p, stateless_generator(1))
+    augment = Augmentation([0.0] * 3, [1.0] * 3, horizontal_flip=p)
+    flipped = (255 * augment(images, 1, 0)).round().byte()
     pairs = zip(flipped, images, strict=True)
     mirrored = torch.tensor([np.array_equal(new, old.numpy()[:, :, ::-1]) for new, old in pairs])
     same = (flipped == images).flatten(1).all(1)
