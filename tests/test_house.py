@@ -33,8 +33,8 @@ WINGS = {
     ],
     "plots": ["drawing", "analysis", "model", "runs", "speed", "views", "figures"],
     "training": [
-        "parsing", "optimization", "checkpoints", "processes", "arguments", "defaults", "lora", "callbacks", "progress",
-        "trainer", "output", "models", "schedule", "budget", "run", "report", "finetuning", "pretraining",
+        "parsing", "optimization", "checkpoints", "processes", "arguments", "recorded", "defaults", "lora", "callbacks",
+        "progress", "trainer", "output", "models", "schedule", "budget", "run", "report", "finetuning", "pretraining",
     ],
 }  # fmt: skip
 SEALED = {"configuration_vit_scratch", "modeling_vit_scratch"}

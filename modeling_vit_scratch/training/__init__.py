@@ -1,7 +1,8 @@
 """A dataset, a model and a command line become an output folder that is a Hub repository.
 
     parsing       what options say in text: fields of a config, and times
-    arguments     the options, and what resuming may change of them
+    arguments     the options
+    recorded      what a run keeps of its options, and which of them resuming may change
     defaults      settings that suit the data, for what nobody named
     run           all of them settled once: folder, data, model, processor, augmentation, trainer
     models        the model of a run: new, or trained before; and its image processor

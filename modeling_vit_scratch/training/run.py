@@ -27,18 +27,12 @@ from ..data.streaming import StreamedImages
 from ..evaluation.devices import can_compile
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from . import checkpoints
-from .arguments import (
-    DataArguments,
-    ImageTrainingArguments,
-    ModelArguments,
-    check_options,
-    default_options,
-    run_options,
-)
+from .arguments import DataArguments, ImageTrainingArguments, ModelArguments, check_options
 from .budget import steps_in_budget
 from .callbacks import OwnNoise, ResumeLoss, StopOnSignal, TellEpoch
 from .output import check_space, replace_run, settle_output
 from .processes import found_by_main, how_to_continue
+from .recorded import default_options, run_options
 from .schedule import settle_crops, settle_schedule
 from .trainer import ImageTrainer
 

@@ -20,9 +20,9 @@ from modeling_vit_scratch.training import (
     pretraining,
 )
 from modeling_vit_scratch.training import run as run_module
-from modeling_vit_scratch.training.arguments import (
+from modeling_vit_scratch.training.arguments import MASKED
+from modeling_vit_scratch.training.recorded import (
     CHANGEABLE,
-    MASKED,
     OF_THE_CALL,
     RECORDED_OTHERWISE,
     default_options,
