@@ -62,6 +62,19 @@ def digits_drawn_once():
 
 
 @pytest.fixture
+def copied_code(tmp_path, monkeypatch) -> Path:
+    """Where transformers copies repositories' code for this test alone; tests after it find theirs where it was."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    kept = {name: sys.modules.pop(name) for name in [*sys.modules] if name.startswith("transformers_modules")}
+    yield tmp_path / "modules"
+    for name in [*sys.modules]:
+        if name.startswith("transformers_modules"):
+            del sys.modules[name]
+    sys.modules.update(kept)
+
+
+@pytest.fixture
 def offline(tmp_path_factory, monkeypatch):
     """What `datasets` prepares goes to a temporary folder, and nothing is asked of the Hub."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")

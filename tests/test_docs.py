@@ -199,32 +199,32 @@ def test_kinds_of_plots():
 # --- Python -----------------------------------------------------------------------------------------------------------
 
 
-def test_python_of_readme_weights_and_how_it_works(there, monkeypatch, tmp_path):
-    run_python(["README.md", "docs/weights.md", "docs/how_it_works.md"], monkeypatch, tmp_path)
+def test_python_of_readme_weights_and_how_it_works(there, copied_code):
+    run_python(["README.md", "docs/weights.md", "docs/how_it_works.md"])
 
 
 @pytest.mark.skipif(
     not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="pip install 'modeling_vit_scratch[export]'",
 )
-def test_python_of_export(there, monkeypatch, tmp_path):
-    names = run_python(["docs/export.md"], monkeypatch, tmp_path)
+def test_python_of_export(there, copied_code):
+    names = run_python(["docs/export.md"])
     session, program = names["session"], names["program"]
     [expected] = session.run(["logits"], {"pixel_values": names["pixels"]})
     exported = program(torch.from_numpy(names["pixels"]))
     torch.testing.assert_close(exported, torch.from_numpy(expected), atol=1e-4, rtol=1e-4)
 
 
-def test_python_of_evaluation_and_inside(there, monkeypatch, tmp_path):
-    names = run_python(["docs/inside.md", "docs/evaluation.md"], monkeypatch, tmp_path)
+def test_python_of_evaluation_and_inside(there, copied_code):
+    names = run_python(["docs/inside.md", "docs/evaluation.md"])
     assert names["report"]["comparison"]["difference"] == 0  # the same model twice
     assert names["report"]["cut"]["of_the_run"]
     assert {path.name for path in (there / "plots").iterdir()} >= {"patch_filters.png", "attention_rollout.svg"}
 
 
-def test_python_of_today(there, monkeypatch, tmp_path):
+def test_python_of_today(there, copied_code):
     """It makes encoders of the sizes that timm's have, and draws the picture that stands on the page."""
-    names = run_python(["docs/today.md"], monkeypatch, tmp_path)
+    names = run_python(["docs/today.md"])
     D = 768
     timm = {  # parameters of timm 1.0.31's models, and what ours have more
         "ViT": (85_798_656, 0),  # vit_base_patch16_224
@@ -264,11 +264,11 @@ def test_choices_of_today_are_fields_and_classes():
     assert len(classes) > 7 and all(hasattr(modeling_vit_scratch, name) for name in classes)
 
 
-def test_python_of_scaling(there, monkeypatch, tmp_path):
+def test_python_of_scaling(there, monkeypatch, copied_code):
     """But for the two processes, which tests/test_distributed.py has."""
     given = []
     monkeypatch.setattr(ViTScratchForImageClassification, "from_pretrained", lambda *a, **kw: given.append((a, kw)))
-    run_python(["docs/scaling.md"], monkeypatch, tmp_path)
+    run_python(["docs/scaling.md"])
     [(_, arguments)] = given
     assert arguments["distributed_config"].fsdp_size == 2
 
@@ -290,10 +290,8 @@ def has_processors() -> bool:
         return False
 
 
-def run_python(pages: list[str], monkeypatch, modules: Path) -> dict:
+def run_python(pages: list[str]) -> dict:
     """Run the blocks of pages, those of a page in one namespace; the last one's is returned."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
-    monkeypatch.setattr(sys, "path", [*sys.path])
     for page in pages:
         source = "\n".join(code for _, code in FENCED.findall(PAGES[page]))
         if "AutoImageProcessor" in source and not has_processors():

@@ -336,9 +336,7 @@ def test_saved_while_merging_it_is_an_ordinary_model(tmp_path):
     assert torch.equal(loaded(images(model)).logits, model(images(model)).logits)
 
 
-def test_the_copy_of_the_code_in_a_folder_merges_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(tmp_path / "modules")
+def test_the_copy_of_the_code_in_a_folder_merges_too(tmp_path, copied_code):
     model = make(ViTScratchForImageClassification, DEEP)
     model.save_pretrained(tmp_path / "model")
     name = "modeling_vit_scratch.ViTScratchForImageClassification"
