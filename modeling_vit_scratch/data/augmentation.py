@@ -364,8 +364,9 @@ class Augmentation:
         if self.crop_padding and self._is_on("crop", progress):
             images = random_crop(images, self.crop_padding, self.crop_mode, generator)
         if self.horizontal_flip and self._is_on("flip", progress):
-            drawn = torch.rand(len(images), generator=generator) < self.horizontal_flip
-            images = flip(images, drawn if mirrored is None else mirrored)
+            if mirrored is None:
+                mirrored = torch.rand(len(images), generator=generator) < self.horizontal_flip
+            images = flip(images, mirrored)
         if self.rand_augment_ops and self._is_on("rand_augment", progress):
             ops, signs = draw_rand_augment(len(images), self.rand_augment_ops, (*key, _RAND_AUGMENT))
             fill = [round(255 * value) for value in self.mean]
