@@ -108,7 +108,7 @@ def table(proof: "Verification") -> str:
 
 def hints_of(arguments: argparse.Namespace) -> dict:
     """What was said that tensors do not tell."""
-    from modeling_vit_scratch.training.parsing import config_fields
+    from modeling_vit_scratch.conversion.loading import config_fields
 
     names = ("architecture", "num_attention_heads", "layer_norm_eps", "hidden_act", "pooling")
     hints = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

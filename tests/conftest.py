@@ -62,12 +62,12 @@ def digits_drawn_once():
 
 
 @pytest.fixture
-def copied_code(tmp_path, monkeypatch) -> Path:
+def copied_code(tmp_path, monkeypatch):
     """Where transformers copies repositories' code for this test alone; tests after it find theirs where it was."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     kept = {name: sys.modules.pop(name) for name in [*sys.modules] if name.startswith("transformers_modules")}
-    yield tmp_path / "modules"
+    yield
     for name in [*sys.modules]:
         if name.startswith("transformers_modules"):
             del sys.modules[name]

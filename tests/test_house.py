@@ -33,7 +33,7 @@ WINGS = {
     ],
     "plots": ["drawing", "analysis", "model", "runs", "speed", "views", "figures"],
     "training": [
-        "parsing", "optimization", "checkpoints", "processes", "arguments", "recorded", "defaults", "lora", "callbacks",
+        "optimization", "checkpoints", "processes", "arguments", "recorded", "defaults", "lora", "callbacks",
         "progress", "trainer", "output", "models", "schedule", "budget", "run", "report", "finetuning", "pretraining",
     ],
 }  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
@@ -77,6 +78,23 @@ def convert_checkpoint(
         plan = make_plan(opened, family, named, hints, replace_head or num_labels is not None)
         model, headless = convert(opened, family, named, plan)
     return _change(model, headless, image_size, num_labels, id2label)
+
+
+def config_fields(text: str | None) -> dict:
+    """The fields of a config that `--config_overrides field=value,field=value` names, with their values."""
+    fields = {}
+    for item in filter(None, re.split(r",(?![^\[]*\])", text or "")):  # no comma of a list
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"config_overrides: {item!r} is not of the form field=value.")
+        name = name.strip()
+        if name in ("source", "revision", "cache_dir", "token", "replace_head"):  # keywords of `convert_checkpoint`
+            raise ValueError(f"config_overrides: {name} is no field of the config; --help lists the options.")
+        value = yaml.safe_load(value)
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.IGNORECASE):
+            value = float(value)  # which YAML takes for text, since it has no point
+        fields[name] = value
+    return fields
 
 
 def quantized_by(model: ViTScratchForImageClassification) -> str | None:

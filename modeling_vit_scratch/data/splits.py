@@ -92,6 +92,9 @@ class _Numbered(torch.utils.data.Dataset):
         """Add "first_flips" to samples and batches: whether an image is mirrored in the first epoch, the third, ..."""
         self.first_flips = draw_first_flips(len(self), seed)
 
+    def _flips(self, index: int | torch.Tensor) -> dict:
+        return {} if self.first_flips is None else {"first_flips": self.first_flips[index]}
+
 
 class DecodedImages(_Numbered):
     """Images in one uint8 tensor.
@@ -113,9 +116,8 @@ class DecodedImages(_Numbered):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict:
-        flips = {} if self.first_flips is None else {"first_flips": self.first_flips[index]}
-        return {"pixel_values": self.images[index], "labels": self.labels[index], **flips}
+    def __getitem__(self, index: int | torch.Tensor) -> dict:
+        return {"pixel_values": self.images[index], "labels": self.labels[index], **self._flips(index)}
 
     def __getitems__(self, indices: list[int]) -> dict:
         """A whole batch by one gather: torch's DataLoader calls this instead of `__getitem__`."""
@@ -159,8 +161,8 @@ class LazyImages(_Numbered):
         image = self.records.image(index, self.num_channels)
         if self.crop_scale is not None and self._epoch < self._cropped_epochs:
             image = image.crop(crop_box(image.size, self.crop_scale, (self.seed, int(self._epoch), index)))
-        flips = {} if self.first_flips is None else {"first_flips": self.first_flips[index]}
-        return {"pixel_values": to_tensor(image, self.processor), "labels": self.labels[index], **flips}
+        labelled = {"pixel_values": to_tensor(image, self.processor), "labels": self.labels[index]}
+        return labelled | self._flips(index)
 
 
 def as_batch(batch: dict | list[dict]) -> dict:

@@ -1,6 +1,5 @@
 """A dataset, a model and a command line become an output folder that is a Hub repository.
 
-    parsing       what options say in text: fields of a config, and times
     arguments     the options
     recorded      what a run keeps of its options, and which of them resuming may change
     defaults      settings that suit the data, for what nobody named

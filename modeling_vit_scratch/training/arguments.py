@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,7 +13,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..configuration_vit_scratch import PRESETS
 from ..conversion.families import FAMILIES
 from ..evaluation.devices import can_compile, has_fast_bfloat16
-from .parsing import parse_duration
 from .processes import refuse_engines, require_joined
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,22 @@ FIXED = {
 
 # The --task of `pretrain`.
 MASKED = "masked-image-modeling"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a time such as "90", "90s", "10m" or "1h30m".
+
+    Raises:
+        ValueError: The text has another form, or is no time at all.
+    """
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip())
+    try:
+        seconds = sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+    except (AttributeError, ValueError):
+        seconds = 0
+    if seconds <= 0:
+        raise ValueError(f"time_budget ({text!r}) must be a time above zero such as 90s, 10m or 1h30m.")
+    return seconds
 
 
 @dataclass

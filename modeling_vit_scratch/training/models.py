@@ -9,10 +9,9 @@ from transformers import ViTImageProcessorPil
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..conversion import convert_checkpoint, image_processor_for
-from ..conversion.loading import require_unquantized
+from ..conversion.loading import config_fields, require_unquantized
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .arguments import ModelArguments
-from .parsing import config_fields
 
 logger = logging.getLogger(__name__)
 

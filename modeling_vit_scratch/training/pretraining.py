@@ -45,9 +45,9 @@ class MaskedImageTrainer(ImageTrainer):
         return drawn.to(self.args.device)
 
     def training_inputs(self, batch, step, progress):
-        rank, mirrored = self.args.process_index, self._mirrored(batch)
-        images = self.augmentation(batch["pixel_values"], step, rank, progress, mirrored)
-        return {"pixel_values": images, "bool_masked_pos": self.mask(len(images), step, self.args.process_index)}
+        rank = self.args.process_index
+        images = self.augmentation(batch["pixel_values"], step, rank, progress, self._flips(batch))
+        return {"pixel_values": images, "bool_masked_pos": self.mask(len(images), step, rank)}
 
     def held_out_inputs(self, images: torch.Tensor) -> dict:
         """uint8 (B, C, H, W), normalised and hidden in places that depend on the seed alone."""

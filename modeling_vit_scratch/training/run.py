@@ -139,6 +139,8 @@ class Run:
         args, splits = self.args, self.splits
         self.model, self.processor = model, processor
         self.augmentation = make_augmentation(self.data_args, args, processor, splits)
+        if self.data_args.flip_mode == "alternating":
+            splits.train.alternate_flips(args.seed)
         check_sizes(self.augmentation.sizes, model.config)
         suit_device(args, model, splits)
         self.facts = {**facts, **self._facts(), **facts}  # given ones come first, and hold
@@ -251,8 +253,6 @@ def make_augmentation(data_args: DataArguments, args: ImageTrainingArguments, pr
         raise ValueError("flip_mode ('alternating') must know an image again, which a stream does not; leave it out.")
     if alternating and flip != 0.5:
         raise ValueError(f"flip_mode ('alternating') mirrors half of the views, not {flip:g}: omit horizontal_flip.")
-    if alternating:
-        splits.train.alternate_flips(args.seed)
     return Augmentation(
         mean=processor.image_mean,
         std=processor.image_std,

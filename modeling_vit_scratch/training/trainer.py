@@ -77,13 +77,13 @@ class ImageTrainer(Trainer):
             progress: Share of the training that is done, in [0, 1].
         """
         images, labels = self.augmentation.with_labels(
-            batch["pixel_values"], batch["labels"], step, self.args.process_index, progress, self._mirrored(batch)
+            batch["pixel_values"], batch["labels"], step, self.args.process_index, progress, self._flips(batch)
         )
         inputs = {"pixel_values": images, "labels": labels}
         resized = images.shape[2:] != batch["pixel_values"].shape[2:]  # progressive resizing
         return {**inputs, "interpolate_pos_encoding": True} if resized else inputs
 
-    def _mirrored(self, batch: dict) -> torch.Tensor | None:
+    def _flips(self, batch: dict) -> torch.Tensor | None:
         """Which images are mirrored, where that alternates from epoch to epoch."""
         first = batch.get("first_flips")
         return None if first is None else first ^ bool(int(self.state.epoch or 0) % 2)

@@ -12,7 +12,7 @@ from runs import RANDOM, fork_run, history, load_script, options, wait_all, weig
 from modeling_vit_scratch.evaluation import devices
 from modeling_vit_scratch.training import ImageTrainer, ImageTrainingArguments, checkpoints, optimization
 from modeling_vit_scratch.training import budget as budget_module
-from modeling_vit_scratch.training.parsing import parse_duration
+from modeling_vit_scratch.training.arguments import parse_duration
 
 finetune = load_script("finetune")
 
