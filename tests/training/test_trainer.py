@@ -62,11 +62,11 @@ def test_cpu_seconds_count_children_that_run_and_that_have_ended():
     before = cpu_seconds()
     subprocess.run([sys.executable, "-c", BUSY], check=True)
     ended = cpu_seconds() - before
-    assert ended >= 0.5
+    assert ended >= 0.45  # the system counts in hundredths, and now and then one goes to another process
     child = subprocess.Popen([sys.executable, "-c", BUSY + "print(flush=True)\ninput()"], **dict.fromkeys(
         ("stdin", "stdout"), subprocess.PIPE))  # fmt: skip
     child.stdout.readline()
-    assert cpu_seconds() - before >= ended + 0.45  # while it waits; the system counts in hundredths
+    assert cpu_seconds() - before >= ended + 0.45  # while it waits
     child.communicate(b"\n")
     assert cpu_seconds() - before >= ended + 0.45  # and now that it is gone
 
