@@ -21,7 +21,7 @@ AUTO_MAP = {
 
 # The model file that this one goes with, so that another comes with another configuration file. transformers finds the
 # model's class by the configuration's, and of two folders that share one would run the first one's model for both.
-MODEL_FILE_SHA256 = "bade7c7b06bbdd547b2aceb57f08bdb8a1f5d5ecb15aa7e62b4187305bcd72a8"
+MODEL_FILE_SHA256 = "916a2064618f0e608b6e7990fc84a12acafd55d6692455b41e250bfd9f419666"
 
 # ViT table 1; Ti and S from "Training data-efficient image transformers" (Touvron et al., 2021), table 1.
 PRESETS = {

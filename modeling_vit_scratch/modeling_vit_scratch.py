@@ -260,9 +260,9 @@ def rotate(tokens: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """softmax(q k^T * scaling) v: q, k, v (B, A, T, d) -> (B, T, A, d) and the maps (B, A, T, T). ViT, app. A."""
-    scores = query @ key.transpose(-2, -1) * scaling  # (B, A, T, d) @ (B, A, d, T) -> (B, A, T, T)
+    scores = (query * scaling) @ key.transpose(-2, -1)  # (B, A, T, d) @ (B, A, d, T) -> (B, A, T, T)
     scores = scores if attention_mask is None else scores + attention_mask
-    maps = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    maps = scores.softmax(dim=-1).to(query.dtype)  # it computes in float32 inside, whatever goes in
     maps = nn.functional.dropout(maps, p=dropout, training=module.training)
     return (maps @ value).transpose(1, 2), maps  # (B, A, T, d) -> (B, T, A, d)
 

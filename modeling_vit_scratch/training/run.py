@@ -24,6 +24,7 @@ from ..data.doctor import fingerprint
 from ..data.sources import DIGITS, public_name
 from ..data.splits import DecodedImages, LazyImages
 from ..data.streaming import StreamedImages
+from ..evaluation.acceleration import suit_attention
 from ..evaluation.devices import can_compile
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from . import checkpoints
@@ -38,8 +39,6 @@ from .trainer import ImageTrainer
 
 # Smallest share of an image's area that a random crop keeps, where nothing else is given.
 CROP_SCALE = 0.35
-# Beyond as many, the attention maps that a backward pass needs would fill the memory.
-EAGER_PATCHES = 256
 
 
 class Run:
@@ -314,15 +313,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # on Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def suit_attention(model):
-    """Take the attention that trains fastest in bfloat16 on a CPU: PyTorch's fused one has a slow backward pass there,
-    and without it, maps take memory.
-    """
-    h, w = model.config.grid_hw
-    if h * w <= EAGER_PATCHES:
-        model.set_attn_implementation("eager")
 
 
 def keep_freed_memory(threshold: int = 1 << 30):

@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
 from modeling_vit_scratch.configuration_vit_scratch import POSITION_INTERPOLATIONS
+from modeling_vit_scratch.modeling_vit_scratch import eager_attention_forward
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -47,6 +48,14 @@ def test_half_precision_weights_take_float32_pixels(cls, fields, dtype, tmp_path
         if "loss" in outputs:
             assert outputs.loss.dtype == torch.float32
             outputs.loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_eager_attention_takes_its_softmax_in_float32(dtype):
+    query, key, value = torch.randn(3, 2, 2, 65, 8, dtype=dtype)
+    _, maps = eager_attention_forward(torch.nn.Module(), query, key, value, None, scaling=1 / 8)
+    scores = (query / 8) @ key.transpose(-2, -1)
+    assert torch.equal(maps, scores.float().softmax(dim=-1).to(dtype))
 
 
 def test_double_precision():
