@@ -18,6 +18,7 @@ SECTION is one or more of
   inference bfloat16, compiled, 8-bit integers: accuracy of the packaged model
             (--dataset_name) against speed, and speed of ViT-B/16 (long)
   merging   token merging: likewise (long)
+  attention eager attention beside PyTorch's fused one (long)
   race      training: the teaching protocol, our default recipe and the
             speedrun's record (long: an hour)
   speedrun  the record of a track of speedrun/README.md, run again (long)
@@ -43,6 +44,7 @@ from pathlib import Path
 import cli
 import torch
 from benchmarking import (
+    attention,
     cases,
     data,
     inference,
@@ -71,7 +73,7 @@ SECTIONS = {
     "memory": memory,
     "scale": scale,
 }
-LONG = {"inference": inference, "merging": merging, "race": race, "speedrun": speedrun}
+LONG = {"inference": inference, "merging": merging, "attention": attention, "race": race, "speedrun": speedrun}
 SECTIONS |= LONG
 
 

@@ -7,12 +7,14 @@ import os
 import re
 import sys
 import threading
+import time
 
 import benchmark
 import numpy as np
 import pytest
 import torch
 from benchmarking import (
+    attention,
     cases,
     data,
     inference,
@@ -31,7 +33,7 @@ from benchmarking import (
 from benchmarking.measuring import OURS, PEAK
 from colours import BLUE, GREEN, RED, colour_model, paint_folder, save_trained
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, modeling_vit_scratch
 from modeling_vit_scratch.evaluation import Predictor
 from modeling_vit_scratch.evaluation.tables import text_table
 
@@ -511,6 +513,26 @@ def test_batches_cover_all_images():
         assert len(first) == len(second) == 4
         assert len({*first, *second}) == 8 and {*first, *second} < set(range(10))
     assert epochs[0] != epochs[1]
+
+
+def test_each_attention_is_measured(args, monkeypatch):
+    """Where eager attention is slowed down, it is found to be slow: in both types, in training too."""
+
+    def slow(*arguments, eager=modeling_vit_scratch.eager_attention_forward, **kwargs):
+        time.sleep(0.05)
+        return eager(*arguments, **kwargs)
+
+    monkeypatch.setattr(modeling_vit_scratch, "eager_attention_forward", slow)
+    monkeypatch.setattr(attention, "CASES", [TINY, TINY_TRAINING])
+    monkeypatch.setattr(attention, "has_fast_bfloat16", lambda device: True)
+    result = attention.measure(args)
+    works = ["inference, float32", "training, float32", "inference, bfloat16", "training, bfloat16"]
+    assert [row["work"] for row in result["rows"]] == 2 * works
+    for row in result["rows"]:
+        assert row["eager_speed"] < 0.7
+        assert row["images_per_second"]["eager"] < 2 / 0.05
+    assert max(map(len, attention.show(result).splitlines())) <= 80
+    attention.draw(result)
 
 
 def test_parts_of_a_step(args, monkeypatch):
