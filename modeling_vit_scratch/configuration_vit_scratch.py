@@ -21,7 +21,7 @@ AUTO_MAP = {
 
 # The model file that this one goes with, so that another comes with another configuration file. transformers finds the
 # model's class by the configuration's, and of two folders that share one would run the first one's model for both.
-MODEL_FILE_SHA256 = "916a2064618f0e608b6e7990fc84a12acafd55d6692455b41e250bfd9f419666"
+MODEL_FILE_SHA256 = "af7554a6478d43d621d77ec7616ec9c88f5d618651bfb45d00e3325f595e8fd6"
 
 # ViT table 1; Ti and S from "Training data-efficient image transformers" (Touvron et al., 2021), table 1.
 PRESETS = {

@@ -70,8 +70,8 @@ class ViTScratchPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         P, Q = self.patch_hw
-        patches = pixel_values.unfold(2, P, P).unfold(3, Q, Q)  # (B, C, H, W) -> (B, C, h, w, P, Q)
-        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # -> (B, h, w, C, P, Q) -> (B, N, C P Q)
+        patches = pixel_values.unflatten(3, (-1, Q)).unflatten(2, (-1, P))  # (B, C, H, W) -> (B, C, h, P, w, Q)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # -> (B, h, w, C, P, Q) -> (B, N, C P Q)
         return self.projection(patches)  # (B, N, D)
 
 
