@@ -21,7 +21,7 @@ AUTO_MAP = {
 
 # The model file that this one goes with, so that another comes with another configuration file. transformers finds the
 # model's class by the configuration's, and of two folders that share one would run the first one's model for both.
-MODEL_FILE_SHA256 = "af7554a6478d43d621d77ec7616ec9c88f5d618651bfb45d00e3325f595e8fd6"
+MODEL_FILE_SHA256 = "048dce9a4ed9d807f5694d715c305e3d9b3579ab9a4d557dfcbb22569f9399ef"
 
 # ViT table 1; Ti and S from "Training data-efficient image transformers" (Touvron et al., 2021), table 1.
 PRESETS = {

@@ -262,7 +262,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     """softmax(q k^T * scaling) v: q, k, v (B, A, T, d) -> (B, T, A, d) and the maps (B, A, T, T). ViT, app. A."""
     scores = (query * scaling) @ key.transpose(-2, -1)  # (B, A, T, d) @ (B, A, d, T) -> (B, A, T, T)
     scores = scores if attention_mask is None else scores + attention_mask
-    maps = scores.softmax(dim=-1).to(query.dtype)  # it computes in float32 inside, whatever goes in
+    maps = scores.softmax(dim=-1).to(query.dtype)  # half precision is computed in float32 inside
     maps = nn.functional.dropout(maps, p=dropout, training=module.training)
     return (maps @ value).transpose(1, 2), maps  # (B, A, T, d) -> (B, T, A, d)
 

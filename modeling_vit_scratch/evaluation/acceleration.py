@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE, INT8_TOLERANCE = 0.05, 0.2  # of a probability
-# Beyond as many (384 pixels a side in patches of 16), maps of attention would fill the memory.
+# Beyond as many (384 pixels a side in patches of 16), maps of attention take most of a training step's memory.
 EAGER_PATCHES = 576
 
 
@@ -35,7 +35,7 @@ def load_for_inference(
     Args:
         checkpoint: As for `Predictor`, like `args` and `kwargs`.
         dtype: A key of `DTYPES`, or "auto": bfloat16 where the device has fast units for it (CPUs with AMX, or with
-            AVX-512 BF16 that is not Intel's, and GPUs), float32 elsewhere.
+            AVX-512 BF16 that is not Intel's, and GPUs), float32 elsewhere. See `suit_attention`, too.
         compile: Whether `torch.compile` makes the model into one program, in the first call, which takes up to a
             minute. It pays on GPUs, and on CPUs beside the 8-bit integers of torchao.
         quantize: "int8": weights in 8 bits, what they multiply rounded to 8 bits as it comes. By torchao where PyTorch
@@ -86,11 +86,10 @@ def load_for_inference(
 
 
 def suit_attention(model: nn.Module):
-    """Take the attention that is fastest in bfloat16 on a CPU.
+    """Take the attention that is fastest in bfloat16 on a CPU, of models made for up to `EAGER_PATCHES` patches.
 
-    Eager attention, which keeps its maps, was 1.04 to 1.2 times as fast as PyTorch's fused one in ViTs of 64 to 577
-    tokens, and a training step 1.1 to 1.7 times, on an AMD EPYC with torch 2.13 (docs/results.md). In float32 the fused
-    one is faster, and it takes less memory.
+    That is eager attention (docs/results.md), although it keeps its maps, and rounds scores to bfloat16 too. In float32
+    PyTorch's fused attention is faster.
     """
     h, w = model.config.grid_hw
     if h * w <= EAGER_PATCHES:
