@@ -1,7 +1,7 @@
 """What the scripts have in common on a terminal: help, options, streams, and exit statuses.
 
 Results go to the standard output, all else to the standard error. Exit status: 0; 1 if some inputs failed; 2 for wrong
-usage, with one line that says what is wrong.
+usage, with one line that says what is wrong; 130 after Ctrl-C; 141 where the reader of results had enough (`| head`).
 
 Nothing here imports the package before the options are read: with PyTorch, that takes seconds, and nobody wants to wait
 that long for `--help`. The choices of options are therefore repeated in the scripts; tests/test_cli.py compares them.
@@ -10,6 +10,7 @@ that long for `--help`. The choices of options are therefore repeated in the scr
 import argparse
 import difflib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -256,9 +257,23 @@ def run(
         transformers_logging.disable_progress_bar()  # of reading weights; downloads and uploads keep theirs
         if hub_constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
             enable_progress_bars()
-        return function(arguments)
+        status = function(arguments)
+        sys.stdout.flush()
+        return status
     except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141  # as shells count it
         say(program, _one_line(str(error)))
         return 2
     except KeyboardInterrupt:
         return 130  # as shells count Ctrl-C
+
+
+def _nobody_reads() -> bool:
+    """Whether the standard output is a pipe that was closed; if so, what is still to be written goes nowhere."""
+    try:
+        print(flush=True)  # nothing less would tell
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

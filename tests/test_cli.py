@@ -160,6 +160,29 @@ def test_downloads_show_their_progress(monkeypatch):
     assert seen == [False]
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])  # that are written at the end, or on the way
+def test_results_that_nobody_reads_are_no_error(lines):
+    program = (
+        f"import cli; raise SystemExit(cli.run('x', lambda argv: {lines}, lambda n: print('a line\\n' * n), None))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(SCRIPTS)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    child.stdout.close()
+    with child.stderr:
+        assert b"roken" not in child.stderr.read()
+    assert child.wait() == 141
+
+
+def test_another_broken_pipe_is_an_error(capsys):
+    def fail(arguments):
+        raise BrokenPipeError("the server is gone")
+
+    assert cli.run("x", lambda argv: None, fail, None) == 2
+    assert capsys.readouterr().err == "x: the server is gone\n"
+
+
 @pytest.mark.parametrize("name", ["finetune", "predict", None])
 def test_a_torchvision_of_another_build_is_said(name, tmp_path):
     """By a script in one line, and else below the traceback; transformers tells only of a module that failed."""
