@@ -42,26 +42,33 @@ import textwrap
 from pathlib import Path
 
 import cli
-import torch
-from benchmarking import (
-    attention,
-    cases,
-    data,
-    inference,
-    memory,
-    merging,
-    model,
-    peers,
-    photos,
-    race,
-    scale,
-    speedrun,
-    step,
-    trainer,
-)
 
-from modeling_vit_scratch import plots
-from modeling_vit_scratch.training.report import hardware
+try:
+    import torch
+    from benchmarking import (
+        attention,
+        cases,
+        data,
+        inference,
+        memory,
+        merging,
+        model,
+        peers,
+        photos,
+        race,
+        scale,
+        speedrun,
+        step,
+        trainer,
+    )
+
+    from modeling_vit_scratch import plots
+    from modeling_vit_scratch.training.report import hardware
+except ImportError as error:  # e.g. of a torchvision that does not fit
+    print(f"benchmark.py: {error}", file=sys.stderr)
+    sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
 
 PROGRAM = "benchmark.py"
 SECTIONS = {

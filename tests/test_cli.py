@@ -183,7 +183,7 @@ def test_another_broken_pipe_is_an_error(capsys):
     assert capsys.readouterr().err == "x: the server is gone\n"
 
 
-@pytest.mark.parametrize("name", ["finetune", "predict", None])
+@pytest.mark.parametrize("name", ["benchmark", "finetune", "predict", None])
 def test_a_torchvision_of_another_build_is_said(name, tmp_path):
     """By a script in one line, and else below the traceback; transformers tells only of a module that failed."""
     (tmp_path / "torchvision").mkdir()
