@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .devices import can_compile, has_fast_bfloat16, has_fast_int8
+from .devices import can_compile, has_amx, has_fast_bfloat16, has_fast_int8
 from .inference import COMPARED_IMAGES, Classify, Predictor
 from .programs import FILES, missing_for_onnx, open_file, write_files
 
@@ -71,7 +71,7 @@ def load_for_inference(
     changed = chosen != torch.float32 or (quantize is not None and not by_onnx)
     reference = Classify(copy.deepcopy(model) if changed else model)
     model.to(chosen)
-    if chosen == torch.bfloat16 and device.type == "cpu":
+    if chosen == torch.bfloat16 and device.type == "cpu" and not has_amx(device):  # with which it was not measured
         suit_attention(model)
     if by_onnx:
         engine, name = _onnx_int8(predictor), "8-bit integers, by ONNX Runtime"

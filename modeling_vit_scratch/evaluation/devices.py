@@ -36,6 +36,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return _is_cpu_with(device, "amx_bf16", *(() if by_intel else ("avx512_bf16",)))
 
 
+def has_amx(device: torch.device) -> bool:
+    """Whether this is a CPU with AMX, Intel's units for whole matrices in bfloat16."""
+    return _is_cpu_with(device, "amx_bf16")
+
+
 def has_fast_int8(device: torch.device) -> bool:
     """Whether PyTorch multiplies matrices of 8-bit integers on units of their own; on other CPUs it loops over the
     numbers, and takes some 25 times as long as in float32.

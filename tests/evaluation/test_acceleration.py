@@ -74,11 +74,13 @@ def test_auto_takes_what_the_cpu_has_fast_units_for(name, expected, folder, imag
     assert torch.equal(logits, plain[1]) == (expected == "float32")  # bfloat16 rounds, or it was not used
 
 
-@pytest.mark.parametrize(("dtype", "patches", "expected"), [
-    ("bfloat16", 4, "eager"), ("bfloat16", 3, "sdpa"), ("float32", 4, "sdpa"),
+@pytest.mark.parametrize(("dtype", "patches", "has", "expected"), [
+    ("bfloat16", 4, "bfloat16", "eager"), ("bfloat16", 3, "bfloat16", "sdpa"), ("float32", 4, "bfloat16", "sdpa"),
+    ("bfloat16", 4, "AMX", "sdpa"),
 ])  # fmt: skip
-def test_attention_is_eager_in_bfloat16_of_few_patches(dtype, patches, expected, folder, images, monkeypatch):
+def test_attention_is_eager_in_bfloat16_of_few_patches(dtype, patches, has, expected, folder, images, monkeypatch):
     """Of the 4 patches that the model has; the copy in float32 stays what it was."""
+    units(monkeypatch, has)
     monkeypatch.setattr(acceleration, "EAGER_PATCHES", patches)
     predictor = load_for_inference(folder, "cpu", dtype=dtype)
     assert predictor.model.config._attn_implementation == expected
