@@ -19,9 +19,9 @@ NARROW = {"patch_size": 4, "hidden_size": 96, "num_hidden_layers": 4, "num_atten
 CASES = [
     replace(SHOWCASE, title="showcase, 16 patches, batch 64"),
     Case("width 96, 64 patches, batch 128", "showcase", 128, fields=NARROW),
-    Case("ViT-Ti/16, 196 patches, batch 32", "tiny", 32, quick=False),
+    Case("ViT-Ti/16, 196 patches, batch 8", "tiny", 8, quick=False),
     Case("ViT-B/16, 196 patches, batch 4", "base", 4, quick=False),
-    Case("ViT-Ti/16, 576 patches, batch 16", "tiny", 16, fields={"image_size": 384}, quick=False),
+    Case("ViT-Ti/16, 576 patches, batch 4", "tiny", 4, fields={"image_size": 384}, quick=False),
     Case("ViT-B/16, 576 patches, batch 2", "base", 2, fields={"image_size": 384}, quick=False),
 ]
 
