@@ -65,7 +65,8 @@ def digits_drawn_once():
 def copied_code(tmp_path, monkeypatch):
     """Where transformers copies repositories' code for this test alone; tests after it find theirs where it was."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    others = [path for path in sys.path if (Path(path) / "transformers_modules").is_dir()]  # would be found before it
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in others])
     kept = {name: sys.modules.pop(name) for name in [*sys.modules] if name.startswith("transformers_modules")}
     yield
     for name in [*sys.modules]:
