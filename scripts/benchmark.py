@@ -43,7 +43,7 @@ from pathlib import Path
 
 import cli
 
-try:
+with cli.importing("benchmark.py"):
     import torch
     from benchmarking import (
         attention,
@@ -64,11 +64,6 @@ try:
 
     from modeling_vit_scratch import plots
     from modeling_vit_scratch.training.report import hardware
-except ImportError as error:  # e.g. of a torchvision that does not fit
-    print(f"benchmark.py: {error}", file=sys.stderr)
-    sys.exit(2)
-except KeyboardInterrupt:
-    sys.exit(130)
 
 PROGRAM = "benchmark.py"
 SECTIONS = {

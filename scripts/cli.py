@@ -8,6 +8,7 @@ that long for `--help`. The choices of options are therefore repeated in the scr
 """
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
@@ -231,6 +232,18 @@ def read_split(program: str, arguments: argparse.Namespace, predictors: "Sequenc
 def say(program: str, text: str):
     """Print a line for people on the standard error."""
     print(f"{program}: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def importing(program: str):
+    """Around a script's imports that fail where a package does not fit, e.g. a torchvision: one line, and status 2."""
+    try:
+        yield
+    except ImportError as error:
+        say(program, str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _one_line(text: str) -> str:

@@ -28,7 +28,7 @@ from pathlib import Path
 import cli
 import yaml
 
-try:
+with cli.importing("finetune.py"):
     from accelerate.utils import broadcast_object_list
     from transformers import HfArgumentParser
 
@@ -39,11 +39,6 @@ try:
     from modeling_vit_scratch.training.defaults import advice, choose_settings, look_at
     from modeling_vit_scratch.training.output import remove_if_empty
     from modeling_vit_scratch.training.processes import RunLost, say_lost
-except ImportError as error:  # e.g. of a torchvision that does not fit
-    print(f"finetune.py: {error}", file=sys.stderr)
-    sys.exit(2)
-except KeyboardInterrupt:
-    sys.exit(130)
 
 RECIPES = Path(__file__).parent / "recipes"
 USUAL = (

@@ -47,10 +47,12 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def a_cpu_without_units(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def a_cpu_without_units():
     """Float32 is the default on every machine, one with units for bfloat16 too; tests of those say what there is."""
-    monkeypatch.setattr(devices, "cpu_capabilities", dict)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "cpu_capabilities", dict)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE, INT8_TOLERANCE = 0.05, 0.2  # of a probability
-# Beyond as many (384 pixels a side in patches of 16), maps of attention take most of a training step's memory.
+# Of as many (384 pixels a side in patches of 16), maps of attention are a third of what a training step of ViT-B/16
+# takes in memory; they grow with the square.
 EAGER_PATCHES = 576
 
 
@@ -71,8 +72,8 @@ def load_for_inference(
     changed = chosen != torch.float32 or (quantize is not None and not by_onnx)
     reference = Classify(copy.deepcopy(model) if changed else model)
     model.to(chosen)
-    if chosen == torch.bfloat16 and device.type == "cpu" and not has_amx(device):  # with which it was not measured
-        suit_attention(model)
+    if chosen == torch.bfloat16:
+        suit_attention(model, device, training=False)
     if by_onnx:
         engine, name = _onnx_int8(predictor), "8-bit integers, by ONNX Runtime"
     else:
@@ -85,14 +86,15 @@ def load_for_inference(
     return predictor
 
 
-def suit_attention(model: nn.Module):
-    """Take the attention that is fastest in bfloat16 on a CPU, of models made for up to `EAGER_PATCHES` patches.
+def suit_attention(model: nn.Module, device: torch.device, training: bool):
+    """Take the attention that is fastest in bfloat16 on this device.
 
-    That is eager attention (docs/results.md), although it keeps its maps, and rounds scores to bfloat16 too. In float32
-    PyTorch's fused attention is faster.
+    On a CPU that is eager attention (docs/results.md), although it keeps its maps, and rounds scores to bfloat16 too.
+    Models made for more than `EAGER_PATCHES` patches stay as they are, and so does inference with AMX, where it was not
+    measured. In float32 PyTorch's fused attention is faster.
     """
     h, w = model.config.grid_hw
-    if h * w <= EAGER_PATCHES:
+    if device.type == "cpu" and h * w <= EAGER_PATCHES and (training or not has_amx(device)):
         model.set_attn_implementation("eager")
 
 

@@ -290,7 +290,7 @@ def suit_device(args: ImageTrainingArguments, model, splits: ImageSplits):
         keep_freed_memory()
         args.dataloader_pin_memory = False
         if args.bf16:
-            suit_attention(model)
+            suit_attention(model, args.device, training=True)
 
 
 def settle_workers(args: ImageTrainingArguments, images: LazyImages | StreamedImages) -> int:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.evaluation.acceleration import suit_attention
-from modeling_vit_scratch.evaluation.devices import can_compile, has_amx, has_fast_bfloat16
+from modeling_vit_scratch.evaluation.devices import can_compile, has_fast_bfloat16
 
 from . import peers
 from .measuring import OURS, PeakMemory
@@ -131,9 +131,8 @@ def make_step(case: Case, model: torch.nn.Module, device: torch.device) -> Calla
     pixels = torch.randn(case.batch, config.num_channels, *config.image_hw, device=device)
     labels = torch.randint(config.num_labels, (case.batch,), device=device)
     model = model.to(device, torch.float32 if case.training else case.dtype).train(case.training)
-    ours = isinstance(model, ViTScratchForImageClassification)
-    if ours and case.bf16 and device.type == "cpu" and (case.training or not has_amx(device)):
-        suit_attention(model)  # as training and `load_for_inference` do
+    if case.bf16 and isinstance(model, ViTScratchForImageClassification):
+        suit_attention(model, device, case.training)  # as a run and `load_for_inference` do
     forward = torch.compile(model) if case.compiled else model
     if not case.training:
         pixels = pixels.to(case.dtype)
