@@ -196,10 +196,12 @@ BESIDE = {
     "rand_augment_magnitude": {"rand_augment": 2},
     "mix_probability": {"mixup_alpha": 0.5},
     "crop_mode": {"crop_padding": 2},
-    "load_best_model_at_end": {"learning_rate": 1.0, "metric_for_best_model": "loss", "eval_steps": 1, "save_steps": 1},
+    "load_best_model_at_end": {  # a rate that grows from 0 until the model is lost: the first step is the best
+        "learning_rate": 9.0, "warmup_steps": 9, "metric_for_best_model": "loss", "eval_steps": 1, "save_steps": 1,
+    },
     "num_train_epochs": {"max_steps": None, "eval_strategy": "epoch", "save_strategy": "epoch"},
     "save_total_limit": {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
-}
+}  # fmt: skip
 VALUES = {
     "preset": "tiny", "config_overrides": f"{TINY},drop_path_rate=0.5", "source": "timm", "freeze_backbone": True,
     "lora_rank": 4, "image_size": 16, "dataset_config_name": "some", "train_dir": "IMAGES", "validation_dir": "IMAGES",

@@ -34,6 +34,8 @@ from accelerate.utils import DistributedType
 PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
 sys.path.insert(0, {scripts!r})
 import finetune
+from modeling_vit_scratch.evaluation import devices
+devices.cpu_capabilities = dict  # Muon computes in float32 here too, as in the tests' own process
 sys.exit(finetune.main())
 """
 
