@@ -263,7 +263,8 @@ def _image_folder(folder: Path, split: str) -> datasets.Dataset:
         labels += [label] * len(files)
     if left_out:
         shown = ", ".join(map(str, left_out[:5])) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
-        logger.warning("Left out of %s, by their names no images: %s", folder, shown)
+        # Once: a run looks at its data before it reads them (training.defaults).
+        logger.warning_once("Left out of %s, by their names no images: %s", folder, shown)
     features = datasets.Features(
         {
             "image": datasets.Image(decode=False),
