@@ -388,7 +388,7 @@ def numbers(text: str) -> set[str]:
 def test_results_are_those_of_the_recipes():
     """Accuracies, times, epochs and parameters; a recipe's head has what was measured."""
     rows = re.findall(r"^\| (.*`.*finetune\.py.*`) \|$", DOCS["results"], re.MULTILINE)
-    assert len(rows) == 6
+    assert len(rows) == 7
     for run, _, accuracy, seconds, command in (row.split("|") for row in rows):
         name = re.search(r"recipes/(\w+\.yaml)", command)
         text, settings = recipe(name[1] if name else "digits.yaml")
@@ -413,7 +413,7 @@ def test_figures_outside_the_table():
     assert late in recipe("teaching_adamw.yaml")[0] and round(int(late.replace(",", "")) / int(soon)) == int(times)
     assert re.search(r"goes on to ([\d.]+ %) on the test split", readme)[1] in DOCS["results"]
     took, accuracy = re.search(r"(\d+ min \d+ s) on two cores reaches ([\d.]+ %)", readme).groups()
-    assert took in recipe("budget.yaml")[0] and accuracy in recipe("budget.yaml")[0]
+    assert took in recipe("hour.yaml")[0] and accuracy in recipe("hour.yaml")[0]
     text, settings = recipe("few_labels.yaml")
     config = ViTScratchConfig.preset(settings["preset"], **settings["config_overrides"])
     assert f"{settings['max_train_samples']:,} labels" in training and f"{parameters(config):,} parameters" in training
